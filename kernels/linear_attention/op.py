@@ -1,0 +1,130 @@
+"""``torch.ops.lincompile.linear_attention``: schema, checks, fake, gradient. Shapes: ``docs/architecture.md``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.library import custom_op
+
+from ..registration import Grads, backend, gradient_fake, present, selected
+from ..shapes import accumulator_dtype, require, require_qkv, require_rank, require_same_device, require_shape
+from . import reference
+
+_LINEAR_ARGS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, float scale, bool causal, bool normalize"
+)
+
+
+def _check_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    causal: bool,
+    normalize: bool,
+) -> None:
+    op = "linear_attention"
+    require_qkv(op, q, k, v, same_length=causal)
+    require_same_device(op, q, log_decay=log_decay, initial_state=initial_state)
+    batch, kv_heads, length, head_dim = k.shape
+    if log_decay is not None:
+        require(causal, op, "log_decay needs causal=True: a bidirectional site has no decay")
+        require_rank(op, "log_decay", log_decay, "[B, Hkv, T, D or 1]")
+        width = log_decay.shape[3]
+        require(width == 1 or width == head_dim, op, f"log_decay must end in 1 or D = {head_dim}, got {width}")
+        require_shape(op, "log_decay", log_decay, "[B, Hkv, T, D or 1]", (batch, kv_heads, length, width))
+    if initial_state is not None:
+        columns = v.shape[3] + int(normalize)
+        layout = "[B, Hkv, D, Dv + 1]" if normalize else "[B, Hkv, D, Dv]"
+        require_shape(op, "initial_state", initial_state, layout, (batch, kv_heads, head_dim, columns))
+
+
+@custom_op(
+    "lincompile::linear_attention", mutates_args=(), schema=f"({_LINEAR_ARGS}) -> (Tensor o, Tensor final_state)"
+)
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    causal: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """Linear attention with optional decay; returns ``o [B, H, T, Dv]`` (v's dtype), final state (float32/64)."""
+    _check_linear(q, k, v, log_decay, initial_state, causal, normalize)
+    module: Any = backend("linear_attention", q) or reference
+    o, state = module.chunkwise(q, k, v, log_decay, initial_state, scale, causal, normalize)
+    return o, state
+
+
+@linear_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    causal: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_linear(q, k, v, log_decay, initial_state, causal, normalize)
+    o = v.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+    dtype = accumulator_dtype(q, k, v, log_decay, initial_state)
+    return o, v.new_empty(k.shape[0], k.shape[1], k.shape[3], v.shape[3] + int(normalize), dtype=dtype)
+
+
+@custom_op(
+    "lincompile::linear_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_o, Tensor grad_state, {_LINEAR_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_attention_backward(
+    grad_o: Tensor,
+    grad_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    causal: bool,
+    normalize: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of ``linear_attention`` for its five tensors (empty where the input is absent)."""
+    module: Any = backend("linear_attention", q) or reference
+    grads = module.chunkwise_backward(grad_o, grad_state, q, k, v, log_decay, initial_state, scale, causal, normalize)
+    return present(grads, q)
+
+
+@linear_attention_backward.register_fake
+def _(
+    grad_o: Tensor,
+    grad_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    causal: bool,
+    normalize: bool,
+) -> tuple[Tensor, ...]:
+    return gradient_fake(q, k, v, log_decay, initial_state)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def _linear_backward(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> Grads:
+    grads = linear_attention_backward(grad_o, grad_state, *ctx.saved_tensors, *ctx.options)
+    return selected(grads, ctx.needs_input_grad)
+
+
+linear_attention.register_autograd(_linear_backward, setup_context=_linear_setup)

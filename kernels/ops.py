@@ -1,0 +1,25 @@
+"""The operators ``torch.ops.lincompile.*``: importing this module registers them all.
+
+Needs torch only. CPU tensors run the vectorised reference of each op's folder; CUDA tensors run its Triton kernels
+where they exist and Triton can be imported, otherwise the same reference. Shapes: ``docs/architecture.md``.
+
+Every op is opaque to tracing (``torch.export``, ``make_fx``, ``torch.compile``), differentiable once through a
+``*_backward`` op of its own, and raises ``ValueError`` naming the op and argument when shapes don't fit.
+"""
+
+from __future__ import annotations
+
+from .gated_delta.op import gated_delta
+from .int6_linear import op as int6_linear_op
+from .linear_attention.op import linear_attention
+from .short_conv.op import short_conv
+from .softmax_attention.op import softmax_attention, softmax_attention_step
+
+__all__ = [
+    "gated_delta",
+    "int6_linear_op",
+    "linear_attention",
+    "short_conv",
+    "softmax_attention",
+    "softmax_attention_step",
+]

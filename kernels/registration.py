@@ -1,0 +1,45 @@
+"""What every op's registration shares: dispatch to Triton, and gradients that may be absent."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+Grads = tuple[Tensor | None, ...]
+
+
+@functools.cache
+def triton_module(folder: str) -> ModuleType | None:
+    """The Triton kernels of ``kernels/<folder>``, or None where Triton or that file doesn't exist."""
+    name = f"{__package__}.{folder}.triton"
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec(name) is None:
+        return None
+    return importlib.import_module(name)
+
+
+def backend(folder: str, x: Tensor) -> ModuleType | None:
+    """The Triton kernels for CUDA tensors; None means: run the reference."""
+    return triton_module(folder) if x.is_cuda else None
+
+
+def present(grads: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """A schema can't return an optional tensor: an absent gradient travels as an empty one."""
+    return tuple(like.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+
+def gradient_fake(*inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Fake results of a backward op whose differentiable inputs are ``inputs``."""
+    anchor = next(x for x in inputs if x is not None)
+    return tuple(anchor.new_empty(0) if x is None else torch.empty_like(x).contiguous() for x in inputs)
+
+
+def selected(grads: tuple[Tensor, ...], needed: tuple[bool, ...]) -> Grads:
+    """Gradients for the tensor inputs, padded with None for the options after them."""
+    return tuple(g if i < len(grads) and needed[i] else None for i, g in enumerate(grads)) + (None,) * (
+        len(needed) - len(grads)
+    )

@@ -1,0 +1,221 @@
+"""``torch.ops.lincompile.softmax_attention`` and its step form: the canonical op that every matched site becomes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from ..registration import Grads, gradient_fake, selected
+from ..shapes import require, require_qkv, require_rank, require_same_device, require_shape
+from . import reference
+
+_OPTIONS = "Tensor? key_padding, str kind, int window, float scale, float softcap"
+
+
+def _check(
+    op: str, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, kind: str, window: int, softcap: float
+) -> None:
+    require_qkv(op, q, k, v, same_length=False)
+    require(kind in reference.KINDS, op, f"kind must be one of {', '.join(reference.KINDS)}, got {kind!r}")
+    require(kind != "sliding" or window > 0, op, f"kind 'sliding' needs window > 0, got {window}")
+    require(softcap >= 0, op, f"softcap must be 0 (none) or positive, got {softcap}")
+    if key_padding is not None:
+        require(key_padding.dtype == torch.bool, op, f"key_padding must be bool (True = real), got {key_padding.dtype}")
+        require_shape(op, "key_padding", key_padding, "[B, S]", (k.shape[0], k.shape[2]))
+        require_same_device(op, q, key_padding=key_padding)
+
+
+@custom_op(
+    "lincompile::softmax_attention", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> Tensor"
+)
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    kind: str,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Softmax attention, ``o [B, H, T, Dv]`` in v's dtype; a row that sees no key is 0."""
+    _check("softmax_attention", q, k, v, key_padding, kind, window, softcap)
+    return reference.forward(q, k, v, key_padding, kind, window, scale, softcap)
+
+
+@softmax_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    kind: str,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    _check("softmax_attention", q, k, v, key_padding, kind, window, softcap)
+    return v.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+
+
+@custom_op(
+    "lincompile::softmax_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_o, Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+def softmax_attention_backward(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    kind: str,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of ``softmax_attention`` for q, k, v."""
+    return reference.backward(grad_o, q, k, v, key_padding, kind, window, scale, softcap)
+
+
+@softmax_attention_backward.register_fake
+def _(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    kind: str,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, ...]:
+    return gradient_fake(q, k, v)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _backward(ctx: Any, grad_o: Tensor) -> Grads:
+    return selected(softmax_attention_backward(grad_o, *ctx.saved_tensors, *ctx.options), ctx.needs_input_grad)
+
+
+softmax_attention.register_autograd(_backward, setup_context=_setup)
+
+
+# --- step: append to the caches, then attend ---------------------------------------------------------------------
+
+
+def _check_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    key_padding: Tensor | None,
+    kind: str,
+    window: int,
+    softcap: float,
+) -> None:
+    op = "softmax_attention_step"
+    require_qkv(op, q, k, v, same_length=True)
+    _check(op, q, k, v, None, kind, window, softcap)
+    require_rank(op, "k_cache", k_cache, "[B, Hkv, P, D]")
+    past = k_cache.shape[2]
+    require_shape(op, "k_cache", k_cache, "[B, Hkv, P, D]", (k.shape[0], k.shape[1], past, k.shape[3]))
+    require_shape(op, "v_cache", v_cache, "[B, Hkv, P, Dv]", (v.shape[0], v.shape[1], past, v.shape[3]))
+    require(k_cache.dtype == k.dtype, op, f"k_cache is {k_cache.dtype}, k is {k.dtype}")
+    require(v_cache.dtype == v.dtype, op, f"v_cache is {v_cache.dtype}, v is {v.dtype}")
+    require_same_device(op, q, k_cache=k_cache, v_cache=v_cache, key_padding=key_padding)
+    if key_padding is not None:
+        require(key_padding.dtype == torch.bool, op, f"key_padding must be bool (True = real), got {key_padding.dtype}")
+        require_shape(op, "key_padding", key_padding, "[B, >= P + t]", (k.shape[0], key_padding.shape[1]))
+
+
+def _step_padding(key_padding: Tensor | None, keys: int) -> Tensor | None:
+    """The last ``keys`` columns: a caller may have trimmed the caches of a sliding site."""
+    if key_padding is None:
+        return None
+    have = key_padding.shape[1]
+    op = "softmax_attention_step"
+    require(have >= keys, op, f"key_padding must have at least P + t = {keys} columns, got {have}")
+    return key_padding[:, have - keys :]
+
+
+@custom_op(
+    "lincompile::softmax_attention_step",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, {_OPTIONS})"
+    " -> (Tensor o, Tensor k_cache, Tensor v_cache)",
+)
+def softmax_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    key_padding: Tensor | None,
+    kind: str,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Append ``k, v [B, Hkv, t, ·]`` to caches of P keys and attend from the t new queries.
+
+    Returns ``o [B, H, t, Dv]`` and the caches ``[B, Hkv, P + t, ·]``. ``key_padding [B, >= P + t]``: its last
+    P + t columns belong to the keys.
+    """
+    _check_step(q, k, v, k_cache, v_cache, key_padding, kind, window, softcap)
+    keys, values = torch.cat((k_cache, k), 2), torch.cat((v_cache, v), 2)
+    padding = _step_padding(key_padding, keys.shape[2])
+    return reference.forward(q, keys, values, padding, kind, window, scale, softcap), keys, values
+
+
+@softmax_attention_step.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    key_padding: Tensor | None,
+    kind: str,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Whether key_padding is long enough is checked on real sizes only: a guard here could forbid valid lengths.
+    _check_step(q, k, v, k_cache, v_cache, key_padding, kind, window, softcap)
+    keys = k_cache.shape[2] + k.shape[2]
+    return (
+        v.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3]),
+        k.new_empty(k.shape[0], k.shape[1], keys, k.shape[3]),
+        v.new_empty(v.shape[0], v.shape[1], keys, v.shape[3]),
+    )
+
+
+def _step_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, _, _, k_cache, _, key_padding = inputs[:6]
+    _, keys, values = output
+    ctx.save_for_backward(q, keys, values, key_padding)
+    ctx.past = k_cache.shape[2]
+    ctx.options = inputs[6:]
+
+
+def _step_backward(ctx: Any, grad_o: Tensor, grad_keys: Tensor, grad_values: Tensor) -> Grads:
+    q, keys, values, key_padding = ctx.saved_tensors
+    if key_padding is not None:
+        key_padding = key_padding[:, key_padding.shape[1] - keys.shape[2] :]
+    d_q, d_keys, d_values = softmax_attention_backward(grad_o, q, keys, values, key_padding, *ctx.options)
+    d_keys, d_values = d_keys + grad_keys, d_values + grad_values
+    past = ctx.past
+    grads = (d_q, d_keys[:, :, past:], d_values[:, :, past:], d_keys[:, :, :past], d_values[:, :, :past])
+    return selected(grads, ctx.needs_input_grad)
+
+
+softmax_attention_step.register_autograd(_step_backward, setup_context=_step_setup)
