@@ -1,0 +1,210 @@
+"""Helpers shared by every pass: reading FX nodes, building new ones with fake values, and where a node came from."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch.fx import Graph, GraphModule, Node
+
+from .errors import PassError
+
+aten = torch.ops.aten
+INT_MAX = 9223372036854775807
+SymTypes = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+# Ops whose tensor argument only lends its shape, dtype and device: the value is not read.
+SHAPE_ONLY = frozenset(
+    {
+        aten.new_ones.default,
+        aten.new_zeros.default,
+        aten.new_full.default,
+        aten.new_empty.default,
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.full_like.default,
+        aten.empty_like.default,
+        aten.sym_size.int,
+    }
+)
+
+
+def target_of(node: object) -> Any:
+    """The op of a ``call_function`` node, None for anything else."""
+    return node.target if isinstance(node, Node) and node.op == "call_function" else None
+
+
+def value_of(node: Any) -> Any:
+    """The fake value recorded at capture (tensor, SymInt …), None where there is none."""
+    return node.meta.get("val") if isinstance(node, Node) else None
+
+
+def tensor_of(node: Any) -> Tensor:
+    """The fake tensor of a node known to produce one."""
+    value = value_of(node)
+    assert isinstance(value, Tensor), f"{node} carries no tensor value"
+    return value
+
+
+def is_symbolic(value: object) -> bool:
+    return isinstance(value, SymTypes)
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """Argument ``name`` of a node, whether it was written by position or by keyword."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[position] if len(node.args) > position else default
+
+
+def get_attribute(module: nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def parent_of(module: nn.Module, path: str, create: bool = False) -> tuple[nn.Module, str]:
+    """The submodule that holds ``path`` and the last name; makes empty submodules on the way when asked."""
+    *parents, leaf = path.split(".")
+    for part in parents:
+        if create and not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = getattr(module, part)
+    return module, leaf
+
+
+def set_tensor(module: nn.Module, path: str, value: Tensor, persistent: bool = True) -> None:
+    """Registers a parameter or buffer under a dotted path, creating the submodules it needs."""
+    parent, leaf = parent_of(module, path, create=True)
+    if isinstance(value, nn.Parameter):
+        parent.register_parameter(leaf, value)
+    else:
+        parent.register_buffer(leaf, value, persistent=persistent)
+
+
+def symbols_in(value: Any) -> frozenset[str]:
+    """Names of the free size symbols of a SymInt (or of a tensor's shape)."""
+    if isinstance(value, Tensor):
+        return frozenset().union(*(symbols_in(dim) for dim in value.shape)) if value.dim() else frozenset()
+    if is_symbolic(value):
+        return frozenset(str(symbol) for symbol in value.node.expr.free_symbols)
+    return frozenset()
+
+
+def expression(dim: int | torch.SymInt) -> sympy.Expr:
+    return dim.node.expr if isinstance(dim, torch.SymInt) else sympy.Integer(dim)
+
+
+def same_dim(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal as expressions (no guard is added, unlike ``a == b``)."""
+    return bool(sympy.simplify(expression(a) - expression(b)) == 0)
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the innermost module a node was traced in ('' for the root)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for value in stack.values():
+        path = value[0] if isinstance(value, tuple) else str(value)
+    path = re.sub(r"^L\['self'\]\.?", "", path)
+    return re.sub(r"\._modules\['([^']+)'\]|\['?([^'\]]+)'?\]", lambda m: "." + (m.group(1) or m.group(2)), path).lstrip(".")
+
+
+def source_line(node: Node) -> str:
+    """'file:line' of the innermost user frame that made the node, '' when the trace kept none."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+
+
+def copy_origin(source: Node, destination: Node) -> None:
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+        if key in source.meta:
+            destination.meta[key] = source.meta[key]
+
+
+class Builder:
+    """Inserts nodes before ``anchor`` and keeps ``meta['val']`` of each one true.
+
+    Calling it with an op and arguments returns the new node; the fake value is computed in the graph's own
+    fake mode, so symbolic sizes stay symbolic.
+    """
+
+    def __init__(self, graph_module: GraphModule, anchor: Node) -> None:
+        self.graph_module = graph_module
+        self.anchor = anchor
+
+    def __call__(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        graph = self.graph_module.graph
+        with graph.inserting_before(self.anchor):
+            node = graph.call_function(op, args, kwargs)
+        fake_args, fake_kwargs = torch.fx.map_arg((args, kwargs), value_of)
+        with fake_mode_of(self.graph_module):
+            node.meta["val"] = op(*fake_args, **fake_kwargs)
+        copy_origin(self.anchor, node)
+        return node
+
+    def attribute(self, path: str, value: Tensor) -> Node:
+        """A ``get_attr`` node for a tensor registered on the graph module under ``path``."""
+        with self.graph_module.graph.inserting_before(self.anchor):
+            node = self.graph_module.graph.create_node("get_attr", path)
+        node.meta["val"] = fake_mode_of(self.graph_module).from_tensor(value, static_shapes=True)
+        copy_origin(self.anchor, node)
+        return node
+
+    def item(self, node: Node, index: int) -> Node:
+        return self(operator.getitem, node, index)
+
+
+def fake_mode_of(graph_module: GraphModule) -> Any:
+    """The fake mode (and shape environment) the graph was captured in."""
+    values = (value_of(node) for node in graph_module.graph.nodes)
+    mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
+    if mode is None:
+        raise PassError("the graph carries no fake values: capture the model with lincompile.capture first")
+    return mode
+
+
+def walk_up(node: Node, stop: frozenset[Node] | set[Node] = frozenset()) -> Iterator[Node]:
+    """Every ancestor of ``node`` (itself included), each once, not going past ``stop``."""
+    seen: set[Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        yield current
+        if current not in stop:
+            pending.extend(value_inputs(current))
+
+
+def value_inputs(node: Node) -> list[Node]:
+    """Inputs whose *values* the node reads (a shape-only argument is not one, nor is the base of a size)."""
+    if node.op != "placeholder" and is_symbolic(value_of(node)):
+        return []
+    inputs = node.all_input_nodes
+    if node.op == "call_function" and node.target in SHAPE_ONLY and node.args and isinstance(node.args[0], Node):
+        rest = torch.fx.node.map_arg
+        others: list[Node] = []
+        rest((node.args[1:], node.kwargs), others.append)
+        return others
+    return list(inputs)
+
+
+def finish(graph_module: GraphModule) -> None:
+    """Removes dead nodes, checks the graph's structure and regenerates its code."""
+    graph: Graph = graph_module.graph
+    graph.eliminate_dead_code()
+    graph.lint()
+    graph_module.recompile()
+
+
+def order_of(graph_module: GraphModule) -> dict[Node, int]:
+    return {node: index for index, node in enumerate(graph_module.graph.nodes)}
