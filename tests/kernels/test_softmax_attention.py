@@ -1,0 +1,133 @@
+"""softmax_attention and its step form against the dense definition in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from lincompile.kernels import ops
+from lincompile.kernels.softmax_attention import reference
+
+KINDS = [("full", 0), ("causal", 0), ("sliding", 3)]
+
+
+def make(length, keys, heads=9, kv_heads=3, head_dim=4, value_dim=5):
+    torch.manual_seed(2)
+    return [
+        torch.randn(2, heads, length, head_dim, dtype=torch.float64),
+        torch.randn(2, kv_heads, keys, head_dim, dtype=torch.float64),
+        torch.randn(2, kv_heads, keys, value_dim, dtype=torch.float64),
+    ]
+
+
+def padding(keys, left):
+    mask = torch.ones(2, keys, dtype=torch.bool)
+    if left:
+        mask[0, : keys // 2] = False
+    else:
+        mask[1, keys // 2 :] = False
+    return mask
+
+
+def run(function, qkv, *options):
+    leaves = [x.clone().requires_grad_() for x in qkv]
+    o = function(*leaves, *options)
+    torch.manual_seed(4)
+    return [o, *torch.autograd.grad((o * torch.randn_like(o)).sum(), leaves)]
+
+
+def assert_same(have, want):
+    for x, y in zip(have, want, strict=True):
+        assert torch.isfinite(x).all()
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+CASES = list(itertools.product(KINDS, [(7, 7), (1, 6), (3, 8), (8, 3)], ["no padding", "left", "right"], [0.0, 5.0]))
+
+
+@pytest.mark.parametrize(("kind", "sizes", "pad", "softcap"), CASES, ids=str)
+def test_blocks_are_the_definition(kind, sizes, pad, softcap, monkeypatch):
+    monkeypatch.setattr(reference, "ROWS", 3)
+    mask = None if pad == "no padding" else padding(sizes[1], pad == "left")
+    options = (mask, *kind, 0.4, softcap)
+    assert_same(run(ops.softmax_attention, make(*sizes), *options), run(reference.definition, make(*sizes), *options))
+
+
+def test_definition_is_softmax():
+    q, k, v = make(4, 4, heads=3, kv_heads=3)
+    scores = (q @ k.transpose(-1, -2) * 0.5).masked_fill(~torch.ones(4, 4, dtype=torch.bool).tril(), -torch.inf)
+    torch.testing.assert_close(reference.definition(q, k, v, None, "causal", 0, 0.5, 0.0), scores.softmax(-1) @ v)
+
+
+def test_rows_without_keys_are_zero_with_zero_gradients():
+    q, k, v = make(6, 6)
+    mask = padding(6, left=True)
+    o, d_q, d_k, d_v = run(ops.softmax_attention, (q, k, v), mask, "causal", 0, 0.4, 0.0)
+    assert (o[0, :, :3] == 0).all() and (d_q[0, :, :3] == 0).all()
+    assert (d_k[0, :, :3] == 0).all() and (d_v[0, :, :3] == 0).all()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_gradcheck(softcap):
+    qkv = [x.requires_grad_() for x in make(3, 4, heads=4, kv_heads=2, head_dim=2, value_dim=2)]
+    mask = padding(4, left=True)
+    assert torch.autograd.gradcheck(lambda *x: ops.softmax_attention(*x, mask, "causal", 0, 0.7, softcap), qkv)
+
+
+def test_query_heads_of_a_group_are_neighbours():
+    q, k, v = make(5, 5)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), is_causal=True, scale=0.3
+    )
+    torch.testing.assert_close(ops.softmax_attention(q, k, v, None, "causal", 0, 0.3, 0.0), want)
+
+
+@pytest.mark.parametrize(("kind", "window"), KINDS[1:])
+def test_steps_compose_to_the_whole(kind, window):
+    q, k, v = make(9, 9)
+    mask = padding(9, left=True)
+    want = ops.softmax_attention(q, k, v, mask, kind, window, 0.4, 0.0)
+    k_cache, v_cache = k[:, :, :0], v[:, :, :0]
+    for start, stop in [(0, 4), (4, 5), (5, 9)]:
+        part = slice(start, stop)
+        o, k_cache, v_cache = ops.softmax_attention_step(
+            q[:, :, part], k[:, :, part], v[:, :, part], k_cache, v_cache, mask[:, :stop], kind, window, 0.4, 0.0
+        )
+        torch.testing.assert_close(o, want[:, :, part])
+    torch.testing.assert_close(k_cache, k)
+    torch.testing.assert_close(v_cache, v)
+
+
+def test_a_trimmed_sliding_cache_uses_the_last_mask_columns():
+    q, k, v = make(9, 9)
+    mask = padding(9, left=True)
+    want = ops.softmax_attention(q, k, v, mask, "sliding", 3, 0.4, 0.0)
+    caches = k[:, :, 6:8], v[:, :, 6:8]
+    o, _, _ = ops.softmax_attention_step(q[:, :, 8:], k[:, :, 8:], v[:, :, 8:], *caches, mask, "sliding", 3, 0.4, 0.0)
+    torch.testing.assert_close(o, want[:, :, 8:])
+
+
+def test_step_gradcheck():
+    q, k, v = make(5, 5, heads=4, kv_heads=2, head_dim=2, value_dim=2)
+    tensors = [q[:, :, 3:], k[:, :, 3:], v[:, :, 3:], k[:, :, :3], v[:, :, :3]]
+    tensors = [x.clone().requires_grad_() for x in tensors]
+    mask = padding(6, left=True)
+    assert torch.autograd.gradcheck(lambda *x: ops.softmax_attention_step(*x, mask, "causal", 0, 0.7, 0.0), tensors)
+
+
+def test_errors():
+    q, k, v = make(5, 5)
+    with pytest.raises(ValueError, match="softmax_attention: kind must be one of full, causal, sliding, got 'banded'"):
+        ops.softmax_attention(q, k, v, None, "banded", 0, 1.0, 0.0)
+    with pytest.raises(ValueError, match="kind 'sliding' needs window > 0"):
+        ops.softmax_attention(q, k, v, None, "sliding", 0, 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"key_padding must be bool"):
+        ops.softmax_attention(q, k, v, torch.ones(2, 5), "full", 0, 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"key_padding must be \[B, S\] = \[2, 5\], got \[2, 4\]"):
+        ops.softmax_attention(q, k, v, padding(4, True), "full", 0, 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"softmax_attention_step: key_padding must have at least P \+ t = 7 columns"):
+        ops.softmax_attention_step(
+            q, k, v, k[:, :, :2], v[:, :, :2], torch.ones(2, 6, dtype=torch.bool), "full", 0, 1.0, 0.0
+        )
