@@ -31,7 +31,6 @@ test: $(VENV)/.ready-test  ## the whole test suite
 
 lint: $(VENV)/.ready-dev  ## ruff and mypy --strict
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 docs: $(VENV)/.ready-test  ## run the commands and the Python of README.md and docs/

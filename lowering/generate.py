@@ -1,0 +1,351 @@
+"""Running a step program: chunked prefill, decoding with constant state, sampling, left-padded batches.
+
+A *session* is anything with the members of :class:`StepSession`: the torch one below, or onnxruntime's. Whatever is
+written here against that interface (``prefill``, ``generate``, ``lowering.evaluate``) serves both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..passes.errors import LincompileError
+from ..passes.stateful import StateSpec
+
+PREFILL_CHUNK = 256
+
+
+class StepSession(Protocol):
+    """What the generation loop needs of a runtime.
+
+    Attributes:
+        states: one spec per state, in the order of the state list.
+        max_positions: the longest sequence, prompt and continuation together (None = unbounded).
+        vocab_size: number of token ids the model knows.
+    """
+
+    @property
+    def states(self) -> Sequence[StateSpec]: ...
+
+    @property
+    def max_positions(self) -> int | None: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def initial_states(self, batch: int) -> list[Tensor]:
+        """Fresh states of ``batch`` rows: zeros, of length 0 on a growing axis."""
+        ...
+
+    def step(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, states: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One chunk: tokens, positions int64 and mask bool, all ``[B, t]`` → logits ``[B, t, V]`` float, new states."""
+        ...
+
+
+class Session:
+    """The torch runtime of a step program.
+
+    Args:
+        graph_module: ``(tokens, positions, mask, *states) -> (logits, *states)``.
+        states: one spec per state.
+        max_positions: the longest sequence the model accepts (None = unbounded).
+        windows: window of each site that kept a sliding softmax; its cache is trimmed to what the window can see.
+        vocab_size: number of token ids; read off the graph when not given.
+    """
+
+    def __init__(
+        self,
+        graph_module: nn.Module,
+        states: Sequence[StateSpec],
+        *,
+        max_positions: int | None = None,
+        windows: dict[str, int] | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.graph_module = graph_module
+        self.states = list(states)
+        self.max_positions = max_positions
+        self.windows = windows or {}
+        tensors = [*graph_module.parameters(), *graph_module.buffers()]
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self.vocab_size = vocab_size if vocab_size is not None else self._probe_vocabulary()
+
+    def _probe_vocabulary(self) -> int:
+        one = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        return self.step(one, one, one == 0, self.initial_states(1))[0].shape[-1]
+
+    def initial_states(self, batch: int) -> list[Tensor]:
+        """Zeros ``[batch, *spec.shape]`` per state; a growing axis starts at length 0."""
+        return [
+            torch.zeros(
+                batch, *(0 if size is None else size for size in spec.shape), dtype=spec.dtype, device=self.device
+            )
+            for spec in self.states
+        ]
+
+    @torch.no_grad()
+    def step(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, states: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs one chunk; see :class:`StepSession`. The given states are not modified."""
+        logits, *new = self.graph_module(
+            tokens.to(self.device), positions.to(self.device), mask.to(self.device), *states
+        )
+        return logits, [self._trim(spec, state) for spec, state in zip(self.states, new, strict=True)]
+
+    def _trim(self, spec: StateSpec, state: Tensor) -> Tensor:
+        """Drops cached keys and values that no later query of a sliding site can see (its window counts itself)."""
+        window = self.windows.get(spec.site)
+        if window is None or spec.role not in ("key", "value") or state.shape[2] <= window - 1:
+            return state
+        return state[:, :, state.shape[2] - (window - 1) :]
+
+
+def state_bytes(states: Sequence[StateSpec], length: int, windows: dict[str, int] | None = None) -> int:
+    """Bytes of all states of one row after ``length`` tokens; sliding caches count what their window keeps."""
+    total = 0
+    for spec in states:
+        kept = min(length, (windows or {}).get(spec.site, length + 1) - 1) if spec.role in ("key", "value") else length
+        elements = 1
+        for size in spec.shape:
+            elements *= kept if size is None else size
+        total += elements * spec.dtype.itemsize
+    return total
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Positions ``[B, T]`` of a left-padded batch: 0 for the first real token (and for the padding before it)."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@dataclass
+class Prefilled:
+    """A prompt that has been read: the states after it, and the logits ``[B, V]`` that follow its last token."""
+
+    logits: Tensor
+    states: list[Tensor]
+    lengths: Tensor  # int64 [B]: real tokens read so far
+
+
+def prefill(
+    session: StepSession,
+    tokens: Tensor,
+    mask: Tensor,
+    *,
+    after: Prefilled | None = None,
+    chunk: int = PREFILL_CHUNK,
+    on_chunk: Callable[[int, int], None] | None = None,
+    collect: Callable[[int, Tensor], None] | None = None,
+) -> Prefilled:
+    """Reads ``tokens [B, T]`` in chunks, from fresh states or ``after`` an earlier prefill.
+
+    Args:
+        mask: bool ``[B, T]``, True = real token. Padding must be on the left of each row.
+        after: what an earlier call returned, to continue its sequences.
+        on_chunk: called with (tokens read, tokens in all) after each chunk.
+        collect: called with (index of the chunk's first token, logits ``[B, t, V]``): all logits, for perplexity.
+
+    Raises:
+        LincompileError: an empty prompt, a gap in a row's mask, an unknown token id, or more tokens than
+            ``session.max_positions``.
+    """
+    batch, length = tokens.shape
+    if length == 0:
+        raise LincompileError("the prompt is empty: give at least one token (the tokenizer's BOS token, for example)")
+    if after is None and not bool(mask[:, -1].all()):
+        row = int((~mask[:, -1]).nonzero()[0])
+        raise LincompileError(f"row {row} of the batch is empty or padded on the right: pad prompts on the left")
+    if bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise LincompileError("a row's mask has padding after a real token: pad prompts on the left")
+    _check_vocabulary(session, tokens)
+    before = torch.zeros(batch, dtype=torch.int64) if after is None else after.lengths
+    total = int((before + mask.sum(-1)).max())
+    if session.max_positions is not None and total > session.max_positions:
+        raise LincompileError(
+            f"the prompt has {total} tokens, the model accepts at most {session.max_positions}: shorten the prompt"
+        )
+    states = session.initial_states(batch) if after is None else after.states
+    positions = positions_of(mask) + before[:, None]
+    logits: Tensor | None = None
+    for start in range(0, length, chunk):
+        part = slice(start, min(start + chunk, length))
+        logits, states = session.step(tokens[:, part], positions[:, part], mask[:, part], states)
+        if collect:
+            collect(start, logits)
+        if on_chunk:
+            on_chunk(part.stop, length)
+    assert logits is not None
+    return Prefilled(logits[:, -1], states, before + mask.sum(-1))
+
+
+def _check_vocabulary(session: StepSession, tokens: Tensor) -> None:
+    """An id outside the vocabulary would read past the embedding (an abort on a GPU): name it instead."""
+    wrong = (tokens < 0) | (tokens >= session.vocab_size)
+    if bool(wrong.any()):
+        raise LincompileError(
+            f"token id {int(tokens[wrong][0])} is outside the model's vocabulary (0 to {session.vocab_size - 1}): "
+            "is this the model's own tokenizer?"
+        )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. ``temperature`` 0 = greedy; ``top_k`` 0 and ``top_p`` 1 = off.
+
+    Raises:
+        LincompileError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses what has no meaning (a negative temperature is not a small one)."""
+        if not 0 <= self.temperature < float("inf"):
+            raise LincompileError(f"temperature must be 0 (greedy) or a positive number, not {self.temperature}")
+        if self.top_k < 0:
+            raise LincompileError(f"top_k must be 0 (off) or a positive count, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise LincompileError(f"top_p must be above 0 and at most 1 (off), not {self.top_p}")
+
+
+def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """Next tokens int64 ``[B]`` from logits ``[B, V]``; row i draws from ``generators[i]`` alone.
+
+    Raises:
+        LincompileError: logits that aren't finite: continuing would print noise as if it were text.
+    """
+    logits = logits.detach().to("cpu", torch.float32)
+    if not bool(torch.isfinite(logits).all()):
+        raise LincompileError("the model's logits are not finite (NaN or inf): the artefact or its state is damaged")
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    probabilities = logits.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        # The token that crosses top_p stays, so at least one always does.
+        dropped = ordered.cumsum(-1) - ordered >= sampling.top_p
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(dropped, 0.0))
+    rows = [torch.multinomial(row, 1, generator=source) for row, source in zip(probabilities, generators, strict=True)]
+    return torch.cat(rows)
+
+
+@dataclass
+class Generation:
+    """What :func:`generate` returns.
+
+    Attributes:
+        tokens: the new tokens of each row, without the prompt; an end-of-sequence token is included.
+        finish: ``"eos"``, ``"length"`` (``max_new_tokens`` reached) or ``"max_positions"`` per row.
+        prompt_tokens: real tokens of each prompt.
+        prefill_seconds, decode_seconds: wall time of the two phases.
+        state: the states after the last token read, so that the conversation can continue.
+    """
+
+    tokens: list[list[int]]
+    finish: list[str]
+    prompt_tokens: list[int]
+    prefill_seconds: float
+    decode_seconds: float
+    state: Prefilled = field(repr=False)
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens (all rows) per second."""
+        return sum(self.prompt_tokens) / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """New tokens (all rows) per second; the first of each row comes from the prefill and doesn't count."""
+        return sum(max(len(row) - 1, 0) for row in self.tokens) / max(self.decode_seconds, 1e-9)
+
+
+def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask ``[B, T]`` of prompts of different lengths, padded on the left with id 0 (masked out)."""
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            where = f"prompt {row} of the batch" if len(prompts) > 1 else "the prompt"
+            raise LincompileError(f"{where} is empty: give at least one token (the tokenizer's BOS token, for example)")
+    if not prompts:
+        raise LincompileError("there is no prompt: give at least one")
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], dtype=torch.int64)
+    mask = torch.tensor([[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in prompts])
+    return tokens, mask
+
+
+def generate(
+    session: StepSession,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos_ids: Sequence[int] = (),
+    chunk: int = PREFILL_CHUNK,
+    stream: Callable[[int, int], None] | None = None,
+    on_prefill: Callable[[int, int], None] | None = None,
+) -> Generation:
+    """Continues token sequences, one or a batch; each row gives what it would give alone.
+
+    Args:
+        prompts: token ids of each row.
+        max_new_tokens: stop after that many (0 reads the prompt and returns no token).
+        temperature, top_k, top_p, seed: see :class:`Sampling`; row i is seeded with ``seed + i``.
+        eos_ids: a row stops after any of these.
+        chunk: prompt tokens per step of the prefill.
+        stream: called with (row, token) as each token is chosen.
+        on_prefill: called with (tokens read, tokens in all) while the prompt is read.
+
+    Raises:
+        LincompileError: an empty or too long prompt, an unknown token id, a value out of range, logits not finite.
+    """
+    if max_new_tokens < 0:
+        raise LincompileError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    tokens, mask = left_pad(prompts)
+    started = time.perf_counter()
+    state = prefill(session, tokens, mask, chunk=chunk, on_chunk=on_prefill)
+    prefilled = time.perf_counter()
+
+    rows: list[list[int]] = [[] for _ in prompts]
+    finish = ["length"] * len(prompts)
+    active = torch.ones(len(prompts), dtype=torch.bool)
+    for index in range(max_new_tokens):
+        chosen = choose(state.logits, sampling, generators)
+        for row in active.nonzero().flatten().tolist():
+            token = int(chosen[row])
+            rows[row].append(token)
+            if stream:
+                stream(row, token)
+            if token in eos_ids:
+                active[row], finish[row] = False, "eos"
+            elif session.max_positions is not None and int(state.lengths[row]) >= session.max_positions:
+                active[row], finish[row] = False, "max_positions"
+        if not bool(active.any()) or index == max_new_tokens - 1:
+            break
+        state = _decode(session, chosen, active, state)
+    return Generation(rows, finish, mask.sum(-1).tolist(), prefilled - started, time.perf_counter() - prefilled, state)
+
+
+def _decode(session: StepSession, chosen: Tensor, active: Tensor, state: Prefilled) -> Prefilled:
+    """Feeds one token per row; rows that have finished feed padding, so their states stay as they are."""
+    tokens = torch.where(active, chosen, 0)[:, None]
+    logits, states = session.step(tokens, state.lengths[:, None] * active[:, None], active[:, None], state.states)
+    return Prefilled(logits[:, -1], states, state.lengths + active)

@@ -1,0 +1,351 @@
+"""The artefact folder: written whole or not at all, checked against its own hashes when it is opened.
+
+lincompile.json     manifest: format version, source hash, passes and options, sites, quantization, metrics …
+model.safetensors   every tensor of the program once (tied ones are listed in the manifest)
+program.pt2         the step graph, without weights
+tokenizer files     as ``AutoTokenizer.from_pretrained`` wants them, where the model has a tokenizer
+report.html         the manifest for people
+onnx/               where the target asked for it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ..passes.errors import ArtefactError
+from ..passes.stateful import StateSpec
+from .generate import Generation, Session, generate
+from .graph_file import read_graph, weights_of, write_graph
+from .report import render_report
+from .tokenizer import TextCodec
+
+FORMAT_VERSION = 1
+MANIFEST, WEIGHTS, PROGRAM, REPORT = "lincompile.json", "model.safetensors", "program.pt2", "report.html"
+REPORTED_PACKAGES = ("lincompile", "torch", "triton", "onnx", "onnxruntime", "transformers", "safetensors", "numpy")
+
+
+class SavedTokenizer(Protocol):
+    """A tokenizer that can write itself, such as every one of transformers."""
+
+    def save_pretrained(self, directory: str) -> Any:
+        """Writes the tokenizer's files into ``directory``."""
+        ...
+
+
+def check_output(directory: Path) -> None:
+    """Refuses an output folder that :func:`save` could not write, before hours of work go into what it would hold.
+
+    Raises:
+        ArtefactError: the path is a file, a folder that holds something else, or can't be written.
+    """
+    directory = Path(directory)
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise ArtefactError(f"the output {directory} exists and isn't a folder: choose another one with -o")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
+        other = sorted(item.name for item in directory.iterdir())[0]
+        raise ArtefactError(
+            f"the output folder {directory} holds something else ('{other}'): choose an empty or a new one with -o"
+        )
+    with _staging(directory):
+        pass
+
+
+@contextmanager
+def _staging(directory: Path) -> Iterator[Path]:
+    """A temporary folder beside ``directory``; gone afterwards unless it was renamed, whatever happens inside."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+    except OSError as error:
+        raise ArtefactError(f"the output {directory} can't be written ({error.strerror}): choose another") from error
+    try:
+        folder.chmod(0o755)  # mkdtemp's 0o700 would stay on the finished artefact
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save(
+    graph_module: GraphModule,
+    states: Sequence[StateSpec],
+    directory: Path | str,
+    *,
+    manifest: Mapping[str, Any],
+    tokenizer: SavedTokenizer | None = None,
+    max_positions: int | None = None,
+    eos_ids: Sequence[int] = (),
+    vocab_size: int | None = None,
+    extra: Callable[[Path], None] | None = None,
+) -> Path:
+    """Writes an artefact folder, atomically.
+
+    Args:
+        graph_module: the step graph (``docs/architecture.md``) with its weights.
+        states: one spec per state.
+        directory: a new or empty folder, or an earlier artefact, which is replaced.
+        manifest: what the compiler knows: ``source``, ``options``, ``passes``, ``sites``, ``quantization``,
+            ``metrics``, ``seed`` … (JSON-able). Files, hashes, states and versions are added here.
+        tokenizer: writes its own files into the folder.
+        max_positions: the longest sequence the model accepts (None = unbounded).
+        eos_ids: tokens at which generation stops.
+        vocab_size: number of token ids; measured by one step when not given.
+        extra: called with the temporary folder before it is renamed, to add files (``onnx/``).
+
+    Raises:
+        ArtefactError: the folder holds something else or can't be written.
+        LincompileError: the graph can't be saved.
+    """
+    directory = Path(directory)
+    check_output(directory)
+    windows = windows_of(manifest.get("sites", ()))
+    if vocab_size is None:
+        vocab_size = Session(graph_module, states).vocab_size
+    with _staging(directory) as folder:
+        try:
+            tied = _write_weights(graph_module, folder / WEIGHTS)
+            write_graph(graph_module, states, folder / PROGRAM)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(folder))
+            if extra:
+                extra(folder)
+            document = {
+                "format_version": FORMAT_VERSION,
+                **manifest,
+                "states": [_state_record(spec) for spec in states],
+                "windows": windows,
+                "max_positions": max_positions,
+                "vocab_size": vocab_size,
+                "eos_ids": list(eos_ids),
+                "parameter_names": [name for name, _ in graph_module.named_parameters(remove_duplicate=False)],
+                "tied": tied,
+                "versions": {**versions(), **manifest.get("versions", {})},
+            }
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            document["files"] = {
+                file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+                for file in files
+            }
+            (folder / REPORT).write_text(render_report(document), encoding="utf-8")
+            (folder / MANIFEST).write_text(json.dumps(jsonable(document), indent=2) + "\n", encoding="utf-8")
+            _put_in_place(folder, directory)
+        except OSError as error:
+            raise ArtefactError(f"the output {directory} can't be written: {error.strerror or error}") from error
+    return directory
+
+
+def _put_in_place(folder: Path, directory: Path) -> None:
+    """Renames the finished folder; an earlier artefact steps aside first and comes back if the rename fails."""
+    if not directory.exists():
+        folder.rename(directory)
+        return
+    aside = folder.with_suffix(".old")
+    directory.rename(aside)
+    try:
+        folder.rename(directory)
+    except BaseException:
+        aside.rename(directory)
+        raise
+    shutil.rmtree(aside)
+
+
+def _write_weights(graph_module: GraphModule, path: Path) -> dict[str, str]:
+    """Writes each tensor once; returns {name of a tied tensor: name under which it is stored}."""
+    from safetensors.torch import save_file
+
+    stored: dict[tuple[Any, ...], str] = {}
+    tied: dict[str, str] = {}
+    unique: dict[str, Tensor] = {}
+    for name, tensor in sorted(weights_of(graph_module).items()):
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and key in stored:
+            tied[name] = stored[key]
+            continue
+        stored[key] = name
+        # A copy where several tensors are views of one storage: safetensors stores values, not views.
+        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        unique[name] = tensor.cpu().contiguous() if whole else tensor.cpu().contiguous().clone()
+    save_file(unique, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # as every other file of the folder
+    return tied
+
+
+def jsonable(value: Any) -> Any:
+    """``value`` as JSON has it: tuples become lists, NaN and infinities (which JSON lacks) and objects text."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def windows_of(sites: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """{path: window} of the sites that stayed sliding softmax: how much of their caches can still be seen."""
+    return {
+        site["path"]: site["window"]
+        for site in sites
+        if site.get("kind") == "sliding" and site.get("window") and site.get("method", "softmax") == "softmax"
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that shape an artefact (those that are installed)."""
+    found = {}
+    for package in REPORTED_PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _state_record(spec: StateSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "site": spec.site,
+        "role": spec.role,
+        "shape": list(spec.shape),
+        "dtype": str(spec.dtype).removeprefix("torch."),
+    }
+
+
+def _state_spec(record: Mapping[str, Any]) -> StateSpec:
+    return StateSpec(
+        name=record["name"],
+        site=record["site"],
+        role=record["role"],
+        shape=tuple(record["shape"]),
+        dtype=getattr(torch, record["dtype"]),
+    )
+
+
+@dataclass
+class Artefact:
+    """An opened artefact folder. The program and the tokenizer are loaded when they are first needed."""
+
+    directory: Path
+    manifest: dict[str, Any]
+    device: torch.device
+
+    @property
+    def states(self) -> list[StateSpec]:
+        """The states that the program carries from step to step."""
+        return [_state_spec(record) for record in self.manifest["states"]]
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Tokens at which generation stops."""
+        return list(self.manifest["eos_ids"])
+
+    @cached_property
+    def session(self) -> Session:
+        """The torch runtime of the program."""
+        return Session(
+            self.graph_module,
+            self.states,
+            max_positions=self.manifest["max_positions"],
+            windows=self.manifest["windows"],
+            vocab_size=self.manifest["vocab_size"],
+        )
+
+    @cached_property
+    def graph_module(self) -> GraphModule:
+        """The step graph with its weights."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self.directory / WEIGHTS
+        try:
+            weights = load_file(path, device=str(self.device))
+        except (SafetensorError, OSError) as error:
+            raise ArtefactError(f"{path} can't be read: {error}") from error
+        for name, original in self.manifest["tied"].items():
+            weights[name] = weights[original]
+        return read_graph(self.directory / PROGRAM, weights, set(self.manifest["parameter_names"]))
+
+    @cached_property
+    def tokenizer(self) -> TextCodec:
+        """The tokenizer; a LincompileError where the artefact has none."""
+        return TextCodec(self.directory)
+
+    def generate(self, prompt: str | Sequence[int], max_new_tokens: int = 64, **options: Any) -> str | list[int]:
+        """The prompt and its continuation: text for text, token ids for token ids. Options as in ``generate``."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+            return self.tokenizer.decode(ids + self.continue_ids([ids], max_new_tokens, **options).tokens[0])
+        return [*prompt, *self.continue_ids([list(prompt)], max_new_tokens, **options).tokens[0]]
+
+    def continue_ids(self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, **options: Any) -> Generation:
+        """:func:`lincompile.lowering.generate.generate` on this artefact's session, stopping at its EOS tokens."""
+        return generate(self.session, prompts, max_new_tokens, **{"eos_ids": self.eos_ids, **options})
+
+
+def open_artefact(directory: Path | str, *, device: str | torch.device = "cpu", verify: bool = True) -> Artefact:
+    """Opens an artefact folder.
+
+    Args:
+        directory: what :func:`save` wrote.
+        device: where the weights go.
+        verify: compare each file with its hash in the manifest (a read of the whole folder).
+
+    Raises:
+        ArtefactError: not an artefact, of a newer format, a missing file, or a file that doesn't match its hash.
+    """
+    directory = Path(directory)
+    file = directory / MANIFEST
+    if not directory.is_dir():
+        raise ArtefactError(f"{directory} isn't a folder: give the one that 'lincompile MODEL -o' wrote")
+    if not file.is_file():
+        raise ArtefactError(f"{directory} isn't a lincompile artefact: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{file} can't be read ({error}): compile the model again") from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if not isinstance(version, int):
+        raise ArtefactError(f"{file} has no format_version: it isn't a lincompile manifest")
+    if version > FORMAT_VERSION:
+        raise ArtefactError(
+            f"{directory} has format version {version}, this lincompile reads {FORMAT_VERSION}: upgrade lincompile"
+        )
+    for name, record in manifest["files"].items():
+        _check_file(directory / name, record, verify)
+    return Artefact(directory, manifest, torch.device(device))
+
+
+def _check_file(path: Path, record: Mapping[str, Any], verify: bool) -> None:
+    if not path.is_file():
+        raise ArtefactError(f"{path} is missing: the artefact is incomplete, copy or compile it again")
+    if path.stat().st_size != record["bytes"] or (verify and sha256(path) != record["sha256"]):
+        raise ArtefactError(f"{path} doesn't match its hash in {MANIFEST}: damaged, or changed after it was saved")
+
+
+def bytes_on_disk(directory: Path) -> int:
+    """Bytes of what runs: weights and program (report, manifest and tokenizer left out)."""
+    return sum(os.path.getsize(Path(directory) / name) for name in (WEIGHTS, PROGRAM))
