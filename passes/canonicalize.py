@@ -6,7 +6,7 @@ Exact rewrites only: every rule keeps values, dtypes and gradients.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ FUNCTIONAL = {
 class Canonicalize:
     """Removes no-op casts, slices, dropouts and asserts, inlines grad-mode regions, folds hand-written softmax."""
 
-    name = "canonicalize"
+    name: str = field(default="canonicalize", init=False, metadata={"text": False})
 
     def run(self, program: Program) -> PassResult:
         module = program.graph_module

@@ -228,11 +228,35 @@ def harvest(probe: Probe) -> tuple[list[int], int]:
         else:
             items = [*node.args[1:], *node.kwargs.values()] if node.args and isinstance(node.args[0], Node) else [*node.args, *node.kwargs.values()]
         for item in items:
+            if _is_fill(node, item):
+                continue
             if isinstance(item, Node) and is_symbolic(value_of(item)):
                 constants.update(abs(int(n)) for n in value_of(item).node.expr.atoms(sympy.Integer))
             elif isinstance(item, (int, float)) and not isinstance(item, bool):
                 constants.update(_whole(item))
     return sorted(c for c in constants if 1 < c < INT_MAX // 2), buffer_length
+
+
+def _is_fill(node: Node, item: Any) -> bool:
+    """Whether a number is the value put at masked places, not something positions are compared with."""
+    if not isinstance(item, (int, float)) or target_of(node) not in FILLS:
+        return False
+    return item <= MASKED or (target_of(node) is aten.mul.Tensor and item >= -MASKED and tensor_of(node).is_floating_point())
+
+
+FILLS = frozenset(
+    {
+        aten.masked_fill.Scalar,
+        aten.masked_fill_.Scalar,
+        aten.where.ScalarOther,
+        aten.where.ScalarSelf,
+        aten.where.Scalar,
+        aten.full.default,
+        aten.full_like.default,
+        aten.new_full.default,
+        aten.mul.Tensor,
+    }
+)
 
 
 def _whole(value: float) -> set[int]:
@@ -312,6 +336,8 @@ def observe_sparse(probe: Probe, constants: list[int], record: Evaluation) -> tu
     wanted = {0, 1, 2, 3, 5, 17}
     for constant in constants:
         wanted |= {constant + d for d in (-2, -1, 0, 1, 2)} | {2 * constant + d for d in (-1, 0, 1, 5)} | {constant // 2, 3 * constant // 2}
+    farthest = 2 * max(constants)
+    wanted |= {1 << bits for bits in range(4, 40) if 1 << bits <= farthest} | {int(farthest * f) for f in (0.013, 0.07, 0.19, 0.37, 0.61, 0.83)}
     limit = probe.program.max_positions
     positions = torch.tensor(sorted(p for p in wanted if p >= 0 and (limit is None or p < limit)))
     aranges: dict[Node, Any] = {}

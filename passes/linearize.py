@@ -1,0 +1,325 @@
+"""Replaces proved softmax sites by a linear attention: finds its operands, inlines the method's graph, records why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from .errors import LincompileError, RefusedError
+from .graph import Builder, aten, expression, finish, is_symbolic, same_dim, symbols_in, target_of, tensor_of, value_inputs, value_of
+from .methods import LinearMethod, SiteShape, method_class
+from .pipeline import PassResult, register
+from .program import AttentionSite, Program
+
+MODULE_PREFIX = "lincompile_attention"
+PROJECTIONS = frozenset({aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default, torch.ops.aten.conv1d.default})
+# Ops a rotary embedding is made of; anything else above q or k (a projection, a norm) ends the search.
+ROTARY_OPS = frozenset(
+    {
+        aten.mul.Tensor,
+        aten.add.Tensor,
+        aten.sub.Tensor,
+        aten.neg.default,
+        aten.cat.default,
+        aten.stack.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.unbind.int,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.reshape.default,
+        aten.view.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.to.dtype,
+        aten._to_copy.default,
+        aten.type_as.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.view_as_complex.default,
+        aten.view_as_real.default,
+        aten.expand.default,
+    }
+)
+
+
+@register("linearize")
+@dataclass(frozen=True)
+class LinearizeAttention:
+    """Rewrites proved sites to a linear attention.
+
+    Args:
+        attn: gla, hedgehog, lawcat, gated-delta, or softmax (rewrite nothing).
+        keep: sites that stay softmax, by index (0 = the first); or one number as a count, see ``count``.
+        count: keep this many sites softmax, evenly spaced (0 = none).
+        sliding: also rewrite sliding-window sites (by default they keep their window, which is already linear in length).
+        seed: for the gates' small random weights.
+
+    A site that can't be rewritten (refused by the prover, cross-attention, bidirectional with a causal method) stays
+    as it is, with the reason in its record.
+    """
+
+    attn: str = "lawcat"
+    keep: tuple[int, ...] = ()
+    count: int = 0
+    sliding: bool = False
+    seed: int = 0
+    name: str = field(default="linearize", init=False, metadata={"text": False})
+
+    def run(self, program: Program) -> PassResult:
+        if self.attn == "softmax":
+            return PassResult(program, False, {"rewritten": 0})
+        kept = self.kept_sites(program)
+        traces: dict[Any, GraphModule] = {}
+        rewritten = 0
+        for index, site in enumerate(program.sites):
+            if site.node is None or site.method != "softmax":
+                continue
+            reason = self.reason_to_keep(site, index, kept)
+            if reason is None:
+                reason = self.rewrite(program, site, index, traces)
+            if reason is not None:
+                site.verdict, site.reason = "keep", reason
+            else:
+                rewritten += 1
+        finish(program.graph_module)
+        added = sum(p.numel() for name, p in program.graph_module.named_parameters() if name.startswith(MODULE_PREFIX))
+        report = {"rewritten": rewritten, "kept": {s.path: s.reason for s in program.sites if s.verdict != "rewrite"}, "parameters_added": added}
+        return PassResult(program, rewritten > 0, report)
+
+    def kept_sites(self, program: Program) -> set[int]:
+        number = len(program.sites)
+        wrong = [i for i in self.keep if not -number <= i < number]
+        if wrong:
+            raise RefusedError(f"--keep-softmax {wrong[0]}: the model has {number} attention sites (0 to {number - 1})")
+        chosen = {i % number for i in self.keep}
+        if self.count:
+            if self.count > number:
+                raise RefusedError(f"--keep-softmax {self.count}: the model has only {number} attention sites")
+            chosen |= {round((i + 0.5) * number / self.count - 0.5) for i in range(self.count)}
+        return chosen
+
+    def reason_to_keep(self, site: AttentionSite, index: int, kept: set[int]) -> str | None:
+        cls = method_class(self.attn)
+        assert site.node is not None
+        if index in kept:
+            return "kept softmax on request"
+        if site.kind == "sliding" and not self.sliding:
+            return f"a sliding window of {site.window} keeps constant memory as it is (rewrite it with --rewrite-sliding)"
+        if site.kind == "full" and not cls.bidirectional:
+            return f"bidirectional attention; {self.attn} is causal (use --attn hedgehog)"
+        q, k = tensor_of(site.node.args[0]), tensor_of(site.node.args[1])
+        if not same_dim(q.shape[2], k.shape[2]):
+            return "cross-attention between two sequences stays softmax"
+        return None
+
+    def rewrite(self, program: Program, site: AttentionSite, index: int, traces: dict[Any, GraphModule]) -> str | None:
+        """Replaces one site; returns the reason if it can't be."""
+        node = site.node
+        assert node is not None
+        cls = method_class(self.attn)
+        module = program.graph_module
+        make = Builder(module, node)
+        q, k, v, mask = node.args[:4]
+        assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
+        hidden = hidden_states(k, q, make)
+        if hidden is None:
+            if cls.gated:
+                return f"{self.attn} needs the hidden states that k is projected from, and no projection was found above k"
+        if not cls.rotary:
+            q, k = pre_rotary(program, q, make), pre_rotary(program, k, make)
+        dtype, device = tensor_of(v).dtype, tensor_of(v).device
+        width = int(tensor_of(hidden).shape[-1]) if hidden is not None else 1
+        assert site.heads and site.kv_heads and site.head_dim and site.value_dim and site.scale
+        shape = SiteShape(site.heads, site.kv_heads, site.head_dim, site.value_dim, width, site.scale, site.kind != "full")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 100_003 + index)
+            method = cls(shape).to(dtype)
+        method = method.to(device)
+        key = (shape, self.attn, mask is not None, dtype)
+        if key not in traces:
+            traces[key] = trace_method(cls(shape).to(dtype), mask is not None)
+        name = f"{MODULE_PREFIX}.{index}"
+        module.add_submodule(name, method)
+        operands = [q, k, v, hidden if hidden is not None else v, *([mask] if mask is not None else [])]
+        output, op = inline(traces[key], operands, make, name, method)
+        node.replace_all_uses_with(output)
+        module.graph.erase_node(node)
+        site.node, site.method = op, self.attn
+        site.details["module"] = name
+        site.reason = f"softmax proved to {site.max_error:.1e}, rewritten to {self.attn}"
+        return None
+
+
+def trace_method(method: LinearMethod, padded: bool) -> GraphModule:
+    """The method's forward as an ATen graph, with dynamic batch and sequence."""
+    shape = method.shape
+    dtype = next(method.parameters()).dtype
+    batch, length = 2, 5
+    example: list[Tensor] = [
+        torch.zeros(batch, shape.heads, length, shape.head_dim, dtype=dtype),
+        torch.zeros(batch, shape.kv_heads, length, shape.head_dim, dtype=dtype),
+        torch.zeros(batch, shape.kv_heads, length, shape.value_dim, dtype=dtype),
+        torch.zeros(batch, length, shape.hidden, dtype=dtype),
+    ]
+    b, t = torch.export.Dim("batch"), torch.export.Dim("sequence")
+    shapes: list[Any] = [{0: b, 2: t}, {0: b, 2: t}, {0: b, 2: t}, {0: b, 1: t}]
+    if padded:
+        example.append(torch.ones(batch, length, dtype=torch.bool))
+        shapes.append({0: b, 1: t})
+    exported = torch.export.export(method, tuple(example), dynamic_shapes=tuple(shapes), strict=False)
+    traced = exported.module(check_guards=False)
+    from .canonicalize import remove_noops
+
+    assert isinstance(traced, GraphModule)
+    remove_noops(traced)
+    return traced
+
+
+def inline(traced: GraphModule, operands: Sequence[Node], make: Builder, name: str, method: LinearMethod) -> tuple[Node, Node]:
+    """Copies a traced method's graph before the builder's anchor; returns (its output, its attention op node)."""
+    mapping: dict[Node, Any] = {}
+    inputs = iter(operands)
+    op: Node | None = None
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            mapping[node] = next(inputs)
+        elif node.op == "get_attr":
+            target = str(node.target)
+            mapping[node] = make.attribute(f"{name}.{target}", method.get_parameter(target))
+        elif node.op == "call_function":
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda item: mapping[item])
+            mapping[node] = make(node.target, *args, **kwargs)
+            if str(node.target).startswith(("lincompile.linear_attention", "lincompile.gated_delta")):
+                op = mapping[node]
+    output = next(node for node in traced.graph.nodes if node.op == "output").args[0]
+    result = mapping[output[0] if isinstance(output, (tuple, list)) else output]
+    assert op is not None, "a method has exactly one attention op"
+    return result, op
+
+
+def content_nodes(program: Program) -> set[Node]:
+    """Nodes that depend on tokens or features: not on positions, masks and sizes alone."""
+    structural = {item.name for item in program.inputs if item.role in ("positions", "mask")}
+    content: set[Node] = set()
+    for node in program.graph_module.graph.nodes:
+        if node.op == "placeholder":
+            if node.name not in structural:
+                content.add(node)
+        elif not is_symbolic(value_of(node)) and any(item in content for item in value_inputs(node)):
+            content.add(node)
+    return content
+
+
+def pre_rotary(program: Program, operand: Node, make: Builder) -> Node:
+    """q or k before its rotary embedding, as ``[B, heads, T, D]``; the operand itself where there is none.
+
+    Walks up through the ops a rotary embedding is made of, until one node carries everything that came from the
+    hidden states; position tables (cos, sin) met on the way show that there was an embedding.
+    """
+    content = content_nodes(program)
+    order = {node: index for index, node in enumerate(program.graph_module.graph.nodes)}
+    time = symbols_in(tensor_of(operand).shape[2])
+    frontier = {operand}
+    found, rotated = operand, False
+    while True:
+        current = max(frontier, key=order.__getitem__)
+        if target_of(current) not in ROTARY_OPS and getattr(target_of(current), "__name__", "") != "getitem":
+            break
+        frontier.remove(current)
+        inputs = [item for item in current.all_input_nodes if isinstance(value_of(item), (Tensor, list, tuple))]
+        tables = [i for i in inputs if i not in content and isinstance(value_of(i), Tensor) and symbols_in(value_of(i)) & time]
+        rotated = rotated or bool(tables)
+        frontier |= {item for item in inputs if item in content}
+        if len(frontier) == 1 and rotated:
+            candidate = next(iter(frontier))
+            arranged = _heads_first(candidate, operand, None)
+            if arranged is not None:
+                found = candidate
+                break
+        if not frontier:
+            break
+    result = _heads_first(found, operand, make)
+    return operand if result is None else result
+
+
+def _heads_first(node: Node, like: Node, make: Builder | None) -> Node | None:
+    """``node`` as ``[B, heads, T, D]`` if it has those axes (in that order or ``[B, T, heads, D]``)."""
+    value, wanted = value_of(node), tensor_of(like).shape
+    if not isinstance(value, Tensor) or value.dim() != 4 or value.is_complex():
+        return None
+    if all(same_dim(a, b) for a, b in zip(value.shape, wanted, strict=True)):
+        return node
+    swapped = (wanted[0], wanted[2], wanted[1], wanted[3])
+    if all(same_dim(a, b) for a, b in zip(value.shape, swapped, strict=True)):
+        return node if make is None else make(aten.transpose.int, node, 1, 2)
+    return None
+
+
+def hidden_states(k: Node, q: Node, make: Builder) -> Node | None:
+    """The hidden states ``[B, T, C]`` that ``k`` is projected from: the input of the nearest projection above it."""
+    batch, _, time, _ = tensor_of(q).shape
+    pending, seen = [k], set()
+    while pending:
+        node = pending.pop(0)
+        if node in seen or not isinstance(value_of(node), (Tensor, list, tuple)):
+            continue
+        seen.add(node)
+        if target_of(node) in PROJECTIONS and _has_weight(node):
+            position = 1 if target_of(node) is aten.addmm.default else 0
+            source = node.args[position]
+            assert isinstance(source, Node)
+            return _batch_first(source, batch, time, make)
+        pending.extend(item for item in node.all_input_nodes)
+    return None
+
+
+def _has_weight(node: Node) -> bool:
+    others = node.args[2:] if target_of(node) is aten.addmm.default else node.args[1:]
+    weight = others[0] if others else None
+    while isinstance(weight, Node) and weight.op == "call_function" and len(weight.all_input_nodes) == 1:
+        weight = weight.all_input_nodes[0]
+    return isinstance(weight, Node) and weight.op == "get_attr"
+
+
+def _batch_first(node: Node, batch: Any, time: Any, make: Builder) -> Node | None:
+    """Hidden states as ``[B, T, C]``, looking through the reshapes that projections put around them."""
+    for _ in range(4):
+        shape = tensor_of(node).shape
+        if len(shape) == 3 and expression(shape[2]).is_Integer:
+            if same_dim(shape[0], batch) and same_dim(shape[1], time):
+                return node
+            if same_dim(shape[0], time) and same_dim(shape[1], batch):
+                return make(aten.transpose.int, node, 0, 1)
+        if target_of(node) not in (aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.transpose.int):
+            return None
+        node = node.args[0]  # type: ignore[assignment]
+    return None
+
+
+def parse_keep(text: str) -> tuple[tuple[int, ...], int, int]:
+    """``--keep-softmax``: ``"0,5,9"`` → sites, ``"6"`` → a count evenly spaced, ``"auto:6"`` → a count chosen by KL.
+
+    Returns (site indices, evenly spaced count, automatic count).
+
+    Raises:
+        LincompileError: anything else.
+    """
+    try:
+        if text.startswith("auto:"):
+            return (), 0, int(text[5:])
+        if "," in text:
+            return tuple(int(part) for part in text.split(",") if part.strip()), 0, 0
+        return (), int(text), 0
+    except ValueError:
+        raise LincompileError(f"--keep-softmax {text}: write a number (6), 'auto:6', or site indices (0,5,9)") from None

@@ -1,0 +1,286 @@
+"""Replaces linear layers by packed six-bit ones (and eight-bit ones where a plan says so).
+
+Formats follow FlexQ (arXiv 2508.04405): symmetric round-to-nearest weights, one float16 scale per 128 input features,
+dynamic symmetric activations per token and group. A layer's *scheme* is one of ``w6a6``, ``w6a8``, ``w6a16``, ``w8a8``
+or ``float``; a *plan* is a name of what to do with all of them (:func:`parse_plan`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ..kernels import ops as _ops  # noqa: F401  registers torch.ops.lincompile
+from ..kernels.int6_linear.codes import dequantize, quantize_weight, sqnr_db
+from ..kernels.int6_linear.pack import GROUP_SIZE, pack
+from .errors import LincompileError, RefusedError
+from .graph import Builder, finish, get_attribute, parent_of, set_tensor, target_of
+from .linear_layers import LinearLayer, find_linears
+from .pipeline import PassResult, register
+from .program import Program
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Bits of a layer's weights and the op's ``activation`` argument."""
+
+    name: str
+    weight_bits: int
+    activation: str
+
+    def weight_bytes(self, out_features: int, in_features: int, group_size: int = GROUP_SIZE) -> int:
+        """Bytes of the packed weight and its scales (float32 for ``float``)."""
+        if self.weight_bits >= 16:
+            return out_features * in_features * self.weight_bits // 8
+        planes = in_features if self.weight_bits == 8 else -(-in_features // 2) + -(-in_features // 4)
+        return out_features * (planes + 2 * -(-in_features // group_size))
+
+
+FLOAT = Scheme("float", 16, "a16")
+SCHEMES = {
+    "w6a6": Scheme("w6a6", 6, "a6"),
+    "w6a8": Scheme("w6a8", 6, "a8"),
+    "w6a16": Scheme("w6a16", 6, "a16"),
+    "w8a8": Scheme("w8a8", 8, "a8"),
+    "float": FLOAT,
+}
+CHOICES = "none, int6, w6a6, w6a8, w6a16, w8a8, auto:BITS"
+QUANTIZED_OPS = (torch.ops.lincompile.int6_linear.default, torch.ops.lincompile.int8_linear.default)
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """What ``--quant`` asks for: ``kind`` is ``none``, ``uniform``, ``int6`` or ``auto``."""
+
+    kind: str
+    scheme: Scheme | None = None
+    effective_bits: float | None = None
+
+
+def parse_plan(text: str, effective_bits: float | None = None) -> PlanSpec:
+    """Read a ``--quant`` value.
+
+    ``none``; one scheme for every layer (``w6a6``, ``w6a8``, ``w6a16``, ``w8a8``); ``int6``: six-bit weights with six-
+    or eight-bit activations chosen per layer; ``auto:BITS``: a scheme per layer for BITS bits per weight on average.
+
+    Raises:
+        LincompileError: unknown name, or bits missing or out of range.
+    """
+    name, separator, value = text.strip().lower().partition(":")
+    if name == "auto":
+        if separator and not re.fullmatch(r"\d+(\.\d+)?", value):
+            raise LincompileError(f"quant '{text}': write the bits as a number, for example auto:6.5")
+        bits = float(value) if separator else effective_bits
+        if bits is None or not 6 <= bits <= 16:
+            given = "no bits given" if bits is None else f"{bits:g} bits"
+            raise LincompileError(f"quant '{text}': {given}; ask for 6 to 16 bits per weight, for example auto:6.5")
+        return PlanSpec("auto", effective_bits=bits)
+    if not separator and name in ("none", "int6"):
+        return PlanSpec(name)
+    if not separator and name in SCHEMES and name != "float":
+        return PlanSpec("uniform", SCHEMES[name])
+    raise LincompileError(f"unknown quantization '{text}'; the choices are {CHOICES}")
+
+
+@register("quantize")
+@dataclass(frozen=True)
+class Quantize:
+    """Quantizes a program's linear layers in place; the float weights leave the graph module and its state dict.
+
+    Attributes:
+        plan: a ``--quant`` value (:func:`parse_plan`).
+        effective_bits: bits per weight of ``plan="auto"``.
+        group_size: input features per weight and activation scale.
+        lm_head: also the output head, unless tied to an embedding.
+        skip: ``fnmatch`` patterns of layer names to leave in float, for example ``("*.down_proj",)``.
+        min_in_features: layers with fewer input features stay in float.
+        schemes: a scheme name per layer name, as a saved plan gives it; layers that it doesn't name follow ``plan``.
+
+    Raises (from :meth:`run`):
+        LincompileError: NaN or infinite weights, unknown layers or schemes in ``schemes`` or ``skip``.
+        RefusedError: nothing could be quantized (the message gives the reasons).
+    """
+
+    plan: str = "int6"
+    effective_bits: float | None = None
+    group_size: int = GROUP_SIZE
+    lm_head: bool = False
+    skip: tuple[str, ...] = ()
+    min_in_features: int = 32
+    schemes: Mapping[str, str] | None = field(default=None, metadata={"text": False})
+
+    @property
+    def name(self) -> str:
+        return "quantize"
+
+    def run(self, program: Program) -> PassResult:
+        spec = parse_plan(self.plan, self.effective_bits)
+        if spec.kind == "none":
+            return PassResult(program, modified=False, report={"plan": self.plan, "layers": [], "skipped": []})
+        module = program.graph_module
+        module.graph.eliminate_dead_code()  # an unused layer is no layer
+        layers = find_linears(module, lm_head=self.lm_head, skip=self.skip, min_in_features=self.min_in_features)
+        todo = [layer for layer in layers if layer.reason is None]
+        done = sum(target_of(node) in QUANTIZED_OPS for node in module.graph.nodes)
+        if not todo and not done:
+            raise RefusedError(f"quantize: no layer of the model can be quantized to {self.plan}: {_reasons(layers)}")
+        chosen = self._choose(spec, todo)
+        report = quantize_graph(module, layers, chosen, self.group_size)
+        report = {"plan": self.plan, "group_size": self.group_size, "already_quantized_calls": done} | report
+        program.metadata["quantization"] = report
+        return PassResult(program, modified=bool(report["layers"]), report=report)
+
+    def _choose(self, spec: PlanSpec, layers: list[LinearLayer]) -> dict[str, Scheme]:
+        given = dict(self.schemes or {})
+        names = {layer.name for layer in layers}
+        for name, scheme in given.items():
+            if name not in names:
+                raise LincompileError(f"quantize: the plan names '{name}', which is no quantizable layer of this model")
+            if scheme not in SCHEMES:
+                raise LincompileError(
+                    f"quantize: the plan gives '{name}' the scheme '{scheme}'; the schemes are {', '.join(SCHEMES)}"
+                )
+        default = spec.scheme or SCHEMES["w6a8"]
+        return {layer.name: SCHEMES[given[layer.name]] if layer.name in given else default for layer in layers}
+
+
+def quantize_graph(
+    graph_module: GraphModule,
+    layers: Sequence[LinearLayer],
+    schemes: Mapping[str, Scheme],
+    group_size: int = GROUP_SIZE,
+) -> dict[str, Any]:
+    """Rewrite ``layers`` (from :func:`find_linears` on the same graph) in place, each by its scheme.
+
+    Buffers are registered beside the weight they replace: ``<weight>_hi``, ``<weight>_lo`` and ``<weight>_scale``, or
+    ``<weight>_int8`` and ``<weight>_scale``, where ``<weight>`` is the parameter's dotted name. The parameter goes.
+
+    Returns:
+        The report: ``layers`` and ``skipped`` (one record each) and ``totals``.
+    """
+    done: list[dict[str, Any]] = []
+    skipped = [_record(layer) | {"reason": layer.reason} for layer in layers if layer.reason is not None]
+    for layer in layers:
+        scheme = schemes.get(layer.name, FLOAT)
+        if layer.reason is not None:
+            continue
+        if scheme.weight_bits >= 16:
+            skipped.append(_record(layer) | {"reason": "kept in float by the plan"})
+            continue
+        parameter = get_attribute(graph_module, layer.weight)
+        weight = layer.matrix(graph_module)
+        try:
+            codes, scale = quantize_weight(weight, group_size, bits=scheme.weight_bits)
+        except ValueError as error:
+            skipped.append(_record(layer) | {"reason": str(error)})
+            continue
+        quality = sqnr_db(weight, dequantize(codes, scale, group_size))
+        buffers = _buffers(codes, scale, scheme, group_size)
+        for suffix, tensor in buffers.items():
+            set_tensor(graph_module, layer.weight + suffix, tensor)
+        for call in layer.calls:
+            _replace(graph_module, call.node, call.x, call.bias, layer.weight, buffers, scheme, group_size)
+        packed = sum(tensor.numel() * tensor.element_size() for tensor in buffers.values())
+        done.append(
+            _record(layer)
+            | {
+                "scheme": scheme.name,
+                "bytes_before": parameter.numel() * parameter.element_size(),
+                "bytes_after": packed,
+                "bytes_per_weight": round(packed / layer.weights, 5),
+                "sqnr_db": round(quality, 2),
+            }
+        )
+    finish(graph_module)
+    _drop_unused(graph_module, {str(record["weight"]) for record in done})
+    return {"layers": done, "skipped": skipped, "totals": _totals(done, skipped)}
+
+
+def _buffers(codes: Tensor, scale: Tensor, scheme: Scheme, group_size: int) -> dict[str, Tensor]:
+    if scheme.weight_bits == 8:
+        return {"_int8": codes, "_scale": scale}
+    hi, lo = pack(codes, group_size)
+    return {"_hi": hi, "_lo": lo, "_scale": scale}
+
+
+def _replace(
+    module: GraphModule,
+    node: Node,
+    x: Node,
+    bias: Node | None,
+    weight: str,
+    buffers: Mapping[str, Tensor],
+    scheme: Scheme,
+    group_size: int,
+) -> None:
+    build = Builder(module, node)
+    operands = [build.attribute(weight + suffix, tensor) for suffix, tensor in buffers.items()]
+    op = QUANTIZED_OPS[0] if scheme.weight_bits == 6 else QUANTIZED_OPS[1]
+    node.replace_all_uses_with(build(op, x, *operands, bias, group_size, scheme.activation))
+    module.graph.erase_node(node)
+
+
+def _drop_unused(module: GraphModule, weights: set[str]) -> None:
+    """Delete the float parameters that no node reads any more, under every name they are registered by."""
+    dropped = {id(get_attribute(module, path)) for path in weights}
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    names = [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in dropped]
+    for name in names:
+        assert name not in read, f"{name} is still read after quantization"
+        owner, leaf = parent_of(module, name)
+        delattr(owner, leaf)
+
+
+def _record(layer: LinearLayer) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "weight": layer.weight,
+        "out_features": layer.out_features,
+        "in_features": layer.in_features,
+        "calls": len(layer.calls),
+    }
+
+
+def _totals(done: list[dict[str, Any]], skipped: list[dict[str, Any]]) -> dict[str, Any]:
+    weights = sum(record["out_features"] * record["in_features"] for record in done)
+    after = sum(record["bytes_after"] for record in done)
+    schemes: dict[str, int] = {}
+    for record in done:
+        schemes[record["scheme"]] = schemes.get(record["scheme"], 0) + 1
+    return {
+        "layers": len(done),
+        "skipped": len(skipped),
+        "schemes": schemes,
+        "weights": weights,
+        "bytes_before": sum(record["bytes_before"] for record in done),
+        "bytes_after": after,
+        "bytes_per_weight": round(after / weights, 5) if weights else None,
+    }
+
+
+def _reasons(layers: Sequence[LinearLayer]) -> str:
+    if not layers:
+        return "it has no linear layer with a parameter"
+    counts: dict[str, list[str]] = {}
+    for layer in layers:
+        counts.setdefault(str(layer.reason), []).append(layer.name)
+    return "; ".join(f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+                     for reason, names in counts.items())  # fmt: skip
+
+
+__all__ = [
+    "CHOICES",
+    "FLOAT",
+    "SCHEMES",
+    "PlanSpec",
+    "Quantize",
+    "Scheme",
+    "parse_plan",
+    "quantize_graph",
+]
