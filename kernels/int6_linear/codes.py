@@ -131,8 +131,8 @@ def fake_quantize_activation(x: Tensor, group_size: int, activation: str) -> Ten
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal to quantization-noise ratio in dB; ``inf`` for an exact copy (an all-zero one included)."""
-    noise = float((reference.double() - approximation.double()).square().sum())
-    signal = float(reference.double().square().sum())
+    reference, approximation = reference.detach().double(), approximation.detach().double()
+    noise, signal = float((reference - approximation).square().sum()), float(reference.square().sum())
     if noise == 0.0:
         return float("inf")
     return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
