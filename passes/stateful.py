@@ -1,0 +1,490 @@
+"""Derives the step graph: one graph for prefill chunks and decode, with the attention states as inputs and outputs.
+
+    step(tokens[B, t], positions[B, t], mask[B, t], *states) -> (output, *states)
+
+Every op that mixes tokens must carry a state: linear attention its matrix, a short convolution its last inputs, a
+kept softmax site its keys and values. Everything else must treat tokens one by one; that isn't taken on trust but
+checked, by running the model in chunks (with and without left padding) against the full program.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from .errors import RefusedError
+from .evaluate import Opaque, Sizes, evaluate
+from .graph import (
+    SHAPE_ONLY,
+    Builder,
+    argument,
+    aten,
+    expression,
+    fake_mode_of,
+    finish,
+    is_symbolic,
+    same_dim,
+    symbols_in,
+    target_of,
+    tensor_of,
+    value_inputs,
+    value_of,
+)
+from .program import AttentionSite, Program
+from .verify import op_name
+
+TOLERANCE = 1e-4
+ops = torch.ops.lincompile
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One state tensor of the step graph; the batch axis comes first and isn't in ``shape``.
+
+    ``role``: ``recurrent`` ``[Hkv, D, Dv(+1)]``, ``conv`` ``[C, W−1]``, ``key`` or ``value`` ``[Hkv, None, D]``,
+    ``mask`` ``[None]`` (bool, which cached keys are real; shared by all kept softmax sites). None grows with time.
+    """
+
+    name: str
+    site: str
+    role: str
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype
+
+    def empty(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
+        """The state before the first token: zeros, of length 0 along the growing axis."""
+        return torch.zeros(batch, *(0 if n is None else n for n in self.shape), dtype=self.dtype, device=device)
+
+    def bytes(self, batch: int, tokens: int, window: int | None = None) -> int:
+        """Size in bytes after ``tokens`` tokens (a sliding site keeps only its window)."""
+        kept = tokens if window is None else min(tokens, window)
+        count = 1
+        for n in self.shape:
+            count *= kept if n is None else n
+        return batch * count * self.dtype.itemsize
+
+
+@dataclass
+class StepProgram:
+    """The step graph, its states, and what the runtime must know about the model.
+
+    Attributes:
+        graph_module: ``(tokens, positions, mask, *states) -> (output, *states)``.
+        states: specs in argument order.
+        windows: window of each sliding softmax site (its cache may be trimmed to that many tokens), by site path.
+        max_positions: longest sequence the model accepts, None if unbounded.
+        uniform_positions: the model counts positions itself, so all rows of a batch must be at the same position.
+        max_error: largest relative difference against the full program in the check (None: not run, no weights).
+    """
+
+    graph_module: GraphModule
+    states: list[StateSpec]
+    windows: dict[str, int] = field(default_factory=dict)
+    max_positions: int | None = None
+    uniform_positions: bool = False
+    max_error: float | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, mask: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """One step. Returns the output and the new states."""
+        result = self.graph_module(tokens, positions, mask, *states)
+        return result[0], list(result[1:])
+
+    def initial_states(self, batch: int, device: torch.device | str = "cpu") -> list[Tensor]:
+        return [spec.empty(batch, device) for spec in self.states]
+
+    def state_bytes(self, batch: int, tokens: int) -> int:
+        """Bytes of all states after ``tokens`` tokens."""
+        return sum(spec.bytes(batch, tokens, self.windows.get(spec.site)) for spec in self.states)
+
+
+def make_stateful(program: Program, *, check: bool = True) -> StepProgram:
+    """The step form of a causal program. The program itself is left as it is.
+
+    Args:
+        check: run the step graph in chunks against the full program and refuse a difference above 1e-4 (relative).
+
+    Raises:
+        RefusedError: the model has an unproved or bidirectional attention, mixes tokens elsewhere, or counts
+            positions in a way that can't be continued; the message names the node.
+    """
+    blockers = [site for site in program.sites if site.node is None]
+    if blockers:
+        raise RefusedError(f"no step form: the attention at '{blockers[0].path}' isn't proved ({blockers[0].reason})")
+    tokens = program.input_with_role("tokens") or program.input_with_role("features")
+    if tokens is None or "sequence" not in "".join(tokens.axes.values()):
+        raise RefusedError("no step form: the model takes no token sequence with a dynamic length")
+    twin = program.clone()
+    stepper = _Stepper(twin, tokens.name)
+    step = stepper.build()
+    if check and not any(t.is_meta for t in twin.graph_module.parameters()):
+        step.max_error = check_step(program, step, tokens.name)
+    return step
+
+
+class _Stepper:
+    """Turns one cloned program into its step graph, in place."""
+
+    def __init__(self, program: Program, tokens: str) -> None:
+        self.program = program
+        self.module = program.graph_module
+        self.graph = self.module.graph
+        self.tokens = program.placeholder(tokens)
+        self.sequence = _sequence_symbol(self.tokens)
+        self.specs: list[StateSpec] = []
+        self.state_inputs: list[Node] = []
+        self.state_outputs: list[Node] = []
+        self.windows: dict[str, int] = {}
+        self.key_mask: Node | None = None
+
+    def build(self) -> StepProgram:
+        self.last_input = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        batch, length = tensor_of(self.tokens).shape[:2]
+        self.mask = self._input("step_mask", (batch, length), torch.bool)
+        self.positions = self._input("step_positions", (batch, length), torch.int64)
+        uniform = self._continue_positions()
+        sites = {site.node: site for site in self.program.sites if site.node is not None}
+        if any(op_name(node) == "softmax_attention" for node in self.graph.nodes):
+            self._shared_key_mask()
+        conv_site = self._site_of_convs(sites)
+        for node in list(self.graph.nodes):
+            name = op_name(node)
+            if name in ("linear_attention", "gated_delta"):
+                self._recurrent(node, sites[node], name)
+            elif name == "short_conv":
+                self._conv(node, conv_site[node])
+            elif name == "softmax_attention":
+                self._softmax(node, sites[node])
+        self._rewire_inputs()
+        self._outputs()
+        finish(self.module)
+        return StepProgram(self.module, self.specs, self.windows, self.program.max_positions, uniform, metadata=dict(self.program.metadata))
+
+    def _input(self, name: str, shape: Sequence[Any], dtype: torch.dtype) -> Node:
+        with self.graph.inserting_after(self.last_input):
+            node = self.graph.placeholder(name)
+        with fake_mode_of(self.module):
+            node.meta["val"] = torch.empty(tuple(shape), dtype=dtype)
+        self.last_input = node
+        return node
+
+    def _state(self, site: AttentionSite, role: str, name: str, shape: Sequence[Any], dtype: torch.dtype) -> Node:
+        batch = tensor_of(self.tokens).shape[0]
+        node = self._input(name, (batch, *shape), dtype)
+        fixed = tuple(int(expression(n)) if expression(n).is_Integer else None for n in shape)
+        self.specs.append(StateSpec(name, site.path, role, fixed, dtype))
+        self.state_inputs.append(node)
+        return node
+
+    def _index(self, site: AttentionSite) -> int:
+        return self.program.sites.index(site)
+
+    def _growing(self) -> Any:
+        """A fresh size symbol for the length of the caches."""
+        if not hasattr(self, "_past"):
+            shape_env = fake_mode_of(self.module).shape_env
+            self._past = shape_env.create_unbacked_symint() if shape_env is None else _fresh_size(shape_env)
+        return self._past
+
+    # ---- sites
+
+    def _real(self, make: Builder, value: Node, axes: tuple[int, ...]) -> Node:
+        """``value`` with padded tokens zeroed; ``axes`` are where the mask gets axes of length one."""
+        mask = make(aten.to.dtype, self.mask, tensor_of(value).dtype)
+        for axis in axes:
+            mask = make(aten.unsqueeze.default, mask, axis)
+        return make(aten.mul.Tensor, value, mask)
+
+    def _recurrent(self, node: Node, site: AttentionSite, name: str) -> None:
+        if name == "linear_attention" and not argument(node, 6, "causal"):
+            raise RefusedError(f"no step form: the attention at '{site.path}' is bidirectional")
+        make = Builder(self.module, node)
+        q, k, v = node.args[:3]
+        columns = tensor_of(v).shape[3] + (1 if name == "linear_attention" and argument(node, 7, "normalize") else 0)
+        shape = (tensor_of(k).shape[1], tensor_of(k).shape[3], columns)
+        dtype = torch.float64 if tensor_of(q).dtype == torch.float64 else torch.float32
+        state = self._state(site, "recurrent", f"site{self._index(site)}_recurrent", shape, dtype)
+        args = list(node.args)
+        if not self.masked:
+            args[1] = self._real(make, k, (1, 3))
+            decay = 3 if name == "linear_attention" else 4
+            if args[decay] is not None:
+                args[decay] = self._real(make, args[decay], (1, 3))
+            if name == "gated_delta":
+                args[3] = self._real(make, args[3], (1,))
+        args[4 if name == "linear_attention" else 5] = state
+        node.args = tuple(args)
+        with self.graph.inserting_after(node):
+            final = self.graph.call_function(operator.getitem, (node, 1))
+        final.meta["val"] = value_of(node)[1]
+        self.state_outputs.append(final)
+
+    def _conv(self, node: Node, site: AttentionSite) -> None:
+        make = Builder(self.module, node)
+        x, weight = node.args[:2]
+        shape = (tensor_of(weight).shape[0], tensor_of(weight).shape[1] - 1)
+        number = sum(spec.role == "conv" and spec.site == site.path for spec in self.specs)
+        state = self._state(site, "conv", f"site{self._index(site)}_conv{number}", shape, tensor_of(x).dtype)
+        node.args = (x if self.masked else self._real(make, x, (2,)), weight, state)
+        with self.graph.inserting_after(node):
+            final = self.graph.call_function(operator.getitem, (node, 1))
+        final.meta["val"] = value_of(node)[1]
+        self.state_outputs.append(final)
+
+    def _site_of_convs(self, sites: dict[Node, AttentionSite]) -> dict[Node, AttentionSite]:
+        """Which site each short convolution feeds: the first attention below it."""
+        result: dict[Node, AttentionSite] = {}
+        for node in self.graph.nodes:
+            if op_name(node) != "short_conv":
+                continue
+            pending, seen = list(node.users), set()
+            while pending:
+                user = pending.pop(0)
+                if user in sites:
+                    result[node] = sites[user]
+                    break
+                if user not in seen:
+                    seen.add(user)
+                    pending.extend(user.users)
+        return result
+
+    def _shared_key_mask(self) -> None:
+        first = next(node for node in self.graph.nodes if op_name(node) == "softmax_attention")
+        site = next(s for s in self.program.sites if s.node is first)
+        batch = tensor_of(self.tokens).shape[0]
+        past = self._input("key_mask", (batch, self._growing()), torch.bool)
+        self.specs.append(StateSpec("key_mask", site.path, "mask", (None,), torch.bool))
+        self.state_inputs.append(past)
+        anchor = next(node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr"))
+        self.key_mask = Builder(self.module, anchor)(aten.cat.default, [past, self.mask], 1)
+        self.state_outputs.append(self.key_mask)
+
+    def _softmax(self, node: Node, site: AttentionSite) -> None:
+        kind, window, scale, softcap = (argument(node, i, n) for i, n in ((4, "kind"), (5, "window"), (6, "scale"), (7, "softcap")))
+        if kind == "full":
+            raise RefusedError(f"no step form: the attention at '{site.path}' is bidirectional")
+        make = Builder(self.module, node)
+        q, k, v = node.args[:3]
+        heads, width, columns = tensor_of(k).shape[1], tensor_of(k).shape[3], tensor_of(v).shape[3]
+        index = self._index(site)
+        keys = self._state(site, "key", f"site{index}_key", (heads, self._growing(), width), tensor_of(k).dtype)
+        values = self._state(site, "value", f"site{index}_value", (heads, self._growing(), columns), tensor_of(v).dtype)
+        out = make(ops.softmax_attention_step.default, q, k, v, keys, values, self.key_mask, kind, window, scale, softcap)
+        result, new_keys, new_values = (make.item(out, i) for i in range(3))
+        node.replace_all_uses_with(result)
+        self.graph.erase_node(node)
+        self.state_outputs += [new_keys, new_values]
+        if kind == "sliding":
+            self.windows[site.path] = window
+
+    # ---- inputs
+
+    @property
+    def masked(self) -> bool:
+        """Whether the model takes a padding mask itself (its linear sites are then masked already)."""
+        return self.program.input_with_role("mask") is not None
+
+    def _rewire_inputs(self) -> None:
+        """The model's own mask and position inputs become ``step_mask`` and ``step_positions``."""
+        for item in self.program.inputs:
+            node = self.program.placeholder(item.name)
+            source = {"mask": self.mask, "positions": self.positions}.get(item.role)
+            if source is None:
+                continue
+            dtype = tensor_of(node).dtype
+            if node.users:
+                anchor = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
+                cast = source if dtype == tensor_of(source).dtype else Builder(self.module, anchor)(aten.to.dtype, source, dtype)
+                node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+            self.graph.erase_node(node)
+        extra = [i.name for i in self.program.inputs if i.role not in ("mask", "positions") and i.name != self.tokens.name]
+        if extra:
+            raise RefusedError(f"no step form: the model also takes '{extra[0]}', which has no meaning token by token")
+
+    def _outputs(self) -> None:
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        results: list[Node] = []
+        torch.fx.map_arg(output.args, results.append)
+        if not results:
+            raise RefusedError("no step form: the model returns no tensor")
+        # states in argument order: inputs were inserted in the order their sites were met, as were the outputs
+        output.args = ((results[0], *self.state_outputs),)
+        ordered = [self.tokens, self.positions, self.mask, *self.state_inputs]
+        self._reorder(ordered)
+        for node, name in zip(ordered[:3], ("tokens", "positions", "mask"), strict=True):
+            node.target = name
+            node.name = name
+            node._rename(name) if node.name != name else None
+
+    def _reorder(self, ordered: list[Node]) -> None:
+        first = next(iter(self.graph.nodes))
+        for node in ordered:
+            if node is not first:
+                first.prepend(node)
+            else:
+                first = first.next
+
+    # ---- positions
+
+    def _continue_positions(self) -> bool:
+        """Makes position counters start at ``positions`` instead of 0; returns whether rows must share a position.
+
+        The size-only tensors that data reads (tables of positions) are found; each must be a prefix-stable function
+        of the length; their counters (arange, a cumulated sum of ones, a slice ``table[:T]``) are shifted, and the
+        shifted tables compared with the originals at an offset.
+        """
+        tables = self._tables()
+        if not tables:
+            return False
+        binding = lambda t: Sizes(self.program.bind(batch=2, sequence=t))  # noqa: E731
+        longest = min(12, self.program.max_positions or 12)
+        short, start = max(1, longest - 5), max(1, longest - 4)
+        wanted: dict[Node, tuple[int, Tensor]] = {}
+        for node in tables:
+            axes = [i for i, dim in enumerate(tensor_of(node).shape) if self.sequence in symbols_in(dim)]
+            if len(axes) != 1:
+                raise RefusedError(f"no step form: '{node.name}' pairs positions with positions (a mask that wasn't rewritten?)")
+            try:
+                full, part = evaluate(self.module, node, binding(longest)), evaluate(self.module, node, binding(short))
+            except Opaque as error:
+                raise RefusedError(f"no step form: the position table '{node.name}' can't be evaluated: it {error}") from error
+            if not torch.equal(part, full.narrow(axes[0], 0, short)):
+                raise RefusedError(f"no step form: the position table '{node.name}' changes with the sequence length (dynamic scaling)")
+            wanted[node] = (axes[0], full)
+        offset = self._offset()
+        shifted = self._shift_counters(tables, offset)
+        count = longest - start
+        for node, (axis, full) in wanted.items():
+            current = shifted.get(node, node)
+            seen = evaluate(self.module, current, binding(count), {offset: torch.tensor(start)})
+            if not torch.allclose(seen.float(), full.narrow(axis, start, count).float(), atol=1e-6):
+                raise RefusedError(f"no step form: the position table '{node.name}' can't be continued from an offset")
+        return True
+
+    def _tables(self) -> list[Node]:
+        """Size-only tensors along the sequence that data-dependent nodes read."""
+        depends: dict[Node, bool] = {}
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                depends[node] = True
+            elif node.op == "get_attr" or is_symbolic(value_of(node)):
+                depends[node] = False
+            else:
+                depends[node] = any(depends[item] for item in value_inputs(node))
+        return [
+            node
+            for node in self.graph.nodes
+            if node.op == "call_function"
+            and not depends[node]
+            and isinstance(value_of(node), Tensor)
+            and self.sequence in symbols_in(value_of(node))
+            and any(depends.get(user, True) and target_of(user) not in SHAPE_ONLY for user in node.users)
+        ]
+
+    def _offset(self) -> Node:
+        anchor = next(node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr"))
+        make = Builder(self.module, anchor)
+        return make(aten.select.int, make(aten.select.int, self.positions, 0, 0), 0, 0)
+
+    def _shift_counters(self, tables: list[Node], offset: Node) -> dict[Node, Node]:
+        """Adds the offset to every counter above the tables; returns replacements of nodes that were tables themselves."""
+        above: set[Node] = set()
+        for table in tables:
+            pending = [table]
+            while pending:
+                node = pending.pop()
+                if node not in above:
+                    above.add(node)
+                    pending.extend(value_inputs(node))
+        replaced: dict[Node, Node] = {}
+        for node in [n for n in self.graph.nodes if n in above]:
+            new = self._shifted(node, offset)
+            if new is not None:
+                node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+                replaced[node] = new
+        return replaced
+
+    def _shifted(self, node: Node, offset: Node) -> Node | None:
+        target = target_of(node)
+        counts = target in (aten.arange.default, aten.arange.start, aten.arange.start_step)
+        if target is aten.cumsum.default or (counts and self.sequence in symbols_in(tensor_of(node))):
+            return Builder(self.module, node.next)(aten.add.Tensor, node, offset)
+        if target is aten.slice.Tensor:
+            source, axis = node.args[0], argument(node, 1, "dim", 0)
+            assert isinstance(source, Node)
+            from_table = self.sequence not in symbols_in(tensor_of(source).shape[axis])
+            if from_table and self.sequence in symbols_in(tensor_of(node).shape[axis]) and argument(node, 2, "start") in (0, None):
+                make = Builder(self.module, node.next)
+                length = make(aten.sym_size.int, node, axis)
+                index = make(aten.add.Tensor, make(aten.arange.default, length, device=tensor_of(source).device), offset)
+                return make(aten.index_select.default, source, axis, index)
+        return None
+
+
+def _sequence_symbol(tokens: Node) -> str:
+    symbols = symbols_in(tensor_of(tokens).shape[1])
+    assert len(symbols) == 1
+    return next(iter(symbols))
+
+
+def _fresh_size(shape_env: Any) -> Any:
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    symbol = shape_env.create_symbol(6, ConstantSource("past_length"), dynamic_dim=DimDynamic.DYNAMIC)
+    return shape_env.create_symintnode(symbol, hint=6)
+
+
+def check_step(program: Program, step: StepProgram, tokens: str) -> float:
+    """Largest relative difference between chunked steps and the full program, with left padding where it applies.
+
+    Raises:
+        RefusedError: it exceeds ``TOLERANCE``.
+    """
+    limit = min(program.max_positions or 9, 9)
+    chunks = [limit - limit // 2 - 1, 1, limit // 2] if limit >= 4 else [1] * limit
+    example = program.example[tokens]
+    device = example.device
+    generator = torch.Generator().manual_seed(3)
+    if example.is_floating_point():
+        ids = torch.randn(2, limit, *example.shape[2:], generator=generator).to(example)
+    else:
+        high = int(example.max()) + 1
+        ids = torch.randint(0, max(high, 2), (2, limit), generator=generator).to(device)
+    padded = program.input_with_role("mask") is not None
+    mask = torch.ones(2, limit, dtype=torch.bool, device=device)
+    if padded and not step.uniform_positions:
+        mask[0, : limit // 3] = False
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    inputs: dict[str, Tensor] = {}
+    for item in program.inputs:
+        fake = tensor_of(program.placeholder(item.name))
+        source = {"mask": mask, "positions": positions}.get(item.role, ids)
+        inputs[item.name] = source.to(fake.dtype)
+    worst = 0.0
+    with torch.no_grad():
+        full = program(**inputs)
+        full = full if isinstance(full, Tensor) else full[0]
+        states = step.initial_states(2, device)
+        parts, begin = [], 0
+        for size in chunks:
+            piece = slice(begin, begin + size)
+            out, states = step(ids[:, piece], positions[:, piece], mask[:, piece], states)
+            parts.append(out)
+            begin += size
+        if same_dim(full.shape[1], limit) and parts[-1].shape[1] == chunks[-1]:
+            difference = (torch.cat(parts, 1) - full)[mask]
+        else:  # models that return only the last token's output
+            difference = parts[-1][:, -1] - full[:, -1]
+        worst = float(difference.abs().max() / full.abs().max().clamp(min=1e-6))
+    if not worst <= TOLERANCE:
+        raise RefusedError(
+            f"no step form: in chunks the model differs from the full forward by {worst:.2g} (relative); it mixes tokens somewhere other than its attention"
+        )
+    return worst
