@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..passes.errors import LincompileError
-from ..passes.stateful import StateSpec
+from ..passes.stateful import StateSpec, StepProgram
 
 PREFILL_CHUNK = 256
 
@@ -27,6 +27,7 @@ class StepSession(Protocol):
         states: one spec per state, in the order of the state list.
         max_positions: the longest sequence, prompt and continuation together (None = unbounded).
         vocab_size: number of token ids the model knows.
+        uniform_positions: the model counts positions itself, so all rows of a batch must be at the same one.
     """
 
     @property
@@ -37,6 +38,9 @@ class StepSession(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def uniform_positions(self) -> bool: ...
 
     def initial_states(self, batch: int) -> list[Tensor]:
         """Fresh states of ``batch`` rows: zeros, of length 0 on a growing axis."""
@@ -53,71 +57,54 @@ class Session:
     """The torch runtime of a step program.
 
     Args:
-        graph_module: ``(tokens, positions, mask, *states) -> (logits, *states)``.
-        states: one spec per state.
-        max_positions: the longest sequence the model accepts (None = unbounded).
-        windows: window of each site that kept a sliding softmax; its cache is trimmed to what the window can see.
-        vocab_size: number of token ids; read off the graph when not given.
+        step: the step program.
+        vocab_size: number of token ids; measured by one step when not given.
     """
 
-    def __init__(
-        self,
-        graph_module: nn.Module,
-        states: Sequence[StateSpec],
-        *,
-        max_positions: int | None = None,
-        windows: dict[str, int] | None = None,
-        vocab_size: int | None = None,
-    ) -> None:
-        self.graph_module = graph_module
-        self.states = list(states)
-        self.max_positions = max_positions
-        self.windows = windows or {}
-        tensors = [*graph_module.parameters(), *graph_module.buffers()]
+    def __init__(self, step: StepProgram, *, vocab_size: int | None = None) -> None:
+        self.program = step
+        tensors = [*step.graph_module.parameters(), *step.graph_module.buffers()]
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self.vocab_size = vocab_size if vocab_size is not None else self._probe_vocabulary()
 
+    @property
+    def states(self) -> list[StateSpec]:
+        """One spec per state."""
+        return self.program.states
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence the model accepts (None = unbounded)."""
+        return self.program.max_positions
+
+    @property
+    def uniform_positions(self) -> bool:
+        """Whether all rows of a batch must be at the same position."""
+        return self.program.uniform_positions
+
     def _probe_vocabulary(self) -> int:
-        one = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        one = torch.zeros(1, 1, dtype=torch.int64)
         return self.step(one, one, one == 0, self.initial_states(1))[0].shape[-1]
 
     def initial_states(self, batch: int) -> list[Tensor]:
         """Zeros ``[batch, *spec.shape]`` per state; a growing axis starts at length 0."""
-        return [
-            torch.zeros(
-                batch, *(0 if size is None else size for size in spec.shape), dtype=spec.dtype, device=self.device
-            )
-            for spec in self.states
-        ]
+        return self.program.initial_states(batch, self.device)
 
     @torch.no_grad()
     def step(
         self, tokens: Tensor, positions: Tensor, mask: Tensor, states: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """Runs one chunk; see :class:`StepSession`. The given states are not modified."""
-        logits, *new = self.graph_module(
-            tokens.to(self.device), positions.to(self.device), mask.to(self.device), *states
-        )
+        on = self.device
+        logits, new = self.program(tokens.to(on), positions.to(on), mask.to(on), states)
         return logits, [self._trim(spec, state) for spec, state in zip(self.states, new, strict=True)]
 
     def _trim(self, spec: StateSpec, state: Tensor) -> Tensor:
-        """Drops cached keys and values that no later query of a sliding site can see (its window counts itself)."""
-        window = self.windows.get(spec.site)
-        if window is None or spec.role not in ("key", "value") or state.shape[2] <= window - 1:
+        """Drops cached keys and values that no later query of a sliding site can see."""
+        window = self.program.windows.get(spec.site)
+        if window is None or spec.role not in ("key", "value") or state.shape[2] <= window:
             return state
-        return state[:, :, state.shape[2] - (window - 1) :]
-
-
-def state_bytes(states: Sequence[StateSpec], length: int, windows: dict[str, int] | None = None) -> int:
-    """Bytes of all states of one row after ``length`` tokens; sliding caches count what their window keeps."""
-    total = 0
-    for spec in states:
-        kept = min(length, (windows or {}).get(spec.site, length + 1) - 1) if spec.role in ("key", "value") else length
-        elements = 1
-        for size in spec.shape:
-            elements *= kept if size is None else size
-        total += elements * spec.dtype.itemsize
-    return total
+        return state[:, :, state.shape[2] - window :]
 
 
 def positions_of(mask: Tensor) -> Tensor:
@@ -164,6 +151,10 @@ def prefill(
         raise LincompileError(f"row {row} of the batch is empty or padded on the right: pad prompts on the left")
     if bool((mask[:, 1:] < mask[:, :-1]).any()):
         raise LincompileError("a row's mask has padding after a real token: pad prompts on the left")
+    if session.uniform_positions and not bool(mask.all()):
+        raise LincompileError(
+            "this model counts positions itself, so prompts of different lengths can't share a batch: run them alone"
+        )
     _check_vocabulary(session, tokens)
     before = torch.zeros(batch, dtype=torch.int64) if after is None else after.lengths
     total = int((before + mask.sum(-1)).max())
@@ -347,5 +338,7 @@ def generate(
 def _decode(session: StepSession, chosen: Tensor, active: Tensor, state: Prefilled) -> Prefilled:
     """Feeds one token per row; rows that have finished feed padding, so their states stay as they are."""
     tokens = torch.where(active, chosen, 0)[:, None]
-    logits, states = session.step(tokens, state.lengths[:, None] * active[:, None], active[:, None], state.states)
+    # A finished row stands where the furthest active one does: a valid position, and the same one where it must be.
+    positions = torch.where(active, state.lengths, state.lengths[active].max())[:, None]
+    logits, states = session.step(tokens, positions, active[:, None], state.states)
     return Prefilled(logits[:, -1], states, state.lengths + active)

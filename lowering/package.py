@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from ..passes.errors import ArtefactError
-from ..passes.stateful import StateSpec
+from ..passes.stateful import StateSpec, StepProgram
 from .generate import Generation, Session, generate
 from .graph_file import read_graph, weights_of, write_graph
 from .report import render_report
@@ -38,14 +38,6 @@ from .tokenizer import TextCodec
 FORMAT_VERSION = 1
 MANIFEST, WEIGHTS, PROGRAM, REPORT = "lincompile.json", "model.safetensors", "program.pt2", "report.html"
 REPORTED_PACKAGES = ("lincompile", "torch", "triton", "onnx", "onnxruntime", "transformers", "safetensors", "numpy")
-
-
-class SavedTokenizer(Protocol):
-    """A tokenizer that can write itself, such as every one of transformers."""
-
-    def save_pretrained(self, directory: str) -> Any:
-        """Writes the tokenizer's files into ``directory``."""
-        ...
 
 
 def check_output(directory: Path) -> None:
@@ -82,13 +74,11 @@ def _staging(directory: Path) -> Iterator[Path]:
 
 
 def save(
-    graph_module: GraphModule,
-    states: Sequence[StateSpec],
+    step: StepProgram,
     directory: Path | str,
     *,
     manifest: Mapping[str, Any],
-    tokenizer: SavedTokenizer | None = None,
-    max_positions: int | None = None,
+    tokenizer: Callable[[Path], None] | None = None,
     eos_ids: Sequence[int] = (),
     vocab_size: int | None = None,
     extra: Callable[[Path], None] | None = None,
@@ -96,13 +86,11 @@ def save(
     """Writes an artefact folder, atomically.
 
     Args:
-        graph_module: the step graph (``docs/architecture.md``) with its weights.
-        states: one spec per state.
+        step: the step program, with its weights.
         directory: a new or empty folder, or an earlier artefact, which is replaced.
         manifest: what the compiler knows: ``source``, ``options``, ``passes``, ``sites``, ``quantization``,
             ``metrics``, ``seed`` … (JSON-able). Files, hashes, states and versions are added here.
-        tokenizer: writes its own files into the folder.
-        max_positions: the longest sequence the model accepts (None = unbounded).
+        tokenizer: called with a folder, writes the tokenizer's files into it.
         eos_ids: tokens at which generation stops.
         vocab_size: number of token ids; measured by one step when not given.
         extra: called with the temporary folder before it is renamed, to add files (``onnx/``).
@@ -113,23 +101,24 @@ def save(
     """
     directory = Path(directory)
     check_output(directory)
-    windows = windows_of(manifest.get("sites", ()))
+    graph_module, states = step.graph_module, step.states
     if vocab_size is None:
-        vocab_size = Session(graph_module, states).vocab_size
+        vocab_size = Session(step).vocab_size
     with _staging(directory) as folder:
         try:
             tied = _write_weights(graph_module, folder / WEIGHTS)
             write_graph(graph_module, states, folder / PROGRAM)
             if tokenizer is not None:
-                tokenizer.save_pretrained(str(folder))
+                tokenizer(folder)
             if extra:
                 extra(folder)
             document = {
                 "format_version": FORMAT_VERSION,
                 **manifest,
                 "states": [_state_record(spec) for spec in states],
-                "windows": windows,
-                "max_positions": max_positions,
+                "windows": step.windows,
+                "max_positions": step.max_positions,
+                "uniform_positions": step.uniform_positions,
                 "vocab_size": vocab_size,
                 "eos_ids": list(eos_ids),
                 "parameter_names": [name for name, _ in graph_module.named_parameters(remove_duplicate=False)],
@@ -196,15 +185,6 @@ def jsonable(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
 
 
-def windows_of(sites: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """{path: window} of the sites that stayed sliding softmax: how much of their caches can still be seen."""
-    return {
-        site["path"]: site["window"]
-        for site in sites
-        if site.get("kind") == "sliding" and site.get("window") and site.get("method", "softmax") == "softmax"
-    }
-
-
 def versions() -> dict[str, str]:
     """Versions of the packages that shape an artefact (those that are installed)."""
     found = {}
@@ -266,17 +246,17 @@ class Artefact:
     @cached_property
     def session(self) -> Session:
         """The torch runtime of the program."""
-        return Session(
-            self.graph_module,
-            self.states,
-            max_positions=self.manifest["max_positions"],
-            windows=self.manifest["windows"],
-            vocab_size=self.manifest["vocab_size"],
-        )
+        return Session(self.step, vocab_size=self.manifest["vocab_size"])
 
     @cached_property
-    def graph_module(self) -> GraphModule:
-        """The step graph with its weights."""
+    def step(self) -> StepProgram:
+        """The step program with its weights."""
+        known = self.manifest
+        return StepProgram(
+            self._graph_module(), self.states, known["windows"], known["max_positions"], known["uniform_positions"]
+        )
+
+    def _graph_module(self) -> GraphModule:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

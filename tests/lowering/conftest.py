@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from lincompile.kernels import ops  # noqa: F401
+from lincompile.passes.stateful import StateSpec, StepProgram
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, VOCAB, WINDOW, MAX_POSITIONS = 24, 3, 1, 8, 40, 4, 64
 LINEAR, FULL, SLIDING = "layers.0.attention", "layers.1.attention", "layers.2.attention"
@@ -68,10 +68,8 @@ class ToyStep(nn.Module):
         return (self.head(x) * self.temper, seen, conv, state, k1, v1, k2, v2)
 
 
-def state_specs() -> list[Any]:
+def state_specs() -> list[StateSpec]:
     """One spec per state, in the order of ``ToyStep``'s arguments."""
-    from lincompile.passes.stateful import StateSpec
-
     return [
         StateSpec("mask", "", "mask", (None,), torch.bool),
         StateSpec("0.conv", LINEAR, "conv", (KV_HEADS * HEAD_DIM, 2), torch.float32),
@@ -92,11 +90,11 @@ SITES = [
 
 @pytest.fixture(scope="session")
 def toy() -> SimpleNamespace:
-    """The toy step program: ``graph_module``, ``states``, ``sites``, ``max_positions``, ``window``."""
+    """The toy: its ``step`` program, the program's ``graph_module`` and ``states``, and ``sites`` for a manifest."""
     torch.manual_seed(7)
     module = ToyStep().eval().requires_grad_(False)
     dynamic = torch.export.Dim.DYNAMIC
-    example = [torch.zeros(2, 3, dtype=torch.int64)] * 2 + [torch.ones(2, 3, dtype=torch.bool)]
+    example = [torch.zeros(2, 3, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.bool)]
     axes = [{0: dynamic, 1: dynamic}] * 3
     states = state_specs()
     for spec in states:
@@ -109,6 +107,5 @@ def toy() -> SimpleNamespace:
     graph_module = GraphModule(traced, traced.graph)
     graph_module.graph.set_codegen(torch.fx.graph.CodeGen())
     graph_module.recompile()
-    return SimpleNamespace(
-        graph_module=graph_module, states=states, sites=SITES, max_positions=MAX_POSITIONS, window={SLIDING: WINDOW}
-    )
+    step = StepProgram(graph_module, states, {SLIDING: WINDOW}, MAX_POSITIONS)
+    return SimpleNamespace(step=step, graph_module=graph_module, states=states, sites=SITES)

@@ -1,0 +1,195 @@
+"""The artefact folder: bit for bit, atomic, self-checking, and readable without transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lincompile.lowering import package
+from lincompile.lowering.generate import Session, generate
+from lincompile.lowering.graph_file import weights_of
+from lincompile.passes.errors import ArtefactError, LincompileError
+
+PROMPT = [1, 2, 3, 4, 5, 6, 7]
+
+
+def write(toy: SimpleNamespace, directory: Path, **options: Any) -> Path:
+    manifest = {"source": {"name": "toy"}, "sites": toy.sites, "metrics": {"bad": float("nan"), "good": 1.5}, "seed": 0}
+    return package.save(toy.step, directory, manifest=manifest, eos_ids=[39], **options)
+
+
+@pytest.fixture(scope="module")
+def folder(toy: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(toy, tmp_path_factory.mktemp("artefact") / "out")
+
+
+def test_reopens_bit_for_bit(toy: SimpleNamespace, folder: Path) -> None:
+    before = Session(toy.step)
+    artefact = package.open_artefact(folder)
+    for name, tensor in weights_of(toy.graph_module).items():
+        assert torch.equal(weights_of(artefact.step.graph_module)[name], tensor), name
+    a, b = generate(before, [PROMPT, [3]], 10), generate(artefact.session, [PROMPT, [3]], 10)
+    assert a.tokens == b.tokens
+    assert torch.equal(a.state.logits, b.state.logits)
+    assert artefact.states == list(toy.states)
+    assert artefact.step.windows == toy.step.windows
+    assert artefact.eos_ids == [39]
+    assert artefact.generate(PROMPT, 10, eos_ids=[]) == PROMPT + a.tokens[0]
+
+
+def test_weights_are_stored_once_and_only_in_safetensors(toy: SimpleNamespace, folder: Path) -> None:
+    manifest = json.loads((folder / "lincompile.json").read_text())
+    stored = load_file(folder / "model.safetensors")
+    assert manifest["tied"] == {"head.weight": "embedding.weight"}
+    assert "head.weight" not in stored
+    unique = {
+        tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in weights_of(toy.graph_module).values()
+    }
+    assert sum(tensor.numel() * tensor.element_size() for tensor in stored.values()) == sum(unique.values())
+    embedding = stored["embedding.weight"].numpy().tobytes()
+    assert embedding not in (folder / "program.pt2").read_bytes()
+
+
+def test_a_loaded_program_can_be_saved_again(folder: Path, tmp_path: Path) -> None:
+    first = package.open_artefact(folder)
+    package.save(first.step, tmp_path / "again", manifest={"sites": first.manifest["sites"]})
+    second = package.open_artefact(tmp_path / "again")
+    assert second.generate(PROMPT, 6) == first.generate(PROMPT, 6)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_runs_in_a_fresh_process_without_transformers(folder: Path) -> None:
+    script = f"""
+import sys
+for name in ("transformers", "onnx", "onnxruntime", "tokenizers"):
+    sys.modules[name] = None  # import raises ImportError
+from lincompile.lowering.package import open_artefact
+print(open_artefact({str(folder)!r}).generate({PROMPT}, 6))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == package.open_artefact(folder).generate(PROMPT, 6)
+
+
+def test_the_exported_graph_runs_with_torch_alone(toy: SimpleNamespace, folder: Path) -> None:
+    module = torch.export.load(folder / "program.pt2").module(check_guards=False)
+    weights = load_file(folder / "model.safetensors")
+    weights["head.weight"] = weights["embedding.weight"]
+    session = Session(toy.step)
+    tokens, mask = torch.tensor([PROMPT]), torch.ones(1, len(PROMPT), dtype=torch.bool)
+    positions = torch.arange(len(PROMPT))[None]
+    states = session.initial_states(1)
+    logits = module({name: weights[name] for name in sorted(weights)}, (tokens, positions, mask, *states))[0]
+    torch.testing.assert_close(logits, session.step(tokens, positions, mask, states)[0])
+
+
+def test_manifest_and_report(folder: Path) -> None:
+    manifest = json.loads((folder / "lincompile.json").read_text())
+    assert manifest["format_version"] == package.FORMAT_VERSION
+    assert manifest["metrics"] == {"bad": "nan", "good": 1.5}, "JSON has no NaN"
+    assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in manifest["versions"]["torch"]
+    for name, record in manifest["files"].items():
+        assert record == {"bytes": (folder / name).stat().st_size, "sha256": package.sha256(folder / name)}
+    report = (folder / "report.html").read_text()
+    assert "<script" not in report and "http" not in report, "the report is self-contained"
+    for site in manifest["sites"]:
+        assert site["path"] in report
+
+
+def test_an_earlier_artefact_is_replaced(toy: SimpleNamespace, tmp_path: Path) -> None:
+    write(toy, tmp_path / "out")
+    (tmp_path / "out" / "stale.txt").write_text("from before")
+    write(toy, tmp_path / "out")
+    assert not (tmp_path / "out" / "stale.txt").exists()
+    assert [item.name for item in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_holds_something_else_is_refused(toy: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ArtefactError, match=r"holds something else \('thesis.tex'\)"):
+        write(toy, tmp_path)
+    assert [item.name for item in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_in_place_of_the_folder_is_refused(toy: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(ArtefactError, match="isn't a folder"):
+        write(toy, tmp_path / "out")
+
+
+def test_an_unwritable_place_is_one_clear_error(toy: SimpleNamespace) -> None:
+    with pytest.raises(ArtefactError, match="can't be written"):
+        write(toy, Path("/proc/lincompile/out"))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])
+def test_an_interrupted_save_leaves_nothing(toy: SimpleNamespace, tmp_path: Path, error: type[BaseException]) -> None:
+    def interrupt(folder: Path) -> None:
+        assert (folder / "model.safetensors").exists()
+        raise error
+
+    with pytest.raises(ArtefactError if error is OSError else error):
+        write(toy, tmp_path / "out", extra=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_save_keeps_the_earlier_artefact(toy: SimpleNamespace, tmp_path: Path) -> None:
+    write(toy, tmp_path / "out")
+
+    def interrupt(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(toy, tmp_path / "out", extra=interrupt)
+    assert len(package.open_artefact(tmp_path / "out").generate(PROMPT, 2)) == len(PROMPT) + 2
+
+
+def tamper(folder: Path, name: str) -> None:
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(bytes(data))
+
+
+def change_manifest(folder: Path, **values: Any) -> None:
+    manifest = json.loads((folder / "lincompile.json").read_text())
+    (folder / "lincompile.json").write_text(json.dumps({**manifest, **values}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: tamper(f, "model.safetensors"), r"model.safetensors doesn't match its hash"),
+        (lambda f: tamper(f, "program.pt2"), r"program.pt2 doesn't match its hash"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors doesn't match its hash"),
+        (lambda f: (f / "program.pt2").unlink(), "program.pt2 is missing"),
+        (lambda f: (f / "lincompile.json").write_text("{"), "can't be read"),
+        (lambda f: (f / "lincompile.json").unlink(), "isn't a lincompile artefact"),
+        (lambda f: (f / "lincompile.json").write_text("[]"), "no format_version"),
+        (lambda f: change_manifest(f, format_version=99), "format version 99, .* upgrade lincompile"),
+    ],
+)
+def test_damage_is_named(toy: SimpleNamespace, tmp_path: Path, damage: Any, message: str) -> None:
+    folder = write(toy, tmp_path / "out")
+    damage(folder)
+    with pytest.raises(ArtefactError, match=message):
+        package.open_artefact(folder)
+
+
+def test_opening_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="isn't a folder"):
+        package.open_artefact(tmp_path / "nowhere")
+
+
+def test_without_a_tokenizer_token_ids_still_work(folder: Path) -> None:
+    artefact = package.open_artefact(folder)
+    with pytest.raises(LincompileError, match=r"no tokenizer\.json: give token ids"):
+        artefact.generate("text")
+    assert artefact.generate([1, 2], 1)[:2] == [1, 2]
