@@ -9,6 +9,7 @@ import shutil
 import sys
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Original(torch.nn.Module):
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A current folder with a module 'builders' that isn't installed anywhere."""
     (tmp_path / "builders.py").write_text(BUILDERS)
     monkeypatch.chdir(tmp_path)
