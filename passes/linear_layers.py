@@ -129,7 +129,7 @@ def find_linears(
     if unused := [pattern for pattern in skip if pattern not in used]:
         raise LincompileError(f"quantize: skip pattern '{unused[0]}' matches no linear layer; {_names(result)}")
     readers = _readers(graph_module)
-    tables = _token_tables(graph_module)
+    tables = token_tables(graph_module)
     nodes = {call.node for layer in result for call in layer.calls}
     for layer in result:
         parameter = get_attribute(graph_module, layer.weight)
@@ -249,7 +249,7 @@ def _readers(graph_module: GraphModule) -> dict[int, list[Node]]:
     return readers
 
 
-def _token_tables(graph_module: GraphModule) -> set[int]:
+def token_tables(graph_module: GraphModule) -> set[int]:
     """Rows of the embedding tables read with an input of the graph: the vocabulary sizes."""
     rows = set()
     for node in graph_module.graph.nodes:

@@ -7,9 +7,9 @@ or ``float``; a *plan* is a name of what to do with all of them (:func:`parse_pl
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,68 +24,11 @@ from .graph import Builder, finish, get_attribute, parent_of, set_tensor, target
 from .linear_layers import LinearLayer, find_linears
 from .pipeline import PassResult, register
 from .program import Program
+from .quantize_plan import PlanOptions, choose, load_plan, save_plan
+from .schemes import CHOICES, FLOAT, SCHEMES, PlanSpec, Scheme, parse_plan
+from .sensitivity import Batch, rtn_codes
 
-
-@dataclass(frozen=True)
-class Scheme:
-    """Bits of a layer's weights and the op's ``activation`` argument."""
-
-    name: str
-    weight_bits: int
-    activation: str
-
-    def weight_bytes(self, out_features: int, in_features: int, group_size: int = GROUP_SIZE) -> int:
-        """Bytes of the packed weight and its scales (float32 for ``float``)."""
-        if self.weight_bits >= 16:
-            return out_features * in_features * self.weight_bits // 8
-        planes = in_features if self.weight_bits == 8 else -(-in_features // 2) + -(-in_features // 4)
-        return out_features * (planes + 2 * -(-in_features // group_size))
-
-
-FLOAT = Scheme("float", 16, "a16")
-SCHEMES = {
-    "w6a6": Scheme("w6a6", 6, "a6"),
-    "w6a8": Scheme("w6a8", 6, "a8"),
-    "w6a16": Scheme("w6a16", 6, "a16"),
-    "w8a8": Scheme("w8a8", 8, "a8"),
-    "float": FLOAT,
-}
-CHOICES = "none, int6, w6a6, w6a8, w6a16, w8a8, auto:BITS"
 QUANTIZED_OPS = (torch.ops.lincompile.int6_linear.default, torch.ops.lincompile.int8_linear.default)
-
-
-@dataclass(frozen=True)
-class PlanSpec:
-    """What ``--quant`` asks for: ``kind`` is ``none``, ``uniform``, ``int6`` or ``auto``."""
-
-    kind: str
-    scheme: Scheme | None = None
-    effective_bits: float | None = None
-
-
-def parse_plan(text: str, effective_bits: float | None = None) -> PlanSpec:
-    """Read a ``--quant`` value.
-
-    ``none``; one scheme for every layer (``w6a6``, ``w6a8``, ``w6a16``, ``w8a8``); ``int6``: six-bit weights with six-
-    or eight-bit activations chosen per layer; ``auto:BITS``: a scheme per layer for BITS bits per weight on average.
-
-    Raises:
-        LincompileError: unknown name, or bits missing or out of range.
-    """
-    name, separator, value = text.strip().lower().partition(":")
-    if name == "auto":
-        if separator and not re.fullmatch(r"\d+(\.\d+)?", value):
-            raise LincompileError(f"quant '{text}': write the bits as a number, for example auto:6.5")
-        bits = float(value) if separator else effective_bits
-        if bits is None or not 6 <= bits <= 16:
-            given = "no bits given" if bits is None else f"{bits:g} bits"
-            raise LincompileError(f"quant '{text}': {given}; ask for 6 to 16 bits per weight, for example auto:6.5")
-        return PlanSpec("auto", effective_bits=bits)
-    if not separator and name in ("none", "int6"):
-        return PlanSpec(name)
-    if not separator and name in SCHEMES and name != "float":
-        return PlanSpec("uniform", SCHEMES[name])
-    raise LincompileError(f"unknown quantization '{text}'; the choices are {CHOICES}")
 
 
 @register("quantize")
@@ -100,6 +43,14 @@ class Quantize:
         lm_head: also the output head, unless tied to an embedding.
         skip: ``fnmatch`` patterns of layer names to leave in float, for example ``("*.down_proj",)``.
         min_in_features: layers with fewer input features stay in float.
+        metric: sensitivity of the ``int6`` and ``auto`` plans, ``fisher`` or ``kl`` (:mod:`.sensitivity`).
+        tolerance: ``int6`` gives a layer six-bit activations as long as the measured divergence of the outputs stays
+            within this multiple of what uniform W6A8 causes.
+        activation_bits: instead, the average activation bits (weighted by multiplications) that ``int6`` may use.
+        calibration: batches (input name → tensor) for ``int6`` and ``auto``. Without them ``int6`` uses eight-bit
+            activations everywhere and says so; ``auto`` refuses.
+        scores: a JSON file for the sensitivity scores: written as they come, resumed if it is there.
+        plan_file: a JSON file of layer → scheme: written once chosen; if it is there it is followed instead.
         schemes: a scheme name per layer name, as a saved plan gives it; layers that it doesn't name follow ``plan``.
 
     Raises (from :meth:`run`):
@@ -113,6 +64,12 @@ class Quantize:
     lm_head: bool = False
     skip: tuple[str, ...] = ()
     min_in_features: int = 32
+    metric: str = "fisher"
+    tolerance: float = 1.25
+    activation_bits: float | None = None
+    scores: str | None = None
+    plan_file: str | None = None
+    calibration: Sequence[Batch] | None = field(default=None, metadata={"text": False}, repr=False)
     schemes: Mapping[str, str] | None = field(default=None, metadata={"text": False})
 
     @property
@@ -130,14 +87,18 @@ class Quantize:
         done = sum(target_of(node) in QUANTIZED_OPS for node in module.graph.nodes)
         if not todo and not done:
             raise RefusedError(f"quantize: no layer of the model can be quantized to {self.plan}: {_reasons(layers)}")
-        chosen = self._choose(spec, todo)
-        report = quantize_graph(module, layers, chosen, self.group_size)
-        report = {"plan": self.plan, "group_size": self.group_size, "already_quantized_calls": done} | report
+        chosen, record = self._choose(program, spec, todo)
+        report = {"plan": self.plan, "group_size": self.group_size, "already_quantized_calls": done}
+        report |= quantize_graph(module, layers, chosen, self.group_size) | ({"choice": record} if record else {})
         program.metadata["quantization"] = report
         return PassResult(program, modified=bool(report["layers"]), report=report)
 
-    def _choose(self, spec: PlanSpec, layers: list[LinearLayer]) -> dict[str, Scheme]:
+    def _choose(
+        self, program: Program, spec: PlanSpec, layers: list[LinearLayer]
+    ) -> tuple[dict[str, Scheme], dict[str, Any]]:
         given = dict(self.schemes or {})
+        if self.plan_file is not None and Path(self.plan_file).exists():
+            given = load_plan(self.plan_file) | given
         names = {layer.name for layer in layers}
         for name, scheme in given.items():
             if name not in names:
@@ -146,8 +107,26 @@ class Quantize:
                 raise LincompileError(
                     f"quantize: the plan gives '{name}' the scheme '{scheme}'; the schemes are {', '.join(SCHEMES)}"
                 )
-        default = spec.scheme or SCHEMES["w6a8"]
-        return {layer.name: SCHEMES[given[layer.name]] if layer.name in given else default for layer in layers}
+        fixed = {name: SCHEMES[scheme] for name, scheme in given.items()}
+        free = [layer for layer in layers if layer.name not in fixed]
+        if not free:
+            return fixed, {"note": "every layer's scheme was given"}
+        if self.calibration is not None:
+            free = [layer for layer in free if self._representable(program, layer)]
+        options = PlanOptions(self.group_size, self.metric, self.activation_bits, self.tolerance, self.scores)
+        codes_of = rtn_codes(program, self.group_size)
+        chosen, record = choose(program, free, spec, self.calibration, options, codes_of)
+        if self.plan_file is not None:
+            save_plan(self.plan_file, fixed | chosen)
+        return fixed | chosen, record
+
+    def _representable(self, program: Program, layer: LinearLayer) -> bool:
+        """Whether the weights fit float16 scales; otherwise the layer gets the reason and stays in float."""
+        try:
+            quantize_weight(layer.matrix(program.graph_module), self.group_size)
+        except ValueError as error:
+            layer.reason = str(error)
+        return layer.reason is None
 
 
 def quantize_graph(
@@ -170,7 +149,7 @@ def quantize_graph(
         scheme = schemes.get(layer.name, FLOAT)
         if layer.reason is not None:
             continue
-        if scheme.weight_bits >= 16:
+        if scheme.is_float:
             skipped.append(_record(layer) | {"reason": "kept in float by the plan"})
             continue
         parameter = get_attribute(graph_module, layer.weight)

@@ -1,0 +1,196 @@
+"""From sensitivity scores to a scheme per layer: budgets, the exact choice, and the check that it was worth it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .allocate import Frontier, Option
+from .errors import LincompileError, RefusedError
+from .linear_layers import LinearLayer
+from .program import Program
+from .schemes import SCHEMES, PlanSpec, Scheme
+from .sensitivity import Batch, CodesOf, Scores, divergence, groups_of, measure
+
+_PLAN_FORMAT = 1
+INT6 = ("w6a6", "w6a8")
+AUTO = ("w6a6", "w6a8", "w8a8", "float")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a choice depends on besides the model; the fields of the same names of ``Quantize`` explain them."""
+
+    group_size: int
+    metric: str
+    activation_bits: float | None
+    tolerance: float
+    scores: str | None
+
+
+def choose(
+    program: Program,
+    layers: Sequence[LinearLayer],
+    spec: PlanSpec,
+    calibration: Sequence[Batch] | None,
+    options: PlanOptions,
+    codes_of: CodesOf,
+) -> tuple[dict[str, Scheme], dict[str, Any]]:
+    """A scheme for every layer, and the record of how it was chosen.
+
+    Raises:
+        LincompileError: ``auto`` without calibration, an empty calibration set, or a budget that no plan can meet.
+        RefusedError: the measured divergence of the chosen plan exceeds that of the best uniform plan that costs no
+            more; the message gives both.
+    """
+    if spec.scheme is not None:
+        return {layer.name: spec.scheme for layer in layers}, {}
+    if calibration is None:
+        if spec.kind == "auto" or options.activation_bits is not None:
+            raise LincompileError(
+                "quantize: choosing schemes for a budget needs calibration batches: give calibration text (CLI:"
+                " --distil FILE) or a uniform plan such as w6a8"
+            )
+        note = "no calibration batches: eight-bit activations everywhere (w6a8)"
+        return {layer.name: SCHEMES["w6a8"] for layer in layers}, {"note": note}
+    names = AUTO if spec.kind == "auto" else INT6
+    scored = [SCHEMES[name] for name in names if name != "float"]
+    scores = measure(
+        program, layers, scored, calibration,
+        metric=options.metric, group_size=options.group_size, path=options.scores,
+    )  # fmt: skip
+    groups = groups_of(layers)
+    frontier = Frontier([[_option(spec, group, SCHEMES[name], scores, options) for name in names] for group in groups])
+    weights = sum(layer.weights for layer in layers)
+    bits = spec.effective_bits if spec.kind == "auto" else options.activation_bits
+    if bits is not None:
+        smallest = math.ceil(frontier.costs[0] / weights * 1000) / 1000
+        what = "bits per weight" if spec.kind == "auto" else "activation bits"
+        budget = math.floor(bits * weights)
+        index = frontier.within_cost(budget, f"{bits:g} {what} asked for, the smallest possible is {smallest:g}")
+        plan = _plan(groups, frontier.choices(index))
+        record = _check_against_uniform(program, layers, spec, plan, budget, calibration, options, codes_of)
+    else:
+        plan, record = _within_tolerance(program, layers, groups, frontier, scores, calibration, options, codes_of)
+    record |= _predictions(layers, plan, scores)
+    return plan, record | {"metric": scores.metric, "tokens": scores.tokens, "scores": _per_layer(scores)}
+
+
+def _within_tolerance(
+    program: Program,
+    layers: Sequence[LinearLayer],
+    groups: Sequence[Sequence[LinearLayer]],
+    frontier: Frontier,
+    scores: Scores,
+    calibration: Sequence[Batch],
+    options: PlanOptions,
+    codes_of: CodesOf,
+) -> tuple[dict[str, Scheme], dict[str, Any]]:
+    """The cheapest plan whose *measured* divergence stays within ``tolerance`` times that of uniform W6A8.
+
+    The scores propose; each proposal is measured, and the limit on the predicted loss lowered until one holds. Uniform
+    W6A8 itself holds, so there always is an answer.
+    """
+    uniform = {layer.name: SCHEMES["w6a8"] for layer in layers}
+    baseline = divergence(program, layers, {"w6a8": uniform}, calibration, codes_of, options.group_size)["w6a8"]
+    allowed = options.tolerance * baseline
+    limit = options.tolerance * sum(scores.of(layer.name, "w6a8") for layer in layers)
+    tried: list[dict[str, float]] = []
+    for _ in range(6):
+        index = frontier.within_score(limit)
+        plan = _plan(groups, frontier.choices(index))
+        found = divergence(program, layers, {"plan": plan}, calibration, codes_of, options.group_size)["plan"]
+        tried.append({"predicted": float(frontier.scores[index]), "measured": found})
+        if found <= allowed:
+            break
+        floor = float(frontier.scores[-1])
+        limit = floor + (float(frontier.scores[index]) - floor) * min(0.9, allowed / found)
+    else:
+        plan, found = uniform, baseline
+    return plan, {"kl": {"plan": found, "w6a8": baseline}, "tolerance": options.tolerance, "tried": tried}
+
+
+def _check_against_uniform(
+    program: Program,
+    layers: Sequence[LinearLayer],
+    spec: PlanSpec,
+    plan: dict[str, Scheme],
+    budget: int,
+    calibration: Sequence[Batch],
+    options: PlanOptions,
+    codes_of: CodesOf,
+) -> dict[str, Any]:
+    uniform = {
+        name: {layer.name: SCHEMES[name] for layer in layers}
+        for name in ("w6a6", "w6a8", "w8a8")
+        if sum(_cost(spec, layer, SCHEMES[name], options.group_size) for layer in layers) <= budget
+    }
+    measured = divergence(program, layers, {"plan": plan} | uniform, calibration, codes_of, options.group_size)
+    best = min(uniform, key=lambda name: measured[name])
+    # A thousandth of slack: float32 sums of the same plan differ that much between runs.
+    if measured["plan"] > measured[best] * 1.001:
+        raise RefusedError(
+            f"quantize: the chosen plan diverges more (KL {measured['plan']:.3g}) than uniform {best} (KL"
+            f" {measured[best]:.3g}), which costs no more: use --quant {best}, or calibrate on more text"
+        )
+    return {"kl": measured, "budget": budget}
+
+
+def _option(
+    spec: PlanSpec, group: Sequence[LinearLayer], scheme: Scheme, scores: Scores, options: PlanOptions
+) -> Option:
+    cost = sum(_cost(spec, layer, scheme, options.group_size) for layer in group)
+    return Option(scheme.name, cost, sum(scores.of(layer.name, scheme.name) for layer in group))
+
+
+def _cost(spec: PlanSpec, layer: LinearLayer, scheme: Scheme, group_size: int) -> int:
+    """Bits stored for ``auto``; for ``int6``, activation bits weighted by the layer's multiplications."""
+    if spec.kind == "auto":
+        return 8 * scheme.weight_bytes(layer.out_features, layer.in_features, group_size)
+    return scheme.activation_bits * layer.weights * len(layer.calls)
+
+
+def _plan(groups: Sequence[Sequence[LinearLayer]], choices: Sequence[str]) -> dict[str, Scheme]:
+    return {layer.name: SCHEMES[name] for group, name in zip(groups, choices, strict=True) for layer in group}
+
+
+def _predictions(layers: Sequence[LinearLayer], plan: Mapping[str, Scheme], scores: Scores) -> dict[str, Any]:
+    weights = sum(layer.weights for layer in layers)
+    return {
+        "predicted_kl": sum(scores.of(layer.name, plan[layer.name].name) for layer in layers),
+        "activation_bits": sum(plan[layer.name].activation_bits * layer.weights for layer in layers) / weights,
+    }
+
+
+def _per_layer(scores: Scores) -> dict[str, dict[str, float]]:
+    return {layer: {scheme: scores.of(layer, scheme) for scheme in per} for layer, per in scores.sums.items()}
+
+
+def save_plan(path: str | os.PathLike[str], plan: Mapping[str, Scheme]) -> None:
+    """Write ``{"layers": {name: scheme}}`` as JSON, to be edited and given back."""
+    record = {"format": _PLAN_FORMAT, "layers": {name: scheme.name for name, scheme in plan.items()}}
+    Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def load_plan(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read what :func:`save_plan` wrote; layers and schemes are checked by the pass.
+
+    Raises:
+        LincompileError: not such a file.
+    """
+    try:
+        record = json.loads(Path(path).read_text())
+        layers = record["layers"]
+        if record["format"] != _PLAN_FORMAT or not isinstance(layers, dict):
+            raise ValueError("another format version")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LincompileError(f"quantization plan '{path}' can't be read ({error}); delete or repair it") from error
+    return {str(name): str(scheme) for name, scheme in layers.items()}
+
+
+__all__ = ["PlanOptions", "choose", "load_plan", "save_plan"]
