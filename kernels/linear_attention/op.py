@@ -56,9 +56,11 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Linear attention with optional decay; returns ``o [B, H, T, Dv]`` (v's dtype), final state (float32/64)."""
     _check_linear(q, k, v, log_decay, initial_state, causal, normalize)
-    module: Any = backend("linear_attention", q) or reference
-    o, state = module.chunkwise(q, k, v, log_decay, initial_state, scale, causal, normalize)
-    return o, state
+    kernels = backend("linear_attention", q)
+    if kernels is not None and kernels.supports(q, k, v, log_decay, causal):
+        o, state = kernels.chunkwise(q, k, v, log_decay, initial_state, scale, causal, normalize)
+        return o, state
+    return reference.chunkwise(q, k, v, log_decay, initial_state, scale, causal, normalize)
 
 
 @linear_attention.register_fake
@@ -81,11 +83,12 @@ def _(
 @custom_op(
     "lincompile::linear_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_o, Tensor grad_state, {_LINEAR_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad_o, Tensor grad_state, Tensor? o, {_LINEAR_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_attention_backward(
     grad_o: Tensor,
     grad_state: Tensor,
+    o: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -95,9 +98,13 @@ def linear_attention_backward(
     causal: bool,
     normalize: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of ``linear_attention`` for its five tensors (empty where the input is absent)."""
-    module: Any = backend("linear_attention", q) or reference
-    grads = module.chunkwise_backward(grad_o, grad_state, q, k, v, log_decay, initial_state, scale, causal, normalize)
+    """Gradients of ``linear_attention`` for its five tensors (empty where absent); ``o`` when it was normalised."""
+    inputs = (q, k, v, log_decay, initial_state, scale, causal, normalize)
+    kernels = backend("linear_attention", q)
+    if kernels is not None and kernels.supports(q, k, v, log_decay, causal):
+        grads = kernels.chunkwise_backward(grad_o, grad_state, o, *inputs)
+    else:
+        grads = reference.chunkwise_backward(grad_o, grad_state, *inputs)
     return present(grads, q)
 
 
@@ -105,6 +112,7 @@ def linear_attention_backward(
 def _(
     grad_o: Tensor,
     grad_state: Tensor,
+    o: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -118,12 +126,14 @@ def _(
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5])
+    normalize = inputs[7]
+    ctx.save_for_backward(*inputs[:5], output[0] if normalize else None)
     ctx.options = inputs[5:]
 
 
 def _linear_backward(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> Grads:
-    grads = linear_attention_backward(grad_o, grad_state, *ctx.saved_tensors, *ctx.options)
+    *inputs, o = ctx.saved_tensors
+    grads = linear_attention_backward(grad_o, grad_state, o, *inputs, *ctx.options)
     return selected(grads, ctx.needs_input_grad)
 
 

@@ -1,0 +1,144 @@
+"""Building blocks of the linear-attention kernels: tiles, running decays, scores.
+
+A chunk's log-decays ``g [BT, BK]`` become running sums through one matrix product with a 0/±1 matrix, which is exact
+for bfloat16 gates and lands in the same register layout as the scores.
+
+Two ways to spread a decay over the two factors of a score (names as in ``reference.py``):
+
+* anchored: both factors are taken about the chunk's middle, ``q e^Δ`` and ``k e^-Δ``. One product per chunk; used
+  where no half chunk decays by more than ``e^-LIMIT``. Masked entries may overflow: they are selected away.
+* halved: the chunk is cut in two again and again, every factor is ``exp`` of a non-positive sum. Right for any decay
+  down to ``-inf``, at one product per halving.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# exp(-1e4) is 0 in float32, and a matrix product with -inf would give NaN.
+FLOOR: tl.constexpr = tl.constexpr(-1e4)
+# Triton's interpreter multiplies bfloat16 by its bit patterns: there, everything runs in float32.
+INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+EPS: tl.constexpr = tl.constexpr(1e-10)
+
+
+@triton.jit
+def load_rows(base, stride, first, length, width, BT: tl.constexpr, BD: tl.constexpr):
+    """Rows ``first … first + BT`` of a ``[length, width]`` matrix with unit column stride, zero outside."""
+    rows, cols = tl.arange(0, BT), tl.arange(0, BD)
+    pointers = base + tl.to_tensor(first).to(tl.int64) * stride + rows[:, None] * stride + cols[None, :]
+    return tl.load(pointers, mask=(first + rows < length)[:, None] & (cols < width)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, stride, first, length, width, tile, BT: tl.constexpr, BD: tl.constexpr):
+    """The inverse of ``load_rows``."""
+    rows, cols = tl.arange(0, BT), tl.arange(0, BD)
+    pointers = base + tl.to_tensor(first).to(tl.int64) * stride + rows[:, None] * stride + cols[None, :]
+    mask = (first + rows < length)[:, None] & (cols < width)[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_decay(base, stride, first, length, width, PER_KEY: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+    """Log-decays ``[BT, BK]`` (a per-head decay is repeated over the keys); tokens past the end decay by 1."""
+    rows, cols = tl.arange(0, BT), tl.arange(0, BK)
+    inside = (first + rows < length)[:, None] & (cols < width)[None, :]
+    pointers = base + tl.to_tensor(first).to(tl.int64) * stride + rows[:, None] * stride
+    if PER_KEY:
+        pointers = pointers + cols[None, :]
+    else:
+        pointers = pointers + tl.zeros([BT, BK], tl.int32)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def mix(weights, g):
+    """``weights @ g`` in float32 for 0/±1 weights, to float32's precision whatever g's dtype."""
+    if INTERPRETED:
+        return tl.dot(weights, g.to(tl.float32))
+    w = weights.to(tl.bfloat16)
+    if g.dtype == tl.bfloat16:
+        return tl.dot(w, g)
+    x = g.to(tl.float32)
+    high = x.to(tl.bfloat16)
+    x = x - high.to(tl.float32)
+    middle = x.to(tl.bfloat16)
+    low = (x - middle.to(tl.float32)).to(tl.bfloat16)
+    return tl.dot(w, low, acc=tl.dot(w, middle, acc=tl.dot(w, high)))
+
+
+@triton.jit
+def bounded(g):
+    """Replace ``-inf`` by a decay that is still exactly 0 as a factor; NaN stays."""
+    return tl.where(g < FLOOR, FLOOR, g)
+
+
+@triton.jit
+def from_middle(g, BT: tl.constexpr):
+    """Δ_i: the log-decay from the chunk's middle to row i (positive before the middle)."""
+    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    return mix((j <= i).to(tl.float32) - (j < BT // 2).to(tl.float32), g) * LOG2E
+
+
+@triton.jit
+def from_start(g, BT: tl.constexpr):
+    """Log-decay from before the chunk to row i, row i's own included."""
+    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    return mix((j <= i).to(tl.float32), g) * LOG2E
+
+
+@triton.jit
+def to_end(g, BT: tl.constexpr):
+    """Log-decay from row i (its own excluded) to the chunk's end."""
+    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    return mix((j > i).to(tl.float32), g) * LOG2E
+
+
+@triton.jit
+def halving(g, BLOCK: tl.constexpr, BT: tl.constexpr):
+    """Factors ≤ 1 towards the middle of each block of BLOCK rows: late rows decay from it, early rows to it."""
+    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    middle = (i // BLOCK) * BLOCK + BLOCK // 2
+    late = i >= middle
+    inside = (late & (j <= i) & (j >= middle)) | ((i < middle) & (j > i) & (j < middle))
+    return tl.exp2(mix(inside.to(tl.float32), g) * LOG2E), late
+
+
+@triton.jit
+def same_block(BLOCK: tl.constexpr, BT: tl.constexpr):
+    """Which pairs of rows share a block of BLOCK rows."""
+    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    return i // BLOCK == j // BLOCK
+
+
+@triton.jit
+def causal(scores, BT: tl.constexpr):
+    """Keep keys up to the query's own row. Selected, not multiplied: the rest may be inf or NaN."""
+    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    return tl.where(i >= j, scores, 0.0)
+
+
+@triton.jit
+def anti_causal(scores, BT: tl.constexpr):
+    """The same for transposed scores (rows are keys)."""
+    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    return tl.where(j >= i, scores, 0.0)
+
+
+@triton.jit
+def halved_scores(q, k, g, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """Causal scores ``[BT, BT]`` with decay, for scaled float32 q and k; the operands' dtype is k's own."""
+    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    qf, kf = q.to(tl.float32), k.to(tl.float32)
+    scores = tl.where(i == j, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
+    for level in tl.static_range(7):
+        if (BT >> level) >= 2:
+            factor, late = halving(g, BT >> level, BT)
+            left = tl.where(late, qf * factor, 0.0).to(k.dtype)
+            right = tl.where(late, 0.0, kf * factor).to(k.dtype)
+            part = tl.dot(left, tl.trans(right), input_precision=PRECISION)
+            scores += tl.where(same_block(BT >> level, BT), part, 0.0)
+    return scores

@@ -1,0 +1,302 @@
+"""Forward kernels: chunk decays, segment states, their scan, the fused output, the normaliser, one decode step.
+
+The sequence is cut into segments so that a few long sequences still fill the chip. With one segment a single fused
+kernel does everything: the state stays in registers and every input is read once. With several, ``states`` first
+sums each segment up and ``scan`` chains the sums.
+
+Shapes inside: BH = B · Hkv problems, GROUP query heads each; chunk arrays are ``[BH, CHUNKS, BK]``; a stored chunk
+state is transposed, ``[BV, BK]``; segment states are ``[BH, SEGMENTS, D, E]`` with E = Dv (+ 1 when normalised).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_blocks import (
+    EPS,
+    LOG2E,
+    bounded,
+    causal,
+    from_middle,
+    from_start,
+    halved_scores,
+    load_decay,
+    load_rows,
+    store_rows,
+    to_end,
+)
+
+
+@triton.jit
+def chunk_decays(
+    g, first_half, second_half, wide, g_b, g_h, g_t, T, D, HKV, CHUNKS, LIMIT,
+    PER_KEY: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Log2-decay of each half chunk; ``wide[problem]`` becomes 1 where one anchor per chunk isn't enough."""
+    chunk, problem = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    base = g + problem // HKV * g_b + problem % HKV * g_h
+    tile = load_decay(base, g_t, chunk * BT, T, D, PER_KEY, BT, BK).to(tl.float32)
+    early = (tl.arange(0, BT) < BT // 2)[:, None]
+    one, two = tl.sum(tl.where(early, tile, 0.0), 0), tl.sum(tl.where(early, 0.0, tile), 0)
+    out = (problem * CHUNKS + chunk) * BK + tl.arange(0, BK)
+    tl.store(first_half + out, one * LOG2E)
+    tl.store(second_half + out, two * LOG2E)
+    # A growing "decay" (positive) is as bad for an anchor as a strong one; NaN counts as wide too.
+    narrow = (tl.min(one) >= -LIMIT) & (tl.min(two) >= -LIMIT) & (tl.max(tile) <= 0)
+    if not narrow:
+        tl.atomic_max(wide + problem, 1)
+
+
+@triton.jit
+def load_state(base, D, DV, E, BK: tl.constexpr, BV: tl.constexpr):
+    """A ``[D, E]`` state as its transpose ``[BV, BK]``."""
+    cols, rows = tl.arange(0, BK), tl.arange(0, BV)
+    mask = (rows < DV)[:, None] & (cols < D)[None, :]
+    return tl.load(base + cols[None, :] * E + rows[:, None], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_state(base, state, D, DV, E, BK: tl.constexpr, BV: tl.constexpr):
+    """The inverse of ``load_state``."""
+    cols, rows = tl.arange(0, BK), tl.arange(0, BV)
+    mask = (rows < DV)[:, None] & (cols < D)[None, :]
+    tl.store(base + cols[None, :] * E + rows[:, None], state, mask=mask)
+
+
+@triton.jit
+def states(
+    x, y, g, weight, first_half, second_half, wide, start, chunk_states, chunk_sums, end, total,
+    x_b, x_h, x_t, y_b, y_h, y_t, g_b, g_h, g_t, T, scale, D, DV, HKV, CHUNKS, SEGMENTS, PER_SEGMENT,
+    GROUP: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr,
+    NORMALIZE: tl.constexpr, WEIGHTED: tl.constexpr, HAS_START: tl.constexpr, STORE_CHUNKS: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Run the state over a segment's chunks: ``S ← e^… ⊙ S + x̃ᵀ y``, summing over GROUP heads of x and y.
+
+    Forward: x = k, y = v. REVERSE: x = q, y = the outputs' gradient, time runs backwards, and ``weight`` holds two
+    rows ``[2, B, H, T]``: a factor for y and the gradient of the normaliser. ``first_half`` is the half chunk that
+    lies between the carried state and the chunk's middle, ``second_half`` the other.
+    STORE_CHUNKS keeps every chunk's carried state (anchored unless WIDE); otherwise only the end is written, and the
+    segment's whole log2-decay to ``total``.
+    """
+    segment, problem = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if (tl.load(wide + problem) != 0) != WIDE:
+        return
+    batch, kv_head = problem // HKV, problem % HKV
+    E = DV + NORMALIZE
+    keys, values = tl.arange(0, BK), tl.arange(0, BV)
+    state = tl.zeros([BV, BK], tl.float32)
+    sums = tl.zeros([BK], tl.float32)
+    where = (problem * SEGMENTS + segment) * D * E
+    if HAS_START:
+        state = load_state(start + where, D, DV, E, BK, BV)
+        if NORMALIZE:
+            sums = tl.load(start + where + keys * E + DV, mask=keys < D, other=0.0).to(tl.float32)
+    pending = tl.zeros([BK], tl.float32)
+    whole = tl.zeros([BK], tl.float32)
+    begin = segment * PER_SEGMENT
+    count = tl.minimum(PER_SEGMENT, CHUNKS - begin)
+    for step in range(count):
+        chunk = begin + (count - 1 - step if REVERSE else step)
+        if DECAY:
+            halves = (problem * CHUNKS + chunk) * BK + keys
+            one, two = tl.load(first_half + halves), tl.load(second_half + halves)
+            whole += one + two
+            tile = load_decay(g + batch * g_b + kv_head * g_h, g_t, chunk * BT, T, D, PER_KEY, BT, BK)
+            if WIDE:
+                tile = bounded(tile)
+                factor = tl.exp2(from_start(tile, BT) if REVERSE else to_end(tile, BT))
+            else:
+                state *= tl.exp2(pending + one)[None, :]
+                if NORMALIZE:
+                    sums *= tl.exp2(pending + one)
+                pending = two
+                middle = from_middle(tile, BT)
+                factor = tl.exp2(middle if REVERSE else -middle)
+        if STORE_CHUNKS:
+            slot = problem * CHUNKS + chunk
+            pointers = chunk_states + slot * BV * BK + values[:, None] * BK + keys[None, :]
+            tl.store(pointers, state.to(chunk_states.dtype.element_ty))
+            if NORMALIZE:
+                tl.store(chunk_sums + slot * BK + keys, sums)
+        if DECAY and WIDE:
+            state *= tl.exp2(one + two)[None, :]
+            if NORMALIZE:
+                sums *= tl.exp2(one + two)
+        for member in tl.static_range(GROUP):
+            head = kv_head * GROUP + member
+            xs = load_rows(x + batch * x_b + head * x_h, x_t, chunk * BT, T, D, BT, BK)
+            ys = load_rows(y + batch * y_b + head * y_h, y_t, chunk * BT, T, DV, BT, BV)
+            scaled = xs.to(tl.float32) * scale
+            if DECAY:
+                scaled *= factor
+            if NORMALIZE:
+                if WEIGHTED:
+                    rows = chunk * BT + tl.arange(0, BT)
+                    at = (problem * GROUP + member) * T + rows
+                    batches = tl.num_programs(1).to(tl.int64) * GROUP * T
+                    inverse = tl.load(weight + at, mask=rows < T, other=0.0)
+                    slope = tl.load(weight + batches + at, mask=rows < T, other=0.0)
+                    sums += tl.sum(scaled * slope[:, None], 0)
+                    scaled *= inverse[:, None]
+                else:
+                    sums += tl.sum(scaled, 0)
+            state = tl.dot(tl.trans(ys), scaled.to(ys.dtype), acc=state, input_precision=PRECISION)
+    if DECAY and not WIDE:
+        state *= tl.exp2(pending)[None, :]
+        sums *= tl.exp2(pending)
+    store_state(end + where, state, D, DV, E, BK, BV)
+    if NORMALIZE:
+        tl.store(end + where + keys * E + DV, sums, mask=keys < D)
+    if DECAY and not STORE_CHUNKS:
+        tl.store(total + (problem * SEGMENTS + segment) * BK + keys, whole)
+
+
+@triton.jit
+def scan(
+    added, total, initial, carried, final, D, E, SEGMENTS,
+    REVERSE: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    BK: tl.constexpr, ROWS: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """Chain segment sums ``[BH, SEGMENTS, D, E]``: what each segment starts from, and the last state."""
+    problem = tl.program_id(1).to(tl.int64)
+    rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BE)
+    tile = rows[:, None] * E + cols[None, :]
+    mask = (rows < D)[:, None] & (cols < E)[None, :]
+    state = tl.zeros([ROWS, BE], tl.float32)
+    if HAS_INITIAL:
+        state = tl.load(initial + problem * D * E + tile, mask=mask, other=0.0).to(tl.float32)
+    for step in range(SEGMENTS):
+        slot = problem * SEGMENTS + (SEGMENTS - 1 - step if REVERSE else step)
+        tl.store(carried + slot * D * E + tile, state, mask=mask)
+        if DECAY:
+            state *= tl.exp2(tl.load(total + slot * BK + rows, mask=rows < D, other=0.0))[:, None]
+        state += tl.load(added + slot * D * E + tile, mask=mask, other=0.0)
+    tl.store(final + problem * D * E + tile, state, mask=mask)
+
+
+@triton.jit
+def output(
+    q, k, v, g, first_half, second_half, wide, start, o, end,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, o_b, o_h, o_t,
+    T, scale, D, DV, HKV, CHUNKS, SEGMENTS, PER_SEGMENT,
+    GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr, NORMALIZE: tl.constexpr,
+    HAS_START: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """The fused forward of one segment and one block of BV value columns; the state never leaves the registers."""
+    block, segment, problem = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if (tl.load(wide + problem) != 0) != WIDE:
+        return
+    batch, kv_head = problem // HKV, problem % HKV
+    E = DV + NORMALIZE
+    column = block * BV
+    width = DV - column
+    keys = tl.arange(0, BK)
+    state = tl.zeros([BV, BK], tl.float32)
+    sums = tl.zeros([BK], tl.float32)
+    where = (problem * SEGMENTS + segment) * D * E
+    if HAS_START:
+        state = load_state(start + where + column, D, width, E, BK, BV)
+        if NORMALIZE:
+            sums = tl.load(start + where + keys * E + DV, mask=keys < D, other=0.0).to(tl.float32)
+    pending = tl.zeros([BK], tl.float32)
+    begin = segment * PER_SEGMENT
+    stop = tl.minimum(begin + PER_SEGMENT, CHUNKS)
+    for chunk in tl.range(begin, stop, num_stages=STAGES):
+        ks = load_rows(k + batch * k_b + kv_head * k_h, k_t, chunk * BT, T, D, BT, BK)
+        vs = load_rows(v + batch * v_b + kv_head * v_h + column, v_t, chunk * BT, T, width, BT, BV)
+        right = ks
+        if DECAY:
+            halves = (problem * CHUNKS + chunk) * BK + keys
+            one, two = tl.load(first_half + halves), tl.load(second_half + halves)
+            tile = load_decay(g + batch * g_b + kv_head * g_h, g_t, chunk * BT, T, D, PER_KEY, BT, BK)
+            if WIDE:
+                tile = bounded(tile)
+                factor = tl.exp2(from_start(tile, BT))
+                right = (ks.to(tl.float32) * tl.exp2(to_end(tile, BT))).to(ks.dtype)
+            else:
+                state *= tl.exp2(pending + one)[None, :]
+                if NORMALIZE:
+                    sums *= tl.exp2(pending + one)
+                pending = two
+                middle = from_middle(tile, BT)
+                factor = tl.exp2(middle)
+                right = (ks.to(tl.float32) * tl.exp2(-middle)).to(ks.dtype)
+        read = tl.trans(state.to(vs.dtype))
+        for member in tl.static_range(GROUP):
+            head = kv_head * GROUP + member
+            qs = load_rows(q + batch * q_b + head * q_h, q_t, chunk * BT, T, D, BT, BK)
+            scaled = qs.to(tl.float32) * scale
+            left = scaled
+            if DECAY:
+                left = scaled * factor
+            if DECAY and WIDE:
+                scores = halved_scores(scaled.to(ks.dtype), ks, tile, BT, PRECISION)
+            else:
+                scores = causal(tl.dot(left.to(ks.dtype), tl.trans(right), input_precision=PRECISION), BT)
+            out = tl.dot(left.to(vs.dtype), read, input_precision=PRECISION)
+            out = tl.dot(scores.to(vs.dtype), vs, acc=out, input_precision=PRECISION)
+            if NORMALIZE:
+                normaliser = tl.sum(scores, 1) + tl.sum(left * sums[None, :], 1)
+                out = out / (normaliser + EPS)[:, None]
+            store_rows(o + batch * o_b + head * o_h + column, o_t, chunk * BT, T, width, out, BT, BV)
+        if DECAY and WIDE:
+            state *= tl.exp2(one + two)[None, :]
+            if NORMALIZE:
+                sums *= tl.exp2(one + two)
+        state = tl.dot(tl.trans(vs), right.to(vs.dtype), acc=state, input_precision=PRECISION)
+        if NORMALIZE:
+            sums += tl.sum(right.to(tl.float32), 0)
+    if segment == SEGMENTS - 1:
+        if DECAY and not WIDE:
+            state *= tl.exp2(pending)[None, :]
+            sums *= tl.exp2(pending)
+        last = end + problem * D * E
+        store_state(last + column, state, D, width, E, BK, BV)
+        if NORMALIZE:
+            tl.store(last + keys * E + DV, sums, mask=keys < tl.where(block == 0, D, 0))
+
+
+@triton.jit
+def decode(
+    q, k, v, g, initial, o, final, q_b, q_h, k_b, k_h, v_b, v_h, g_b, g_h, scale, D, DV, HKV,
+    GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, NORMALIZE: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """One token: read a block of BV state columns once, write it once."""
+    block, problem = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    batch, kv_head = problem // HKV, problem % HKV
+    E = DV + NORMALIZE
+    keys, cols = tl.arange(0, BK), block * BV + tl.arange(0, BV)
+    ks = tl.load(k + batch * k_b + kv_head * k_h + keys, mask=keys < D, other=0.0).to(tl.float32)
+    vs = tl.load(v + batch * v_b + kv_head * v_h + cols, mask=cols < DV, other=0.0).to(tl.float32)
+    tile = problem * D * E + keys[:, None] * E + cols[None, :]
+    mask = (keys < D)[:, None] & (cols < DV)[None, :]
+    column = problem * D * E + keys * E + DV
+    state = ks[:, None] * vs[None, :]
+    sums = ks
+    if HAS_INITIAL:
+        before = tl.load(initial + tile, mask=mask, other=0.0).to(tl.float32)
+        before_sums = tl.zeros([BK], tl.float32)
+        if NORMALIZE:
+            before_sums = tl.load(initial + column, mask=keys < D, other=0.0).to(tl.float32)
+        if DECAY:
+            gates = g + batch * g_b + kv_head * g_h
+            decay = tl.load(gates + (keys if PER_KEY else keys * 0), mask=keys < D, other=0.0).to(tl.float32)
+            decay = tl.exp2(decay * LOG2E)
+            before *= decay[:, None]
+            before_sums *= decay
+        state += before
+        sums += before_sums
+    tl.store(final + tile, state, mask=mask)
+    if NORMALIZE:
+        tl.store(final + column, sums, mask=keys < tl.where(block == 0, D, 0))
+    for member in tl.static_range(GROUP):
+        head = kv_head * GROUP + member
+        qs = tl.load(q + batch * q_b + head * q_h + keys, mask=keys < D, other=0.0).to(tl.float32) * scale
+        out = tl.sum(qs[:, None] * state, 0)
+        if NORMALIZE:
+            out = out / (tl.sum(qs * sums, 0) + EPS)
+        tl.store(o + (problem * GROUP + member) * DV + cols, out.to(o.dtype.element_ty), mask=cols < DV)

@@ -1,0 +1,288 @@
+"""Launches the linear-attention kernels: block sizes, segments, scratch tensors. One configuration per head size."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .triton_backward import gradients, normaliser
+from .triton_blocks import INTERPRETED
+from .triton_forward import chunk_decays, decode, output, scan, states
+
+# Largest |log decay| of half a chunk for which both anchored factors stay far inside bfloat16's exponent range.
+LIMIT = 60.0
+CHUNK = 64
+STAGES = 2
+MIN_SEGMENT_CHUNKS = 8
+
+Decays = tuple[Tensor | None, Tensor | None, Tensor, tuple[bool, ...]]
+Grads = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the interpreter: enough to exercise segments
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the kernels need to know about one problem."""
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    scale: float
+    normalize: bool
+
+    @property
+    def problems(self) -> int:
+        return self.tensors[1].shape[0] * self.tensors[1].shape[1]
+
+    @property
+    def group(self) -> int:
+        return self.tensors[0].shape[1] // self.tensors[1].shape[1]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """T, D, Dv."""
+        k, v = self.tensors[1], self.tensors[2]
+        return k.shape[2], k.shape[3], v.shape[3]
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return _padded(self.sizes[1]), _padded(self.sizes[2])
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.sizes[0] // CHUNK)
+
+    @property
+    def segment_chunks(self) -> int:
+        """Chunks per segment: enough segments for about two waves of programs, none shorter than 8 chunks."""
+        wanted = max(1, 2 * _processors(self.tensors[0].device) // self.problems)
+        return max(min(MIN_SEGMENT_CHUNKS, self.chunks), -(-self.chunks // wanted))
+
+    @property
+    def segments(self) -> int:
+        return -(-self.chunks // self.segment_chunks)
+
+    @property
+    def precision(self) -> str:
+        return "ieee" if self.tensors[0].dtype == torch.bfloat16 else "tf32x3"
+
+    def options(self) -> dict[str, Any]:
+        g = self.tensors[3]
+        return {
+            "GROUP": self.group,
+            "DECAY": g is not None,
+            "PER_KEY": g is not None and g.shape[-1] > 1,
+            "NORMALIZE": self.normalize,
+            "BT": CHUNK,
+            "BK": self.blocks[0],
+            "BV": self.blocks[1],
+            "PRECISION": self.precision,
+            "num_warps": 8 if self.blocks[0] * self.blocks[1] > 64 * 64 else 4,
+        }
+
+    def decays(self) -> Decays:
+        """Half-chunk decays, the wide flags, and which kernel variants to launch."""
+        g, k, (length, width, _) = self.tensors[3], self.tensors[1], self.sizes
+        wide = torch.zeros(self.problems, dtype=torch.int32, device=k.device)
+        if g is None:
+            return None, None, wide, (False,)
+        shape = (self.problems, self.chunks, self.blocks[0])
+        halves = torch.empty((2, *shape), dtype=torch.float32, device=g.device)
+        chunk_decays[(self.chunks, self.problems)](
+            g, halves[0], halves[1], wide, *_strides(g), length, width, k.shape[1], self.chunks, LIMIT,
+            PER_KEY=g.shape[-1] > 1, BT=CHUNK, BK=self.blocks[0], num_warps=4,
+        )  # fmt: skip
+        return halves[0], halves[1], wide, (False, True)
+
+    def state(self, *leading: int) -> Tensor:
+        columns = self.sizes[2] + int(self.normalize)
+        shape = (self.problems, *leading, self.sizes[1], columns)
+        return torch.empty(shape, dtype=torch.float32, device=self.tensors[0].device)
+
+
+def _padded(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def _strides(x: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
+
+
+def _unit_columns(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float, normalize: bool) -> Plan:
+    narrow = all(x.dtype == torch.bfloat16 for x in (q, k, v)) and not INTERPRETED.value
+    dtype = torch.bfloat16 if narrow else torch.float32
+    q, k, v = (_unit_columns(x.to(dtype)) for x in (q, k, v))
+    return Plan((q, k, v, None if log_decay is None else _unit_columns(log_decay)), scale, normalize)
+
+
+def _run_states(
+    plan: Plan,
+    decays: Decays,
+    initial: Tensor | None,
+    grad: Tensor | None,
+    weight: Tensor | None,
+    store: bool,
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Segment starts, the last state, and every chunk's carried state and sums (``store``).
+
+    With ``grad`` the same backwards in time: q and the outputs' gradient instead of k and v.
+    """
+    q, k, v, g = plan.tensors
+    reverse = grad is not None
+    x, y = (q, grad) if grad is not None else (k, v)
+    first, second, wide, variants = decays
+    if reverse:
+        first, second = second, first
+    (length, width, columns), (block_k, block_v) = plan.sizes, plan.blocks
+    end = plan.state(plan.segments)
+    options = plan.options() | {"REVERSE": reverse, "WEIGHTED": weight is not None}
+    if not reverse:
+        options["GROUP"] = 1
+    chunk_states = chunk_sums = None
+    if store:
+        shape = (plan.problems, plan.chunks, block_v, block_k)
+        chunk_states = torch.empty(shape, dtype=q.dtype, device=q.device)
+        if plan.normalize:
+            shape = (plan.problems, plan.chunks, block_k)
+            chunk_sums = torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    def launch(start: Tensor | None, keep: bool, total: Tensor | None) -> None:
+        for variant in variants:
+            states[(plan.segments, plan.problems)](
+                x, y, g, weight, first, second, wide, start, chunk_states, chunk_sums, end, total,
+                *_strides(x), *_strides(y), *_strides(g), length, plan.scale if reverse else 1.0, width, columns,
+                k.shape[1], plan.chunks, plan.segments, plan.segment_chunks,
+                HAS_START=start is not None, STORE_CHUNKS=keep, WIDE=variant, **options,
+            )  # fmt: skip
+
+    start: Tensor | None = initial
+    final = end
+    if plan.segments > 1:
+        total = torch.empty((plan.problems, plan.segments, block_k), dtype=torch.float32, device=q.device)
+        launch(None, False, total)
+        start, final = plan.state(plan.segments), plan.state()
+        rows = min(16, block_k)
+        scan[(triton.cdiv(width, rows), plan.problems)](
+            end, total, initial, start, final, width, end.shape[-1], plan.segments,
+            REVERSE=reverse, DECAY=g is not None, HAS_INITIAL=initial is not None,
+            BK=block_k, ROWS=rows, BE=triton.next_power_of_2(end.shape[-1]), num_warps=4,
+        )  # fmt: skip
+    if store:
+        launch(start, True, None)
+    return start, final, chunk_states, chunk_sums
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    normalize: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Outputs ``[B, H, T, Dv]`` in ``dtype`` and the final state; D and Dv fit one block."""
+    plan = _prepare(q, k, v, log_decay, scale, normalize)
+    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=dtype, device=q.device)
+    initial = None if initial_state is None else initial_state.float().contiguous()
+    if k.shape[2] == 1:
+        return out, _step(plan, initial, out)
+    q, k, v, g = plan.tensors
+    decays = plan.decays()
+    first, second, wide, variants = decays
+    start: Tensor | None = initial
+    final: Tensor | None = None
+    if plan.segments > 1:
+        start, final, _, _ = _run_states(plan, decays, initial, None, None, store=False)
+    last = plan.state()
+    length, width, columns = plan.sizes
+    options = plan.options() | {"STAGES": STAGES}
+    for variant in variants:
+        grid = (triton.cdiv(columns, options["BV"]), plan.segments, plan.problems)
+        output[grid](
+            q, k, v, g, first, second, wide, start, out, last,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(g), *_strides(out),
+            length, scale, width, columns, k.shape[1], plan.chunks, plan.segments, plan.segment_chunks,
+            HAS_START=start is not None, WIDE=variant, **options,
+        )  # fmt: skip
+    return out, (last if final is None else final).view(*k.shape[:2], width, -1)
+
+
+def _step(plan: Plan, initial: Tensor | None, out: Tensor) -> Tensor:
+    q, k, v, g = plan.tensors
+    _, width, columns = plan.sizes
+    final = plan.state()
+    block = min(plan.blocks[1], 32)
+    decode[(triton.cdiv(columns, block), plan.problems)](
+        q, k, v, g, initial, out, final, *_strides(q)[:2], *_strides(k)[:2], *_strides(v)[:2], *_strides(g)[:2],
+        plan.scale, width, columns, k.shape[1],
+        GROUP=plan.group, DECAY=g is not None, PER_KEY=g is not None and g.shape[-1] > 1,
+        NORMALIZE=plan.normalize, HAS_INITIAL=initial is not None, BK=plan.blocks[0], BV=block, num_warps=4,
+    )  # fmt: skip
+    return final.view(*k.shape[:2], width, -1)
+
+
+def backward(
+    grad_o: Tensor,
+    grad_state: Tensor,
+    o: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    normalize: bool,
+    dtype: torch.dtype | None,
+) -> Grads:
+    """Gradients in ``dtype`` (None: each input's own); ``o`` is read only when normalised."""
+    outputs = [dtype or x.dtype for x in (q, k, v)]
+    plan = _prepare(q, k, v, log_decay, scale, normalize)
+    q, k, v, g = plan.tensors
+    grad = _unit_columns(grad_o.to(v.dtype))
+    initial = None if initial_state is None else initial_state.float().contiguous()
+    decays = plan.decays()
+    first, second, wide, variants = decays
+    length, width, columns = plan.sizes
+    options = plan.options()
+    _, _, chunk_states, chunk_sums = _run_states(plan, decays, initial, None, None, store=True)
+    weight = None
+    if normalize:
+        assert o is not None
+        o = _unit_columns(o)
+        weight = torch.empty((2, *q.shape[:3]), dtype=torch.float32, device=q.device)
+        shared = {key: value for key, value in options.items() if key != "NORMALIZE"}
+        for variant in variants:
+            normaliser[(plan.chunks, plan.problems)](
+                q, k, g, o, grad, chunk_sums, wide, weight,
+                *_strides(q), *_strides(k), *_strides(g), *_strides(o), *_strides(grad),
+                length, scale, width, columns, k.shape[1], plan.chunks, WIDE=variant, **shared,
+            )  # fmt: skip
+    slopes = grad_state.float().contiguous()
+    _, d_initial, state_slopes, sum_slopes = _run_states(plan, decays, slopes, grad, weight, store=True)
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=t, device=x.device) for x, t in zip((q, k, v), outputs, strict=True))
+    d_g = None if g is None else torch.empty(g.shape, dtype=dtype or g.dtype, device=g.device)
+    for variant in variants:
+        gradients[(plan.chunks, plan.problems)](
+            q, k, v, g, grad, weight, wide, chunk_states, chunk_sums, state_slopes, sum_slopes, d_q, d_k, d_v, d_g,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(g), *_strides(grad),
+            first, second, length, scale, width, columns, k.shape[1], plan.chunks, WIDE=variant, **options,
+        )  # fmt: skip
+    d_start = None
+    if initial_state is not None:
+        d_start = d_initial.view(initial_state.shape).to(initial_state.dtype)
+    return d_q, d_k, d_v, d_g, d_start
