@@ -2,4 +2,61 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+# Where each public name lives; imported when first used, so that `import lincompile` is instant and light.
+_HOMES = {
+    "compile": "lowering.compiler",
+    "Compiled": "lowering.compiler",
+    "open": ("lowering.package", "open_artefact"),
+    "load": ("passes.formats.load", "load_model"),
+    "capture": "passes.capture",
+    "Program": "passes.program",
+    "AttentionSite": "passes.program",
+    "Pipeline": "passes.pipeline",
+    "PassResult": "passes.pipeline",
+    "register": "passes.pipeline",
+    "Canonicalize": "passes.canonicalize",
+    "ProveAttention": "passes.identity",
+    "LinearizeAttention": "passes.linearize",
+    "Quantize": "passes.quantize",
+    "quantize_": "passes.quantize_module",
+    "make_stateful": "passes.stateful",
+    "LincompileError": "passes.errors",
+}
+__all__ = ["__version__", *sorted(_HOMES)]
+
+if TYPE_CHECKING:
+    from .lowering.compiler import Compiled as Compiled
+    from .lowering.compiler import compile as compile
+    from .lowering.package import open_artefact as open
+    from .passes.canonicalize import Canonicalize as Canonicalize
+    from .passes.capture import capture as capture
+    from .passes.errors import LincompileError as LincompileError
+    from .passes.formats.load import load_model as load
+    from .passes.identity import ProveAttention as ProveAttention
+    from .passes.linearize import LinearizeAttention as LinearizeAttention
+    from .passes.pipeline import PassResult as PassResult
+    from .passes.pipeline import Pipeline as Pipeline
+    from .passes.pipeline import register as register
+    from .passes.program import AttentionSite as AttentionSite
+    from .passes.program import Program as Program
+    from .passes.quantize import Quantize as Quantize
+    from .passes.quantize_module import quantize_ as quantize_
+    from .passes.stateful import make_stateful as make_stateful
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lincompile' has no attribute '{name}'")
+    import importlib
+
+    home = _HOMES[name]
+    module, attribute = home if isinstance(home, tuple) else (home, name)
+    return getattr(importlib.import_module(f".{module}", __name__), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -139,22 +139,27 @@ class Builder:
     def __init__(self, graph_module: GraphModule, anchor: Node) -> None:
         self.graph_module = graph_module
         self.anchor = anchor
+        self.fake_mode = fake_mode_of(graph_module)
 
-    def __call__(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-        graph = self.graph_module.graph
-        with graph.inserting_before(self.anchor):
-            node = graph.call_function(op, args, kwargs)
-        fake_args, fake_kwargs = torch.fx.map_arg((args, kwargs), value_of)
-        with fake_mode_of(self.graph_module):
-            node.meta["val"] = op(*fake_args, **fake_kwargs)
+    def insert(self, op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Node:
+        """Inserts a call whose fake value is already known (computing it costs milliseconds a node)."""
+        with self.graph_module.graph.inserting_before(self.anchor):
+            node = self.graph_module.graph.call_function(op, args, kwargs)
+        node.meta["val"] = value
         copy_origin(self.anchor, node)
         return node
 
-    def attribute(self, path: str, value: Tensor) -> Node:
+    def __call__(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        fake_args, fake_kwargs = torch.fx.map_arg((args, kwargs), value_of)
+        with self.fake_mode:
+            value = op(*fake_args, **fake_kwargs)
+        return self.insert(op, args, kwargs, value)
+
+    def attribute(self, path: str, value: Tensor, fake: Any = None) -> Node:
         """A ``get_attr`` node for a tensor registered on the graph module under ``path``."""
         with self.graph_module.graph.inserting_before(self.anchor):
             node = self.graph_module.graph.create_node("get_attr", path)
-        node.meta["val"] = fake_mode_of(self.graph_module).from_tensor(value, static_shapes=True)
+        node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True) if fake is None else fake
         copy_origin(self.anchor, node)
         return node
 
@@ -164,11 +169,11 @@ class Builder:
 
 def fake_mode_of(graph_module: GraphModule) -> Any:
     """The fake mode (and shape environment) the graph was captured in."""
-    values = (value_of(node) for node in graph_module.graph.nodes)
-    mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
-    if mode is None:
-        raise PassError("the graph carries no fake values: capture the model with lincompile.capture first")
-    return mode
+    for node in graph_module.graph.nodes:
+        mode = detect_fake_mode([value_of(node)]) if isinstance(value_of(node), Tensor) else None
+        if mode is not None:
+            return mode
+    raise PassError("the graph carries no fake values: capture the model with lincompile.capture first")
 
 
 def walk_up(node: Node, stop: frozenset[Node] | set[Node] = frozenset()) -> Iterator[Node]:

@@ -80,14 +80,15 @@ class LinearizeAttention:
         if self.attn == "softmax":
             return PassResult(program, False, {"rewritten": 0})
         kept = self.kept_sites(program)
-        traces: dict[Any, GraphModule] = {}
+        traces: dict[Any, Trace] = {}
+        content = content_nodes(program)
         rewritten = 0
         for index, site in enumerate(program.sites):
             if site.node is None or site.method != "softmax":
                 continue
             reason = self.reason_to_keep(site, index, kept)
             if reason is None:
-                reason = self.rewrite(program, site, index, traces)
+                reason = self.rewrite(program, site, index, traces, content)
             if reason is not None:
                 site.verdict, site.reason = "keep", reason
             else:
@@ -123,22 +124,18 @@ class LinearizeAttention:
             return "cross-attention between two sequences stays softmax"
         return None
 
-    def rewrite(self, program: Program, site: AttentionSite, index: int, traces: dict[Any, GraphModule]) -> str | None:
+    def rewrite(self, program: Program, site: AttentionSite, index: int, traces: dict[Any, Trace], content: set[Node]) -> str | None:
         """Replaces one site; returns the reason if it can't be."""
         node = site.node
         assert node is not None
         cls = method_class(self.attn)
         module = program.graph_module
         make = Builder(module, node)
-        q, k, v, mask = node.args[:4]
-        assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
-        hidden = hidden_states(k, q, make)
-        if hidden is None:
-            if cls.gated:
-                return f"{self.attn} needs the hidden states that k is projected from, and no projection was found above k"
-        if not cls.rotary:
-            q, k = pre_rotary(program, q, make), pre_rotary(program, k, make)
-        dtype, device = tensor_of(v).dtype, tensor_of(v).device
+        operands = find_operands(site, cls, make, content)
+        if isinstance(operands, str):
+            return operands
+        hidden, mask = operands.hidden, operands.mask
+        dtype, device = tensor_of(operands.v).dtype, tensor_of(operands.v).device
         width = int(tensor_of(hidden).shape[-1]) if hidden is not None else 1
         assert site.heads and site.kv_heads and site.head_dim and site.value_dim and site.scale
         shape = SiteShape(site.heads, site.kv_heads, site.head_dim, site.value_dim, width, site.scale, site.kind != "full")
@@ -151,17 +148,54 @@ class LinearizeAttention:
             traces[key] = trace_method(cls(shape).to(dtype), mask is not None)
         name = f"{MODULE_PREFIX}.{index}"
         module.add_submodule(name, method)
-        operands = [q, k, v, hidden if hidden is not None else v, *([mask] if mask is not None else [])]
-        output, op = inline(traces[key], operands, make, name, method)
+        output, op = inline(traces[key], operands.arguments(), make, name, method)
         node.replace_all_uses_with(output)
         module.graph.erase_node(node)
         site.node, site.method = op, self.attn
         site.details["module"] = name
+        if not cls.rotary:
+            site.details["rotary"] = "removed" if operands.rotated else "none found"
         site.reason = f"softmax proved to {site.max_error:.1e}, rewritten to {self.attn}"
         return None
 
 
-def trace_method(method: LinearMethod, padded: bool) -> GraphModule:
+@dataclass(frozen=True)
+class Operands:
+    """What a method reads at one site: nodes for q, k, v, the hidden states (None if unused) and the padding mask."""
+
+    q: Node
+    k: Node
+    v: Node
+    hidden: Node | None
+    mask: Node | None
+    rotated: bool
+
+    def arguments(self) -> list[Node]:
+        """In the order of ``LinearMethod.forward``; v stands in for hidden states that the method doesn't read."""
+        return [self.q, self.k, self.v, self.hidden or self.v, *([self.mask] if self.mask is not None else [])]
+
+
+def find_operands(site: AttentionSite, cls: type[LinearMethod], make: Builder, content: set[Node]) -> Operands | str:
+    """The operands of ``cls`` at a proved softmax site, or the reason why they can't be had."""
+    assert site.node is not None
+    q, k, v, mask = site.node.args[:4]
+    assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
+    hidden = hidden_states(k, q, make)
+    if hidden is None and cls.gated:
+        return f"{cls.method} needs the hidden states that k is projected from, and no projection was found above k"
+    before_q, before_k = (q, k) if cls.rotary else (pre_rotary(q, make, content), pre_rotary(k, make, content))
+    return Operands(before_q, before_k, v, hidden, mask if isinstance(mask, Node) else None, before_q is not q)
+
+
+@dataclass
+class Trace:
+    """A method's ATen graph, and the fake values its nodes had in the program, by operand shapes."""
+
+    graph: GraphModule
+    values: dict[str, dict[Node, Any]] = field(default_factory=dict)
+
+
+def trace_method(method: LinearMethod, padded: bool) -> Trace:
     """The method's forward as an ATen graph, with dynamic batch and sequence."""
     shape = method.shape
     dtype = next(method.parameters()).dtype
@@ -183,26 +217,32 @@ def trace_method(method: LinearMethod, padded: bool) -> GraphModule:
 
     assert isinstance(traced, GraphModule)
     remove_noops(traced)
-    return traced
+    return Trace(traced)
 
 
-def inline(traced: GraphModule, operands: Sequence[Node], make: Builder, name: str, method: LinearMethod) -> tuple[Node, Node]:
-    """Copies a traced method's graph before the builder's anchor; returns (its output, its attention op node)."""
+def inline(traced: Trace, operands: Sequence[Node], make: Builder, name: str, method: LinearMethod) -> tuple[Node, Node]:
+    """Copies a traced method's graph before the builder's anchor; returns (its output, its attention op node).
+
+    Sites with operands of the same shapes share the fake values that the first of them computed.
+    """
+    values = traced.values.setdefault(str([tuple(tensor_of(item).shape) for item in operands]), {})
     mapping: dict[Node, Any] = {}
     inputs = iter(operands)
     op: Node | None = None
-    for node in traced.graph.nodes:
+    for node in traced.graph.graph.nodes:
         if node.op == "placeholder":
             mapping[node] = next(inputs)
         elif node.op == "get_attr":
             target = str(node.target)
-            mapping[node] = make.attribute(f"{name}.{target}", method.get_parameter(target))
+            mapping[node] = make.attribute(f"{name}.{target}", method.get_parameter(target), values.get(node))
+            values[node] = value_of(mapping[node])
         elif node.op == "call_function":
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda item: mapping[item])
-            mapping[node] = make(node.target, *args, **kwargs)
+            mapping[node] = make.insert(node.target, args, kwargs, values[node]) if node in values else make(node.target, *args, **kwargs)
+            values[node] = value_of(mapping[node])
             if str(node.target).startswith(("lincompile.linear_attention", "lincompile.gated_delta")):
                 op = mapping[node]
-    output = next(node for node in traced.graph.nodes if node.op == "output").args[0]
+    output = next(node for node in traced.graph.graph.nodes if node.op == "output").args[0]
     result = mapping[output[0] if isinstance(output, (tuple, list)) else output]
     assert op is not None, "a method has exactly one attention op"
     return result, op
@@ -221,14 +261,14 @@ def content_nodes(program: Program) -> set[Node]:
     return content
 
 
-def pre_rotary(program: Program, operand: Node, make: Builder) -> Node:
+def pre_rotary(operand: Node, make: Builder, content: set[Node]) -> Node:
     """q or k before its rotary embedding, as ``[B, heads, T, D]``; the operand itself where there is none.
 
     Walks up through the ops a rotary embedding is made of, until one node carries everything that came from the
-    hidden states; position tables (cos, sin) met on the way show that there was an embedding.
+    hidden states; position tables (cos, sin) met on the way show that there was an embedding. ``content`` are the
+    nodes that depend on tokens or features.
     """
-    content = content_nodes(program)
-    order = {node: index for index, node in enumerate(program.graph_module.graph.nodes)}
+    order = {node: index for index, node in enumerate(operand.graph.nodes)}
     time = symbols_in(tensor_of(operand).shape[2])
     frontier = {operand}
     found, rotated = operand, False

@@ -80,6 +80,7 @@ class StepProgram:
         windows: window of each sliding softmax site (its cache may be trimmed to that many tokens), by site path.
         max_positions: longest sequence the model accepts, None if unbounded.
         uniform_positions: the model counts positions itself, so all rows of a batch must be at the same position.
+        causal: False for the whole-sequence form of a bidirectional model: no states, each call is a full forward.
         max_error: largest relative difference against the full program in the check (None: not run, no weights).
     """
 
@@ -88,6 +89,7 @@ class StepProgram:
     windows: dict[str, int] = field(default_factory=dict)
     max_positions: int | None = None
     uniform_positions: bool = False
+    causal: bool = True
     max_error: float | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -128,6 +130,18 @@ def make_stateful(program: Program, *, check: bool = True) -> StepProgram:
     return step
 
 
+def make_full(program: Program) -> StepProgram:
+    """The whole-sequence form of a model that has no step form: the same signature, without states.
+
+    Raises:
+        RefusedError: the model takes something other than tokens, a mask, positions and token types.
+    """
+    tokens = program.input_with_role("tokens")
+    if tokens is None:
+        raise RefusedError("the model takes no tokens, so it has no program to save; use it from Python (compiled.program)")
+    return _Stepper(program.clone(), tokens.name).build_full()
+
+
 class _Stepper:
     """Turns one cloned program into its step graph, in place."""
 
@@ -165,6 +179,25 @@ class _Stepper:
         self._outputs()
         finish(self.module)
         return StepProgram(self.module, self.specs, self.windows, self.program.max_positions, uniform, metadata=dict(self.program.metadata))
+
+    def build_full(self) -> StepProgram:
+        """Only renames the inputs to the step signature."""
+        self.last_input = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        batch, length = tensor_of(self.tokens).shape[:2]
+        self.mask = self._input("step_mask", (batch, length), torch.bool)
+        self.positions = self._input("step_positions", (batch, length), torch.int64)
+        for item in self.program.inputs:
+            node = self.program.placeholder(item.name)
+            if item.role == "other" and item.name != self.tokens.name and not tensor_of(node).is_floating_point():
+                anchor = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
+                zeros = Builder(self.module, anchor)(aten.zeros_like.default, self.tokens)  # token types: one segment
+                node.replace_all_uses_with(zeros)
+                self.graph.erase_node(node)
+        self.program.inputs = [i for i in self.program.inputs if i.role in ("mask", "positions") or i.name == self.tokens.name]
+        self._rewire_inputs()
+        self._outputs()
+        finish(self.module)
+        return StepProgram(self.module, [], {}, self.program.max_positions, causal=False, metadata=dict(self.program.metadata))
 
     def _input(self, name: str, shape: Sequence[Any], dtype: torch.dtype) -> Node:
         with self.graph.inserting_after(self.last_input):
