@@ -14,14 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 
-from ..capture import named_inputs
 from ..errors import ModelLoadError
 from .loaded import LoadedModel, LoadOptions, check_finite, hash_files, one_line
 from .plain import Example, infer_example
 
 _TABLES = ("_weights_config.json", "_constants_config.json")
 _PLAIN_MEMBERS = {"models", "extra", ".data", "archive_format", "archive_version", "byteorder", ".format_version"}
+
+
+class ExportedModule(nn.Module):
+    """An exported program as a module that takes its inputs by name, however they were passed when it was exported."""
+
+    prefix = "program."
+
+    def __init__(self, exported: ExportedProgram) -> None:
+        super().__init__()
+        self.program = exported.module(check_guards=False)
+        self.names = tuple(str(name) for name in exported.graph_signature.user_inputs)
+        self.spec = exported.call_spec.in_spec
+        self.training = False
+
+    def train(self, mode: bool = True) -> ExportedModule:
+        """An exported graph has one mode only, the one it was traced in."""
+        return self
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        """Call the program with its inputs by position or by name."""
+        values = dict(zip(self.names, args, strict=False)) | kwargs
+        given, named = torch.utils._pytree.tree_unflatten([values[name] for name in self.names], self.spec)
+        return self.program(*given, **named)
 
 
 def load_pt2(path: Path, options: LoadOptions, example: Example | None = None) -> LoadedModel:
@@ -69,13 +92,15 @@ def load_torchscript(path: Path, options: LoadOptions, example: Example | None =
             from torch._export.converter import TS2EPConverter
 
             exported = TS2EPConverter(script, tuple(inputs.values())).convert()
+            _mark_parameters(exported, script)
             _check_conversion(script, exported, inputs)
     except Exception as error:  # the converter is experimental: anything it raises means the same to the user
         raise ModelLoadError(
             f"{path}: this TorchScript program can't be converted "
             f"({type(error).__name__}: {one_line(error)}); {way_out}"
         ) from error
-    return _from_program(exported, path, "torchscript", options, inputs, ("converted from TorchScript",))
+    values = tuple(inputs.values())  # by position: the converter may have renamed them
+    return _from_program(exported, path, "torchscript", options, values, ("converted from TorchScript",))
 
 
 def _script_inputs(script: Any, path: Path, example: Example | None) -> dict[str, Tensor]:
@@ -100,20 +125,23 @@ def _from_program(
     example: Example | None,
     notes: tuple[str, ...],
 ) -> LoadedModel:
-    module: nn.Module = exported.module(check_guards=False)
-    check_finite(module)
+    _tie(exported)
     if torch.device(options.device).type != "cpu":
         from torch.export.passes import move_to_device_pass
 
         exported = move_to_device_pass(exported, options.device)
-        module = exported.module(check_guards=False)
+    module = ExportedModule(exported)
+    check_finite(module, module.prefix)
     if example is None:
         inputs = _stored_example(exported, path)
+    elif isinstance(example, Mapping):
+        inputs = dict(example)
     else:
-        inputs = named_inputs(module, example)
-    names = list(exported.graph_signature.user_inputs)
-    if len(names) != len(inputs):
-        raise ModelLoadError(f"{path}: the program takes {len(names)} inputs, the example has {len(inputs)}")
+        inputs = dict(zip(module.names, [example] if isinstance(example, Tensor) else example, strict=False))
+    if set(inputs) != set(module.names):
+        raise ModelLoadError(
+            f"{path}: the program takes {', '.join(module.names)}, the example has {', '.join(inputs) or 'nothing'}"
+        )
     return LoadedModel(
         module=module,
         example={k: v.to(options.device) for k, v in inputs.items()},
@@ -124,6 +152,24 @@ def _from_program(
         exported=exported,
         notes=notes,
     )
+
+
+def _mark_parameters(exported: ExportedProgram, script: Any) -> None:
+    """Make parameters of the script parameters of the program: the converter takes all of them for buffers."""
+    parameters = {name for name, _ in script.named_parameters(remove_duplicate=False)}
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind is InputKind.BUFFER and spec.target in parameters:
+            spec.kind, spec.persistent = InputKind.PARAMETER, None
+            exported.state_dict[spec.target] = nn.Parameter(exported.state_dict[spec.target].detach())
+
+
+def _tie(exported: ExportedProgram) -> None:
+    """Give names that share memory one parameter again: a saved program keeps the sharing, not the identity."""
+    seen: dict[tuple[Any, ...], Tensor] = {}
+    for name, tensor in exported.state_dict.items():
+        if isinstance(tensor, nn.Parameter) and tensor.numel():
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            exported.state_dict[name] = seen.setdefault(key, tensor)
 
 
 def _stored_example(exported: ExportedProgram, path: Path) -> dict[str, Tensor]:

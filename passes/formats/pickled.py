@@ -109,7 +109,7 @@ def load_state_dict(
     state, notes = read_state(path, source_format)
     if model is None:
         raise ModelLoadError(
-            f"{path}: a state dict of {len(state)} tensors ({some(state, 3)}) says nothing of its architecture; "
+            f"{path}: a state dict ({some(state, 3)}) says nothing of its architecture; "
             "give --model module:function naming a function that builds the nn.Module, or put its config.json beside it"
         )
     module, given = build_module(model)

@@ -19,6 +19,7 @@ import zoo
 from safetensors.torch import save_file
 from torch import nn
 
+from lincompile.passes.capture import from_exported
 from lincompile.passes.errors import LincompileError, ModelLoadError
 from lincompile.passes.formats.load import check_finite, find_packaged_model, load_model, sniff
 
@@ -359,6 +360,10 @@ def test_pickled_class_that_is_not_here(tmp_path: Path) -> None:
 # --- exported programs and TorchScript -------------------------------------------------------------------------------
 
 
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
 def dynamic_program(model: nn.Module) -> torch.export.ExportedProgram:
     dims = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     return torch.export.export(model, (zoo.tokens(),), dynamic_shapes=(dims,), strict=False)
@@ -374,6 +379,11 @@ def test_exported_program_renamed_pt(tmp_path: Path) -> None:
     assert list(loaded.example) == ["idx"]
     other = zoo.tokens(3, 21)
     torch.testing.assert_close(loaded.module(other), model(other), rtol=0, atol=0)
+    torch.testing.assert_close(loaded.module(**loaded.example), model(**loaded.example), rtol=0, atol=0)
+    assert not loaded.module.eval().training
+    assert "the program takes idx, the example has x" in refusal(tmp_path / "model.pt", example={"x": other})
+    assert count(loaded.module) == count(model)  # the tied head is one parameter again
+    assert count(from_exported(loaded.exported).graph_module) == count(model)
 
 
 def rewritten(path: Path, target: Path, change: dict[str, bytes]) -> Path:
@@ -429,6 +439,7 @@ def test_torchscript_is_converted_and_stays_dynamic(tmp_path: Path) -> None:
     assert loaded.exported is not None
     other = zoo.tokens(3, 20)
     torch.testing.assert_close(loaded.module(other), model(other), rtol=1e-4, atol=1e-5)
+    assert count(from_exported(loaded.exported).graph_module) == count(model)
 
 
 class Loops(nn.Module):
