@@ -1,0 +1,324 @@
+"""Writing a step program as an ONNX model that stock onnxruntime runs, state in and state out."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...passes.errors import LincompileError
+from .extra import require
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from ...passes.stateful import StepProgram
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+GENAI_FILE = "genai_config.json"
+DEFAULT_OPSET = 21
+OPSETS = range(21, 24)  # what the bodies are written for, up to what the exporter converts to
+DEFAULT_CONTEXT = 2048  # for genai, where the model doesn't bound it
+IR_VERSION = 10  # onnxruntime ≥ 1.20 reads it; newer IR versions add nothing used here
+# protobuf stops at 2 GiB; above this the weights lie beside the graph.
+_EXTERNAL_THRESHOLD = 1 << 30
+_EXTERNAL_TENSOR_BYTES = 1024
+
+
+@dataclass
+class OnnxReport:
+    """What was written.
+
+    Attributes:
+        path: the model file.
+        bytes: model and external data together.
+        parameters: weights stored, a quantized one counting once.
+        operators: how many nodes of each operator, contrib ones with their domain.
+        states: name, role and shape (batch left out) of each state.
+        quantized: linears lowered from six or eight bits, their weights and activations.
+        verified: largest and root mean square difference of the logits from the program's, relative.
+        notes: what a user should know (no portable body, genai can't load it …).
+    """
+
+    path: str
+    bytes: int
+    opset: int
+    layout: str
+    seconds: float
+    parameters: int
+    operators: dict[str, int]
+    states: list[dict[str, Any]]
+    quantized: dict[str, Any]
+    verified: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """The JSON-able form."""
+        return asdict(self)
+
+
+def export_onnx(
+    step: StepProgram,
+    folder: str | Path,
+    *,
+    layout: str = "planes",
+    opset: int = DEFAULT_OPSET,
+    genai: bool = True,
+    bodies: bool = True,
+    context_length: int | None = None,
+    special_tokens: Mapping[str, int | list[int]] | None = None,
+    external_data: bool | None = None,
+    verify: bool = True,
+) -> OnnxReport:
+    """Write ``model.onnx`` (with ``model.onnx.data`` when big) and ``genai_config.json`` into ``folder``.
+
+    Args:
+        step: the stateful program; its graph module's weights must be float32 (and packed integers).
+        folder: made when missing; files of the same names are replaced, each only once it is complete.
+        layout: ``planes`` (six bits in memory) or ``int8`` (eight in memory, faster); see :mod:`.quantized`.
+        opset: 21 to 23.
+        genai: also write onnxruntime-genai's configuration, and dummy conv states where it needs them.
+        bodies: attach portable bodies to the contrib operators (:mod:`.functions`).
+        context_length: the longest sequence, for genai; by default the program's bound, or 2048.
+        special_tokens: ``bos_token_id``, ``eos_token_id``, ``pad_token_id`` for genai.
+        external_data: None lets the size decide.
+        verify: run the file against the program before it is put into place (skipped, with a note, where onnxruntime
+            isn't installed).
+
+    Raises:
+        LincompileError: a package is missing, an option is unknown, an op has no ONNX form (the message names it), or
+            the file's logits aren't the program's.
+    """
+    require("onnx", "onnxscript")
+    from .functions import attach_bodies
+    from .genai import genai_config, genai_obstacles
+    from .quantized import LAYOUTS, lower_quantized
+    from .signature import Signature, bind_signature
+    from .verify import verify as compare
+
+    if opset not in OPSETS:
+        raise LincompileError(f"opset {opset} is not supported (choose {OPSETS[0]} to {OPSETS[-1]})")
+    if layout not in LAYOUTS:
+        raise LincompileError(f"unknown int6 layout '{layout}' (choose from: {', '.join(LAYOUTS)})")
+    started = time.perf_counter()
+    model = _translate(step, opset)
+    quantized = lower_quantized(model, layout)
+    bound = bind_signature(model, step.states, dummy_conv=genai)
+    signature = Signature(bound, _vocabulary(model), step.max_positions, step.uniform_positions, dict(step.windows))
+    signature.store(model)
+    _clean(model)
+    notes = attach_bodies(model) if bodies else []
+    obstacles = genai_obstacles(bound) if genai else []
+    notes += [f"onnxruntime-genai can't load this model: {reason}" for reason in obstacles]
+    destination = Path(folder)
+    destination.mkdir(parents=True, exist_ok=True)
+    measured: dict[str, Any] = {}
+
+    def check(file: Path) -> None:
+        if not verify:
+            return
+        if find_spec("onnxruntime") is None:
+            notes.append("not run against the program: onnxruntime isn't installed")
+            return
+        measured.update(compare(step, file, quantized.linears > 0))
+
+    size = _save(model, destination, external_data, check)
+    if genai and not obstacles:
+        context = context_length or step.max_positions or DEFAULT_CONTEXT
+        config = genai_config(bound, signature.vocabulary, context, special_tokens or {}, MODEL_FILE)
+        (destination / GENAI_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    return OnnxReport(
+        path=str(destination / MODEL_FILE),
+        bytes=size,
+        opset=opset,
+        layout=layout,
+        seconds=round(time.perf_counter() - started, 1),
+        parameters=sum(_elements(value) for value in _float_weights(model)) + quantized.weights,
+        operators=_operators(model),
+        states=[{"name": s.past, "role": s.role, "shape": list(s.shape)} for s in bound],
+        quantized=asdict(quantized),
+        verified=measured,
+        notes=notes,
+    )
+
+
+def _translate(step: StepProgram, opset: int) -> ir.Model:
+    from .translations import translation_table
+
+    module = step.graph_module
+    _require_float32(module)
+    example, axes = _example(step)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside the exporter itself
+            program = torch.export.export(_Positional(module), tuple(example), dynamic_shapes=(axes,), strict=False)
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                custom_translation_table=translation_table(),
+                verbose=False,
+                report=False,
+                verify=False,
+                optimize=False,
+            )
+    except LincompileError:
+        raise
+    except Exception as error:
+        own = _own_error(error)
+        if own is not None:
+            raise own from error
+        raise LincompileError(f"the step program can't be exported to ONNX: {_reason(error)}") from error
+    assert exported is not None
+    model = exported.model
+    _simplify(model)
+    model.ir_version = IR_VERSION
+    return model
+
+
+def _simplify(model: ir.Model) -> None:
+    """Inline torch's function library and fold small constants.
+
+    Not the exporter's ``optimize=True``: its rewrite rules match constants with a tolerance of 1e-8, so that "+ 1e-10"
+    counts as "+ 0" and disappears, and the normaliser then divides by zero.
+    """
+    import onnx_ir.passes.common as common
+    from onnxscript import optimizer
+
+    common.InlinePass()(model)
+    optimizer.fold_constants(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+
+
+class _Positional(nn.Module):
+    """The step graph behind ``*args``, so that one tuple of dynamic shapes serves any number of states."""
+
+    def __init__(self, step: nn.Module):
+        super().__init__()
+        self.step = step
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.step(*args)
+
+
+def _example(step: StepProgram) -> tuple[list[Tensor], tuple[dict[int, Any], ...]]:
+    """Inputs with distinct sizes on every dynamic axis (equal ones could be taken for one), and those axes."""
+    batch, time, past = 2, 5, 7
+    dynamic = torch.export.Dim.DYNAMIC
+    tokens = torch.zeros(batch, time, dtype=torch.int64)
+    inputs = [tokens, torch.arange(past, past + time).expand(batch, time).contiguous(), torch.ones(batch, time).bool()]
+    axes: list[dict[int, Any]] = [{0: dynamic, 1: dynamic}] * 3
+    for state in step.states:
+        inputs.append(torch.zeros(batch, *(past if size is None else size for size in state.shape), dtype=state.dtype))
+        axes.append({0: dynamic} | {axis: dynamic for axis, size in enumerate(state.shape, start=1) if size is None})
+    return inputs, tuple(axes)
+
+
+def _require_float32(module: nn.Module) -> None:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        packed_scale = tensor.dtype == torch.float16 and name.endswith("scale")
+        if tensor.is_floating_point() and tensor.dtype != torch.float32 and not packed_scale:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise LincompileError(
+                f"'{name}' is {dtype}; onnxruntime's CPU kernels for these operators compute in float32: "
+                "compile the model with --dtype float32 (or call .float() before capturing it)"
+            )
+
+
+def _own_error(error: BaseException) -> LincompileError | None:
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, LincompileError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line, with the op and where it came from when the exporter names them."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return " ".join(str(cause).split())[:400] or type(cause).__name__
+
+
+def _clean(model: ir.Model) -> None:
+    """Share equal subexpressions (the exporter repeats rotary caches and masks in each layer); drop what is unused."""
+    import onnx_ir.passes.common as common
+
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)
+    common.TopologicalSortPass()(model)
+    common.NameFixPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)
+
+
+def _save(model: ir.Model, folder: Path, external_data: bool | None, check: Callable[[Path], None]) -> int:
+    """Write, check and move into place; returns the bytes written."""
+    import onnx
+    import onnx_ir as ir
+
+    if external_data is None:
+        external_data = sum(_bytes(value) for value in model.graph.initializers.values()) > _EXTERNAL_THRESHOLD
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as scratch:
+        path = Path(scratch) / MODEL_FILE
+        if external_data:
+            ir.save(model, path, external_data=DATA_FILE, size_threshold_bytes=_EXTERNAL_TENSOR_BYTES)
+        else:
+            ir.save(model, path)
+        onnx.checker.check_model(str(path), full_check=False)
+        check(path)
+        stale = folder / DATA_FILE
+        if not external_data and stale.exists():
+            stale.unlink()
+        written = sorted(Path(scratch).iterdir(), reverse=True)  # the data first, then the file that refers to it
+        total = sum(item.stat().st_size for item in written)
+        for item in written:
+            os.replace(item, folder / item.name)
+    return total
+
+
+def _vocabulary(model: ir.Model) -> int:
+    logits = model.graph.outputs[0]
+    size = logits.shape[-1] if logits.shape is not None else None
+    if not isinstance(size, int):
+        raise LincompileError("the last axis of the model's output isn't a fixed size: not the logits of a vocabulary?")
+    return size
+
+
+def _float_weights(model: ir.Model) -> list[ir.Value]:
+    return [
+        v
+        for v in model.graph.initializers.values()
+        if v.dtype is not None and v.dtype.is_floating_point() and _elements(v) > 1
+    ]
+
+
+def _elements(value: ir.Value) -> int:
+    return int(value.const_value.size) if value.const_value is not None else 0
+
+
+def _bytes(value: ir.Value) -> int:
+    return int(value.const_value.nbytes) if value.const_value is not None else 0
+
+
+def _operators(model: ir.Model) -> dict[str, int]:
+    names = (f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes())
+    return dict(sorted(Counter(names).items()))

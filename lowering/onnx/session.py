@@ -1,0 +1,176 @@
+"""Running an exported model with onnxruntime, behind the interface of the torch step program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...passes.errors import ArtefactError, LincompileError
+from .export import MODEL_FILE
+from .extra import require
+
+if TYPE_CHECKING:
+    from ...passes.stateful import StateSpec
+    from .signature import BoundState
+
+_GROWING_ROLES = ("key", "value")
+_MINIMUM_RUNTIME = (1, 32)
+
+
+class OnnxSession:
+    """An exported model: ``session(tokens, positions, mask, states) -> (logits, states)``.
+
+    The same call serves prefill, in chunks of any length, and decode.
+
+    Attributes:
+        states: a ``StateSpec`` for each tensor that a caller carries from call to call, starting from
+            :meth:`initial_states`; where softmax sites are kept the first is the past attention mask.
+        vocab_size: number of token ids.
+        max_positions: longest sequence the model accepts, None if unbounded.
+        uniform_positions: all rows of a batch must be at the same position.
+    """
+
+    def __init__(self, folder: str | Path, *, threads: int | None = None):
+        """Open ``folder`` (or the ``.onnx`` file itself) on the CPU.
+
+        Args:
+            threads: threads inside one operator; None leaves the choice to onnxruntime.
+
+        Raises:
+            ArtefactError: no model there, a truncated or foreign file, missing external data, or a runtime too old.
+            LincompileError: onnxruntime isn't installed.
+        """
+        require("onnxruntime")
+        import onnxruntime
+
+        from ...passes.stateful import StateSpec
+        from .signature import Signature
+
+        path = Path(folder)
+        path = path / MODEL_FILE if path.is_dir() else path
+        if not path.is_file():
+            raise ArtefactError(f"no ONNX model at {path}; write one with lincompile export")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise ArtefactError(f"onnxruntime can't load {path}: {_advice(error, onnxruntime.__version__)}") from error
+        self.path = path
+        try:
+            signature = Signature.read(dict(self._session.get_modelmeta().custom_metadata_map))
+        except LincompileError as error:
+            raise ArtefactError(f"{path} can't be run as a step program: {error}") from None
+        self._bound = signature.states
+        self.vocab_size = signature.vocabulary
+        self.max_positions = signature.max_positions
+        self.uniform_positions = signature.uniform_positions
+        self._windows = signature.windows
+        self._grows = any(state.role in _GROWING_ROLES for state in self._bound)
+        self._outputs = ["logits", *(state.present for state in self._bound)]
+        self._inputs = {item.name for item in self._session.get_inputs()}
+        self.states: list[StateSpec] = [
+            StateSpec(name=state.past, site=state.site, role=state.role, shape=state.shape, dtype=torch.float32)
+            for state in self._bound
+        ]
+        if self._grows:
+            mask = StateSpec(name="attention_mask", site="", role="mask", shape=(None,), dtype=torch.bool)
+            self.states.insert(0, mask)
+
+    def initial_states(self, batch: int) -> list[Tensor]:
+        """Zeros, of length 0 on growing axes."""
+        return [
+            torch.zeros(batch, *(0 if size is None else size for size in state.shape), dtype=state.dtype)
+            for state in self.states
+        ]
+
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, states: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One chunk of ``t ≥ 1`` tokens.
+
+        Args:
+            tokens: int64 ``[B, t]``.
+            positions: int64 ``[B, t]``.
+            mask: bool ``[B, t]``, True = real token.
+            states: as returned by the previous call, or :meth:`initial_states`.
+
+        Returns:
+            logits float32 ``[B, t, V]`` and the new states.
+
+        Raises:
+            LincompileError: shapes that don't belong together, naming the input or state.
+        """
+        states = list(states)
+        self._check(tokens, positions, mask, states)
+        mask = mask.bool()
+        past_mask = states.pop(0) if self._grows else None
+        seen = mask if past_mask is None else torch.cat([past_mask, mask], dim=1)
+        feed: dict[str, Any] = {
+            "input_ids": tokens.contiguous().numpy(),
+            "position_ids": positions.contiguous().numpy(),
+            "attention_mask": seen.long().numpy(),
+        }
+        for bound, state in zip(self._bound, states, strict=True):
+            feed[bound.past] = state.detach().contiguous().numpy()
+        feed = {name: value for name, value in feed.items() if name in self._inputs}
+        logits, *present = (torch.from_numpy(value) for value in self._session.run(self._outputs, feed))
+        present = [self._trim(bound, state) for bound, state in zip(self._bound, present, strict=True)]
+        return logits, ([seen] if self._grows else []) + present
+
+    step = __call__  # the name the generation loop uses
+
+    def _trim(self, bound: BoundState, state: Tensor) -> Tensor:
+        """Drops cached keys and values that no later query of a sliding site can see."""
+        window = self._windows.get(bound.site)
+        if window is None or bound.role not in _GROWING_ROLES or state.shape[2] <= window:
+            return state
+        return state[:, :, state.shape[2] - window :]
+
+    def _check(self, tokens: Tensor, positions: Tensor, mask: Tensor, states: Sequence[Tensor]) -> None:
+        for name, value in (("tokens", tokens), ("positions", positions)):
+            if value.dtype != torch.int64:
+                raise LincompileError(f"{name} must be int64, got {str(value.dtype).removeprefix('torch.')}")
+        if tokens.dim() != 2 or tokens.shape[1] < 1:
+            raise LincompileError(f"tokens must be [batch, time ≥ 1], got {list(tokens.shape)}")
+        for name, value in (("positions", positions), ("mask", mask)):
+            if value.shape != tokens.shape:
+                raise LincompileError(
+                    f"{name} must have the tokens' shape {list(tokens.shape)}, got {list(value.shape)}"
+                )
+        if len(states) != len(self.states):
+            raise LincompileError(
+                f"the model carries {len(self.states)} states, got {len(states)}; start from initial_states()"
+            )
+        for spec, state in zip(self.states, states, strict=True):
+            expected = [tokens.shape[0], *spec.shape]
+            fits = state.dim() == len(expected) and all(
+                size is None or size == actual for size, actual in zip(expected, state.shape, strict=True)
+            )
+            if not fits or state.dtype != spec.dtype:
+                shape = ", ".join("any" if size is None else str(size) for size in expected)
+                raise LincompileError(
+                    f"state '{spec.name}' must be {str(spec.dtype).removeprefix('torch.')} [{shape}], "
+                    f"got {str(state.dtype).removeprefix('torch.')} {list(state.shape)}"
+                )
+
+
+def _advice(error: Exception, version: str) -> str:
+    text = " ".join(str(error).split())
+    parts = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if parts < _MINIMUM_RUNTIME:
+        needed = ".".join(map(str, _MINIMUM_RUNTIME))
+        return (
+            f"onnxruntime {version} is older than {needed}, whose operators the file uses: pip install -U onnxruntime"
+        )
+    if "external" in text.lower() or "model.onnx.data" in text:
+        return f"its external data is missing or cut short (model.onnx.data must lie beside it): {text[:200]}"
+    if "protobuf" in text.lower() or "INVALID_PROTOBUF" in text:
+        return "the file is truncated or not an ONNX model; export it again"
+    return text[:300]

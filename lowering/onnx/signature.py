@@ -1,0 +1,260 @@
+"""The exported graph's inputs and outputs, renamed to what decoders of ONNX models (and onnxruntime-genai) expect.
+
+The step graph takes ``tokens, positions, mask, *states``. The file takes ``input_ids [B, T]``,
+``attention_mask [B, P]`` (the past and the new tokens; P ≥ T, and a purely linear model reads the last T columns only),
+``position_ids [B, T]`` and, for the i-th attention site, ``past_key_values.<i>.recurrent_state``, ``.conv_state``,
+``.key`` and ``.value``, each with its ``present.<i>.*`` output. The step graph's ``mask`` state disappears: the
+attention mask holds it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import onnx_ir as ir
+
+from ...passes.errors import LincompileError
+
+METADATA_KEY = "lincompile"
+_ROLES = {"recurrent": "recurrent_state", "conv": "conv_state", "key": "key", "value": "value"}
+_LAST = 9223372036854775807
+
+
+class StateLike(Protocol):
+    """What is read of ``passes.stateful.StateSpec``."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def site(self) -> Any: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def shape(self) -> Sequence[int | None]: ...
+
+
+@dataclass(frozen=True)
+class BoundState:
+    """One state of the file. ``shape`` leaves out the batch axis; None is an axis that grows with time."""
+
+    past: str
+    present: str
+    site: str
+    role: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a runtime must know beyond the graph; stored in the file's metadata.
+
+    Attributes:
+        states: in the order of the file's inputs.
+        vocabulary: number of token ids.
+        max_positions: longest sequence, None if unbounded.
+        uniform_positions: all rows of a batch must be at the same position.
+        windows: tokens that a sliding site's cache may be trimmed to, by site.
+    """
+
+    states: list[BoundState]
+    vocabulary: int
+    max_positions: int | None = None
+    uniform_positions: bool = False
+    windows: dict[str, int] = field(default_factory=dict)
+
+    def store(self, model: ir.Model) -> None:
+        """Write it into the model's metadata."""
+        model.metadata_props[METADATA_KEY] = json.dumps(asdict(self))
+
+    @staticmethod
+    def read(metadata: dict[str, str]) -> Signature:
+        """What :meth:`store` wrote.
+
+        Raises:
+            LincompileError: the file wasn't written by this exporter.
+        """
+        if METADATA_KEY not in metadata:
+            raise LincompileError(f"it has no '{METADATA_KEY}' metadata: it wasn't exported by lincompile")
+        record = json.loads(metadata[METADATA_KEY])
+        record["states"] = [BoundState(**{**item, "shape": tuple(item["shape"])}) for item in record["states"]]
+        return Signature(**record)
+
+
+def bind_signature(model: ir.Model, states: Sequence[StateLike], dummy_conv: bool = True) -> list[BoundState]:
+    """Rename and regroup a step graph's inputs and outputs in place.
+
+    Args:
+        model: inputs ``tokens, positions, mask, *states``, outputs ``logits, *states``.
+        states: the specifications of the states, in that order.
+        dummy_conv: give linear sites without convolution a ``[B, 1, 1]`` state that passes through, without which
+            onnxruntime-genai doesn't recognise the layer.
+    """
+    graph = model.graph
+    if len(graph.inputs) != 3 + len(states) or len(graph.outputs) != 1 + len(states):
+        raise LincompileError(
+            f"a step program with {len(states)} states takes {3 + len(states)} inputs and gives {1 + len(states)} "
+            f"outputs; the exported graph has {len(graph.inputs)} and {len(graph.outputs)}"
+        )
+    tokens, positions, mask, *past = list(graph.inputs)
+    logits, *present = _distinct_outputs(graph)
+    _name_axes(graph, tokens, past, states)
+    tokens.name, positions.name, logits.name = "input_ids", "position_ids", "logits"
+    attention_mask = ir.Value(
+        name="attention_mask", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "total"])
+    )
+    mask_state = next((value for value, state in zip(past, states, strict=True) if state.role == "mask"), None)
+    _derive_masks(graph, tokens, attention_mask, mask, mask_state)
+
+    sites = list(dict.fromkeys(state.site for state in states if state.role != "mask"))
+    inputs: list[ir.Value] = [tokens, attention_mask, positions]
+    outputs: list[ir.Value] = [logits]
+    bound: list[BoundState] = []
+    for index, site in enumerate(sites):
+        rows = [row for row in zip(states, past, present, strict=True) if row[0].site == site and row[0].role != "mask"]
+        groups: dict[str, list[tuple[StateLike, ir.Value, ir.Value]]] = {}
+        for row in rows:
+            groups.setdefault(row[0].role, []).append(row)
+        if dummy_conv and "recurrent" in groups and "conv" not in groups:
+            before, after = _dummy_state(graph)
+            _add(bound, inputs, outputs, index, site, "conv", (1, 1), before, after)
+        for role, members in groups.items():
+            if role == "conv" and len(members) > 1:
+                shape, before, after = _merge_convolutions(graph, members)
+            elif len(members) > 1 or role not in _ROLES:
+                raise LincompileError(
+                    f"site '{site}' has {len(members)} states of role '{role}', which has no ONNX name"
+                )
+            else:
+                state, before, after = members[0]
+                shape = tuple(state.shape)
+            _add(bound, inputs, outputs, index, site, role, shape, before, after)
+    graph.inputs[:] = inputs
+    graph.outputs[:] = outputs
+    return bound
+
+
+def _add(
+    bound: list[BoundState],
+    inputs: list[ir.Value],
+    outputs: list[ir.Value],
+    index: int,
+    site: Any,
+    role: str,
+    shape: tuple[int | None, ...],
+    before: ir.Value,
+    after: ir.Value,
+) -> None:
+    before.name, after.name = f"past_key_values.{index}.{_ROLES[role]}", f"present.{index}.{_ROLES[role]}"
+    after.shape = ir.Shape(["batch", *("total" if size is None else size for size in shape)])
+    after.type = before.type
+    inputs.append(before)
+    outputs.append(after)
+    bound.append(BoundState(before.name, after.name, str(site), role, shape))
+
+
+def _distinct_outputs(graph: ir.Graph) -> list[ir.Value]:
+    """The outputs, each produced by a node of its own: names can then be given freely."""
+    seen: set[int] = set()
+    for index, value in enumerate(list(graph.outputs)):
+        if value.producer() is None or id(value) in seen:
+            node = ir.node("Identity", [value])
+            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+            graph.append(node)
+            graph.outputs[index] = node.outputs[0]
+        seen.add(id(graph.outputs[index]))
+    return list(graph.outputs)
+
+
+def _name_axes(graph: ir.Graph, tokens: ir.Value, past: Sequence[ir.Value], states: Sequence[StateLike]) -> None:
+    """Readable names for the exporter's size symbols, everywhere they occur."""
+    names: dict[str, str] = {}
+
+    def learn(value: ir.Value, axis: int, name: str) -> None:
+        dim = value.shape[axis] if value.shape is not None else None
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None and dim.value not in names:
+            taken = sum(1 for given in names.values() if given.split("_")[0] == name)
+            names[dim.value] = name if not taken else f"{name}_{taken + 1}"
+
+    learn(tokens, 0, "batch")
+    learn(tokens, 1, "sequence")
+    for value, state in zip(past, states, strict=True):
+        learn(value, 0, "batch")
+        for axis, size in enumerate(state.shape, start=1):
+            if size is None:
+                learn(value, axis, "past")
+    pattern = re.compile("|".join(rf"\b{re.escape(old)}\b" for old in names) or "(?!)")
+    for value in _all_values(graph):
+        if value.shape is not None and not value.shape.frozen:
+            for axis, dim in enumerate(value.shape):
+                if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                    value.shape[axis] = ir.SymbolicDim(pattern.sub(lambda found: names[found.group()], dim.value))
+
+
+def _all_values(graph: ir.Graph) -> Iterable[ir.Value]:
+    yield from graph.inputs
+    for node in graph.all_nodes():
+        yield from node.outputs
+
+
+def _derive_masks(
+    graph: ir.Graph, tokens: ir.Value, attention_mask: ir.Value, mask: ir.Value, mask_state: ir.Value | None
+) -> None:
+    """``mask`` (bool) = the last T columns of ``attention_mask``; the past mask = the columns before them."""
+
+    def constant(*values: int) -> ir.Node:
+        return ir.node("Constant", [], {"value_ints": list(values)})
+
+    axis, zero, last = constant(1), constant(0), constant(_LAST)
+    length = ir.node("Shape", [tokens], {"start": 1, "end": 2})
+    total = ir.node("Shape", [attention_mask], {"start": 1, "end": 2})
+    start = ir.node("Sub", [total.outputs[0], length.outputs[0]])
+    new = ir.node("Slice", [attention_mask, start.outputs[0], last.outputs[0], axis.outputs[0]])
+    new_bool = ir.node("Cast", [new.outputs[0]], {"to": ir.DataType.BOOL.value})
+    nodes = [axis, zero, last, length, total, start, new, new_bool]
+    if mask_state is not None:
+        old = ir.node("Slice", [attention_mask, zero.outputs[0], start.outputs[0], axis.outputs[0]])
+        old_bool = ir.node("Cast", [old.outputs[0]], {"to": ir.DataType.BOOL.value})
+        nodes += [old, old_bool]
+        _take_over(old_bool.outputs[0], mask_state)
+    graph.insert_before(graph[0], nodes)
+    _take_over(new_bool.outputs[0], mask)
+
+
+def _take_over(new: ir.Value, old: ir.Value) -> None:
+    new.shape, new.type = old.shape, old.type
+    old.replace_all_uses_with(new)
+
+
+def _dummy_state(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
+    before = ir.Value(type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", 1, 1]))
+    node = ir.node("Identity", [before])
+    graph.append(node)
+    return before, node.outputs[0]
+
+
+def _merge_convolutions(
+    graph: ir.Graph, members: Sequence[tuple[StateLike, ir.Value, ir.Value]]
+) -> tuple[tuple[int | None, ...], ir.Value, ir.Value]:
+    """One conv state for a site that has several (query and key): split on the channels, joined again."""
+    widths = {state.shape[1] for state, _, _ in members}
+    if len(widths) != 1:
+        raise LincompileError(
+            f"site '{members[0][0].site}' has convolutions of different widths: {sorted(map(str, widths))}"
+        )
+    channels = [state.shape[0] for state, _, _ in members]
+    assert all(isinstance(size, int) for size in channels)
+    total = sum(size for size in channels if size is not None)
+    width = members[0][0].shape[1]
+    before = ir.Value(type=members[0][1].type, shape=ir.Shape(["batch", total, width]))
+    sizes = ir.node("Constant", [], {"value_ints": channels})
+    split = ir.node("Split", [before, sizes.outputs[0]], {"axis": 1}, num_outputs=len(members))
+    graph.insert_before(graph[0], [sizes, split])
+    for part, (_, old, _) in zip(split.outputs, members, strict=True):
+        _take_over(part, old)
+    join = ir.node("Concat", [after for _, _, after in members], {"axis": 1})
+    graph.append(join)
+    return (total, width), before, join.outputs[0]

@@ -1,0 +1,293 @@
+"""Exported step programs under stock onnxruntime: the same logits, states and tokens as torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+from lincompile.lowering.generate import Session, generate  # noqa: E402
+from lincompile.lowering.onnx.export import DATA_FILE, GENAI_FILE, MODEL_FILE, OnnxReport, export_onnx  # noqa: E402
+from lincompile.lowering.onnx.session import OnnxSession  # noqa: E402
+from lincompile.passes.canonicalize import Canonicalize  # noqa: E402
+from lincompile.passes.capture import capture  # noqa: E402
+from lincompile.passes.errors import ArtefactError, LincompileError  # noqa: E402
+from lincompile.passes.identity import ProveAttention  # noqa: E402
+from lincompile.passes.linearize import LinearizeAttention  # noqa: E402
+from lincompile.passes.pipeline import Pipeline  # noqa: E402
+from lincompile.passes.quantize import Quantize  # noqa: E402
+from lincompile.passes.stateful import StateSpec, StepProgram, make_stateful  # noqa: E402
+
+
+@dataclass
+class Exported:
+    step: StepProgram
+    folder: Path
+    report: OnnxReport
+    session: OnnxSession
+
+
+def step_program(model: str, attn: str, keep: tuple[int, ...] = (), quant: str | None = None) -> StepProgram:
+    module, example = zoo.build(model)
+    passes: list[Any] = [Canonicalize(), ProveAttention(), LinearizeAttention(attn, keep=keep)]
+    if quant:
+        passes.append(Quantize(quant))
+    return make_stateful(Pipeline(passes)(capture(module, example)), check=False)
+
+
+def batch(step: StepProgram, lengths: Sequence[int] = (13, 9, 12)) -> tuple[Tensor, Tensor, Tensor]:
+    """Left-padded tokens, positions and mask."""
+    longest = max(lengths)
+    tokens = torch.randint(3, zoo.VOCAB, (len(lengths), longest), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+    return tokens, (mask.long().cumsum(1) - 1).clamp(min=0), mask
+
+
+def in_chunks(
+    run: Callable[..., tuple[Tensor, list[Tensor]]], states: list[Tensor], inputs: Sequence[Tensor], cuts: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
+    parts, start = [], 0
+    for end in [*cuts, inputs[0].shape[1]]:
+        logits, states = run(*(x[:, start:end] for x in inputs), states)
+        parts.append(logits)
+        start = end
+    return torch.cat(parts, 1), states
+
+
+# The SmolLM2 head layout (9 query and 3 key heads) with one kept softmax layer; six-bit weights; the delta rule.
+CASES: dict[str, dict[str, Any]] = {
+    "hybrid": {"model": "llama-gqa", "attn": "lawcat", "keep": (1,)},
+    "int6": {"model": "llama-gqa", "attn": "lawcat", "quant": "w6a8"},
+    "hedgehog-sliding": {"model": "gemma3", "attn": "hedgehog"},
+    "delta-a6": {"model": "llama", "attn": "gated-delta", "quant": "w6a6"},
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    cache: dict[str, Exported] = {}
+
+    def get(name: str) -> Exported:
+        if name not in cache:
+            folder = tmp_path_factory.mktemp(name)
+            step = step_program(**CASES[name])
+            report = export_onnx(step, folder, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
+            cache[name] = Exported(step, folder, report, OnnxSession(folder, threads=2))
+        return cache[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_states_equal_torch(exported: Callable[[str], Exported], name: str) -> None:
+    case = exported(name)
+    inputs = batch(case.step)
+    real = inputs[2]
+    with torch.no_grad():
+        wanted, _ = case.step(*inputs, case.step.initial_states(3))
+    for cuts in ((), (5, 6)):  # at once; a chunk, a single token, the rest
+        logits, states = in_chunks(case.session, case.session.initial_states(3), inputs, cuts)
+        assert torch.isfinite(logits).all()
+        difference = (logits - wanted)[real]
+        if name == "int6":  # a rounding on the edge between two codes may fall either way
+            assert float(difference.abs().median()) < 1e-5 * float(wanted.abs().max())
+        else:
+            assert float(difference.abs().max()) < 1e-4
+        for spec, state in zip(case.session.states, states, strict=True):
+            assert state.shape[0] == 3 and state.dtype == spec.dtype
+            sizes = [size for size in spec.shape if size is not None]
+            assert [n for n, size in zip(state.shape[1:], spec.shape, strict=True) if size is not None] == sizes
+
+
+@pytest.mark.parametrize("name", ["hybrid", "int6", "hedgehog-sliding"])
+def test_a_padded_batch_equals_single_runs(exported: Callable[[str], Exported], name: str) -> None:
+    case = exported(name)
+    tokens, positions, mask = batch(case.step)
+    together, _ = in_chunks(case.session, case.session.initial_states(3), (tokens, positions, mask), (4,))
+    for row in range(3):
+        real = mask[row]
+        single = (x[row : row + 1, real] for x in (tokens, positions, mask))
+        alone, _ = case.session(*single, case.session.initial_states(1))
+        difference = (together[row, real] - alone[0]).abs()
+        assert float(difference.median() if name == "int6" else difference.max()) < 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_tokens_equal_torch(exported: Callable[[str], Exported], name: str) -> None:
+    case = exported(name)
+    prompts = [[5, 6, 7, 8, 9], [11, 12, 13]]
+    wanted = generate(Session(case.step), prompts, 24).tokens
+    assert generate(case.session, prompts, 24).tokens == wanted
+
+
+@pytest.mark.parametrize("name", ["hybrid", "int6"])
+def test_the_reference_evaluator_runs_the_bodies(exported: Callable[[str], Exported], name: str) -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    case = exported(name)
+    proto = onnx.load(case.folder / MODEL_FILE)
+    onnx.checker.check_model(proto, full_check=True)
+    assert case.report.notes == []
+    contrib = {node.op_type for node in proto.graph.node if node.domain == "com.microsoft"}
+    assert {function.name for function in proto.functions} == contrib
+    tokens, positions, mask = batch(case.step, (6, 4))
+    states = case.session.initial_states(2)
+    wanted, _ = case.session(tokens, positions, mask, states)
+    feed = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask.long()}
+    feed |= {spec.name: state for spec, state in zip(case.session.states, states, strict=True) if spec.role != "mask"}
+    logits = ReferenceEvaluator(proto).run(["logits"], {key: value.numpy() for key, value in feed.items()})[0]
+    np.testing.assert_allclose(logits[mask.numpy()], wanted[mask].numpy(), atol=1e-4)
+
+
+def test_signature_and_genai_configuration(exported: Callable[[str], Exported]) -> None:
+    case = exported("hybrid")
+    proto = onnx.load(case.folder / MODEL_FILE)
+    inputs = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in proto.graph.input}
+    assert inputs["input_ids"] == ["batch", "sequence"]
+    assert inputs["attention_mask"] == ["batch", "total"]
+    assert inputs["past_key_values.0.recurrent_state"] == ["batch", 3, 16, 9]  # Hedgehog features, ones column
+    assert inputs["past_key_values.0.conv_state"] == ["batch", (9 + 3) * 8, 3]  # query and key convolutions in one
+    assert inputs["past_key_values.1.key"][:2] == ["batch", 3]
+    assert [o.name for o in proto.graph.output][:3] == ["logits", "present.0.conv_state", "present.0.recurrent_state"]
+    config = json.loads((case.folder / GENAI_FILE).read_text())["model"]
+    assert config["decoder"]["inputs"]["past_conv_names"] == "past_key_values.%d.conv_state"
+    assert config["decoder"]["outputs"]["present_key_names"] == "present.%d.key"
+    assert (config["vocab_size"], config["context_length"]) == (zoo.VOCAB, case.step.max_positions or 2048)
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
+    assert config["decoder"]["num_hidden_layers"] == 2
+    assert (case.session.vocab_size, case.session.max_positions) == (zoo.VOCAB, case.step.max_positions)
+
+
+def test_report_counts_what_was_lowered(exported: Callable[[str], Exported]) -> None:
+    report = exported("int6").report
+    assert report.operators["com.microsoft.LinearAttention"] == 2
+    assert report.operators["com.microsoft.CausalConvWithState"] == 4
+    assert report.operators["com.microsoft.MatMulNBits"] == 2 * report.quantized["linears"] == 28
+    assert report.operators.get("Cos", 0) <= 1  # rotary caches are computed once, not once a layer
+    assert report.bytes == sum(f.stat().st_size for f in exported("int6").folder.glob("model.onnx*"))
+    assert json.dumps(report.record())
+
+
+def test_the_normaliser_keeps_its_epsilon(exported: Callable[[str], Exported]) -> None:
+    """A sequence of padding only leaves the normaliser at zero: 0 / (0 + 1e-10), not 0 / 0."""
+    case = exported("hybrid")
+    tokens, positions, mask = batch(case.step)
+    logits, _ = case.session(tokens, positions, torch.zeros_like(mask), case.session.initial_states(3))
+    assert torch.isfinite(logits).all()
+
+
+class Tiny(nn.Module):
+    """One linear-attention site with whatever ``middle`` does to the hidden state."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.middle = middle
+
+    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed(tokens)[:, None] * mask[:, None, :, None]
+        decay = nn.functional.logsigmoid(self.middle(x) * 40)
+        o, state = torch.ops.lincompile.linear_attention(x, x, x, decay, state, 1.0, True, False)
+        return nn.functional.linear(o[:, 0], self.embed.weight), state
+
+
+def tiny_step(middle: Callable[[Tensor], Tensor] = torch.tanh, dtype: torch.dtype = torch.float32) -> StepProgram:
+    torch.manual_seed(0)
+    module: Any = Tiny(middle).eval().requires_grad_(False).to(dtype)
+    return StepProgram(module, [StateSpec("state", "attention", "recurrent", (1, 8, 8), torch.float32)])
+
+
+def test_strong_decay_and_external_data(tmp_path: Path) -> None:
+    """log σ at ±40 stays finite (Log(Sigmoid) would not), and weights beside the graph load back."""
+    step = tiny_step()
+    step.graph_module.embed.weight.data = torch.randn(500, 8)  # type: ignore[union-attr]
+    report = export_onnx(step, tmp_path, external_data=True, genai=False)
+    assert (tmp_path / DATA_FILE).is_file() and not (tmp_path / GENAI_FILE).exists()
+    assert report.bytes == sum(f.stat().st_size for f in tmp_path.iterdir())
+    session = OnnxSession(tmp_path)
+    tokens = torch.arange(12).reshape(2, 6)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    wanted, state = step(tokens, tokens, mask, step.initial_states(2))
+    logits, (new_state,) = session(tokens, tokens, mask, session.initial_states(2))
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(new_state, state[0], atol=1e-4, rtol=1e-5)
+
+    with pytest.raises(
+        LincompileError, match=r"state 'past_key_values.0.recurrent_state' must be float32 \[2, 1, 8, 8\]"
+    ):
+        session(tokens, tokens, mask, [torch.zeros(2, 1, 8, 9)])
+    with pytest.raises(LincompileError, match=r"mask must have the tokens' shape \[2, 6\], got \[2, 5\]"):
+        session(tokens, tokens, mask[:, :5], session.initial_states(2))
+    with pytest.raises(LincompileError, match="tokens must be int64, got float32"):
+        session(tokens.float(), tokens, mask, session.initial_states(2))
+
+    (tmp_path / DATA_FILE).unlink()
+    with pytest.raises(ArtefactError, match="external data is missing or cut short"):
+        OnnxSession(tmp_path)
+
+
+def test_files_that_are_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="no ONNX model at"):
+        OnnxSession(tmp_path)
+    (tmp_path / MODEL_FILE).write_bytes(b"\x08\x0a\x12 not a model")
+    with pytest.raises(ArtefactError, match="truncated or not an ONNX model"):
+        OnnxSession(tmp_path)
+    foreign = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["a"], ["b"])],
+        "g",
+        [onnx.helper.make_tensor_value_info("a", 1, [1])],
+        [onnx.helper.make_tensor_value_info("b", 1, [1])],
+    )
+    onnx.save(onnx.helper.make_model(foreign, ir_version=10), tmp_path / MODEL_FILE)
+    with pytest.raises(ArtefactError, match="wasn't exported by lincompile"):
+        OnnxSession(tmp_path)
+
+
+def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(LincompileError, match=r"'embed.weight' is bfloat16; .*--dtype float32"):
+        export_onnx(tiny_step(dtype=torch.bfloat16), tmp_path / "a")
+    with pytest.raises(LincompileError, match=r"can't be exported to ONNX: .*special_airy_ai"):
+        export_onnx(tiny_step(torch.special.airy_ai), tmp_path / "a")
+    with pytest.raises(LincompileError, match="opset 9 is not supported"):
+        export_onnx(tiny_step(), tmp_path / "a", opset=9)
+    with pytest.raises(LincompileError, match="unknown int6 layout 'int4'"):
+        export_onnx(tiny_step(), tmp_path / "a", layout="int4")
+    assert not (tmp_path / "a").exists() or not any((tmp_path / "a").iterdir())
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_one_clear_line(missing: str, tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "from lincompile.lowering.onnx.extra import require\n"
+        "from lincompile.passes.errors import LincompileError\n"
+        f"try: require({missing!r})\n"
+        "except LincompileError as error: print(error)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert shown.stdout == (
+        f"the ONNX lowering needs the package '{missing}', which is not installed: pip install lincompile[onnx]\n"
+    )
+
+
+def test_importing_the_exporter_is_cheap() -> None:
+    code = (
+        "import sys, lincompile, lincompile.lowering.onnx.export, lincompile.lowering.onnx.session\n"
+        "print([name for name in ('onnx', 'onnxscript', 'onnxruntime', 'transformers') if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "[]\n"

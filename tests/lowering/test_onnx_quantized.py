@@ -1,0 +1,161 @@
+"""Six- and eight-bit linears on MatMulNBits: exact weights, the op's own activation rounding, six bits on disk."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+onnx = pytest.importorskip("onnx")
+ir = pytest.importorskip("onnx_ir")
+ort = pytest.importorskip("onnxruntime")
+
+import lincompile.kernels.ops  # noqa: E402, F401
+from lincompile.kernels.int6_linear.codes import quantize_weight  # noqa: E402
+from lincompile.kernels.int6_linear.pack import pack  # noqa: E402
+from lincompile.lowering.onnx.functions import attach_bodies  # noqa: E402
+from lincompile.lowering.onnx.quantized import lower_quantized  # noqa: E402
+from lincompile.passes.errors import LincompileError  # noqa: E402
+
+ops = torch.ops.lincompile
+
+
+def weights(rows: int, columns: int, bits: int, group: int = 128) -> dict[str, Tensor]:
+    torch.manual_seed(rows * 7 + columns)
+    codes, scale = quantize_weight(torch.randn(rows, columns) / columns**0.5, group, bits)
+    if bits == 8:
+        return {"fc.weight": codes, "fc.weight_scale": scale}
+    hi, lo = pack(codes, group)
+    return {"fc.weight_hi": hi, "fc.weight_lo": lo, "fc.weight_scale": scale}
+
+
+def placeholder_model(
+    tensors: dict[str, Tensor], columns: int, rows: int, activation: str, bias: Tensor | None = None, group: int = 128
+) -> ir.Model:
+    """What translation leaves: one placeholder node over initializers, x [B, T, K] → y [B, T, N]."""
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["B", "T", columns]))
+    given = dict(tensors) if bias is None else {**tensors, "fc.bias": bias}
+    values = [
+        ir.Value(name=name, const_value=ir.tensor(tensor.numpy(), name=name), shape=ir.Shape(tensor.shape))
+        for name, tensor in given.items()
+    ]
+    for value in values:
+        value.type = ir.TensorType(value.const_value.dtype)
+    if bias is None:
+        values.append(None)
+    name = "Int6Linear" if len(tensors) == 3 else "Int8Linear"
+    node = ir.node(name, [x, *values], {"group_size": group, "activation": activation}, domain="lincompile")
+    node.outputs[0].name, node.outputs[0].type = "y", x.type
+    node.outputs[0].shape = ir.Shape(["B", "T", rows])
+    initializers = [value for value in values if value is not None]
+    graph = ir.Graph([x], [node.outputs[0]], nodes=[node], initializers=initializers, opset_imports={"": 21}, name="g")
+    return ir.Model(graph, ir_version=10)
+
+
+def lowered(model: ir.Model, layout: str = "planes") -> onnx.ModelProto:
+    import onnx_ir.passes.common as common
+
+    lower_quantized(model, layout)
+    common.RemoveUnusedNodesPass()(model)
+    assert attach_bodies(model) == []
+    common.NameFixPass()(model)
+    proto = ir.serde.serialize_model(model)
+    onnx.checker.check_model(proto)
+    return proto
+
+
+def run(proto: onnx.ModelProto, x: Tensor) -> Tensor:
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def expected(tensors: dict[str, Tensor], x: Tensor, bias: Tensor | None, activation: str, group: int = 128) -> Tensor:
+    op = ops.int6_linear if len(tensors) == 3 else ops.int8_linear
+    return op(x, *tensors.values(), bias, group, activation)
+
+
+# 72 and 576 end in a partial group, 70 in one whose planes end inside a byte; 256 fills its groups.
+@pytest.mark.parametrize("columns", [72, 70, 256, 576])
+@pytest.mark.parametrize("activation", ["a8", "a6", "a16"])
+@pytest.mark.parametrize(("bits", "layout"), [(6, "planes"), (6, "int8"), (8, "planes")])
+def test_equals_the_torch_op(columns: int, activation: str, bits: int, layout: str) -> None:
+    rows = 40
+    tensors = weights(rows, columns, bits)
+    bias = torch.randn(rows)
+    proto = lowered(placeholder_model(tensors, columns, rows, activation, bias), layout)
+    for shape in ((1, 1), (2, 7)):
+        x = torch.randn(*shape, columns)
+        torch.testing.assert_close(run(proto, x), expected(tensors, x, bias, activation), atol=5e-6, rtol=1e-5)
+
+
+def test_weights_are_exact() -> None:
+    """An identity matrix as input reads every weight back, bit for bit (a16: no rounding of activations)."""
+    columns, rows = 200, 24
+    tensors = weights(rows, columns, 6)
+    eye = torch.eye(columns)[None]
+    read = run(lowered(placeholder_model(tensors, columns, rows, "a16")), eye)[0].T
+    assert torch.equal(read, expected(tensors, eye, None, "a16")[0].T)
+    # With a8 an identity row quantizes to 127 · (1/127): exact up to the rounding of that scale and of one sum.
+    for layout in ("planes", "int8"):
+        read8 = run(lowered(placeholder_model(tensors, columns, rows, "a8"), layout), eye)[0].T
+        torch.testing.assert_close(read8, read, rtol=2e-7, atol=1e-7)
+
+
+def test_all_zero_tokens_and_groups() -> None:
+    tensors = weights(8, 256, 6)
+    tensors["fc.weight_scale"][:, 1] = 0
+    x = torch.randn(1, 3, 256)
+    x[0, 1] = 0
+    for activation in ("a8", "a6"):
+        y = run(lowered(placeholder_model(tensors, 256, 8, activation)), x)
+        assert torch.isfinite(y).all()
+        assert torch.equal(y[0, 1], torch.zeros(8))
+        torch.testing.assert_close(y, expected(tensors, x, None, activation), atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [576, 1536])
+def test_six_bits_on_disk(columns: int) -> None:
+    rows = 64
+    for layout in ("planes", "int8"):
+        model = placeholder_model(weights(rows, columns, 6), columns, rows, "a8")
+        proto = lowered(model, layout)
+        stored = sum(len(item.raw_data) for item in proto.graph.initializer)
+        ideal = rows * (columns * 6 // 8 + 2 * -(-columns // 128))
+        assert ideal <= stored <= ideal + 300  # a few shape constants
+
+
+@pytest.mark.parametrize("activation", ["a8", "a6", "a16"])
+@pytest.mark.parametrize("bits", [6, 8])
+def test_the_portable_body_agrees(activation: str, bits: int) -> None:
+    """onnx's ReferenceEvaluator has no MatMulNBits: it runs the function body."""
+    from onnx.reference import ReferenceEvaluator
+
+    tensors = weights(16, 200, bits)
+    proto = lowered(placeholder_model(tensors, 200, 16, activation))
+    assert [function.name for function in proto.functions] == ["MatMulNBits"]
+    x = torch.randn(2, 5, 200)
+    read = ReferenceEvaluator(proto).run(None, {"x": x.numpy()})[0]
+    np.testing.assert_allclose(read, expected(tensors, x, None, activation).numpy(), atol=5e-6, rtol=1e-5)
+
+
+def test_a_shared_matrix_is_stored_once() -> None:
+    model = placeholder_model(weights(16, 256, 6), 256, 16, "a8")
+    first = model.graph[0]
+    again = ir.node("Int6Linear", list(first.inputs), dict(first.attributes), domain="lincompile")
+    again.outputs[0].type, again.outputs[0].shape = first.outputs[0].type, first.outputs[0].shape
+    model.graph.append(again)
+    join = ir.node("Add", [first.outputs[0], again.outputs[0]])
+    model.graph.append(join)
+    model.graph.outputs[0] = join.outputs[0]
+    report = lower_quantized(model)
+    assert (report.linears, report.weights) == (2, 16 * 256)
+    assert sum(name.endswith("onnx_hi") for name in model.graph.initializers) == 1
+
+
+def test_refusals_say_what_and_where() -> None:
+    model = placeholder_model(weights(8, 96, 6, 96), 96, 8, "a8", group=96)
+    with pytest.raises(LincompileError, match=r"fc\.weight_hi.*power of two.*got 96"):
+        lower_quantized(model)
+    with pytest.raises(LincompileError, match="unknown int6 layout 'int5'"):
+        lower_quantized(placeholder_model(weights(8, 128, 6), 128, 8, "a8"), "int5")
