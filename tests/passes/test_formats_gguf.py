@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from refusals import refusal
 
 from lincompile.passes.capture import capture
-from lincompile.passes.errors import LincompileError, ModelLoadError
+from lincompile.passes.errors import ModelLoadError
 from lincompile.passes.formats.load import find_packaged_model, load_model
 
 transformers = pytest.importorskip("transformers")
@@ -93,15 +94,6 @@ def write(path: Path, model: Any, pre: str = "gpt-2", extra: dict[str, Any] | No
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def refusal(source: Path, **kwargs: Any) -> str:
-    with pytest.raises(LincompileError) as caught:
-        load_model(source, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert str(source) in message
-    return message
 
 
 def test_tiny_gguf_by_any_name_equals_its_model(tmp_path: Path) -> None:

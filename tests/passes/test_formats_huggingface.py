@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,22 +12,13 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from refusals import Payload, refusal
 from safetensors.torch import load_file, save_file
 
 from lincompile.passes.capture import capture
-from lincompile.passes.errors import LincompileError
 from lincompile.passes.formats.load import load_model
 
 transformers = pytest.importorskip("transformers")
-
-
-def refusal(*args: Any, **kwargs: Any) -> str:
-    with pytest.raises(LincompileError) as caught:
-        load_model(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 700
-    return message
 
 
 def saved(folder: Path, name: str = "llama", **kwargs: Any) -> Any:
@@ -163,14 +153,6 @@ def test_truncated_weights(tmp_path: Path, where: str) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-64])
     assert "truncated or damaged safetensors" in refusal(tmp_path if where == "folder" else file)
-
-
-class Payload:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.target),)
 
 
 def test_a_payload_among_the_weights_is_never_run(tmp_path: Path) -> None:
