@@ -22,6 +22,7 @@ from .match import Candidate, find_candidates
 from .pipeline import PassResult, register
 from .probe import Findings, Probe, classify, padding_patterns
 from .program import AttentionSite, Program
+from .region import RegionKeys
 
 TOLERANCE = 1e-5
 EXPANSIONS = frozenset(
@@ -60,7 +61,7 @@ class ProveAttention:
     def run(self, program: Program) -> PassResult:
         canonical = {site.path: site for site in program.sites if site.proved}
         found: list[AttentionSite] = []
-        cache: dict[Any, Findings] = {}
+        cache = Cache(RegionKeys(program.graph_module))
         for candidate in find_candidates(program.graph_module):
             site = describe(program, candidate)
             site.path = unique_path(site.path, [*canonical, *(s.path for s in found)])
@@ -73,6 +74,15 @@ class ProveAttention:
         proved = sum(site.proved for site in found)
         report = {"found": len(found), "proved": proved, "refused": {s.path: s.reason for s in found if not s.proved}}
         return PassResult(program, modified=proved > 0, report=report)
+
+
+@dataclass
+class Cache:
+    """Findings by score chain and proofs by region, shared by sites of one structure."""
+
+    regions: RegionKeys
+    findings: dict[Any, Findings] = field(default_factory=dict)
+    errors: dict[Any, float] = field(default_factory=dict)
 
 
 def describe(program: Program, candidate: Candidate) -> AttentionSite:
@@ -89,16 +99,16 @@ def unique_path(path: str, taken: list[str]) -> str:
     return name
 
 
-def examine(program: Program, candidate: Candidate, site: AttentionSite, tolerance: float, cache: dict[Any, Findings]) -> None:
+def examine(program: Program, candidate: Candidate, site: AttentionSite, tolerance: float, cache: Cache) -> None:
     """Fills in a site's record and, when everything is proved, rewrites it."""
     site.details["order"] = order_of(program.graph_module)[candidate.out]
     if candidate.problem is not None:
         site.kind, site.reason = candidate.problem
         return
     key = signature(candidate)
-    if key not in cache:
-        cache[key] = classify(program, candidate)
-    findings = cache[key]
+    if key not in cache.findings:
+        cache.findings[key] = classify(program, candidate)
+    findings = cache.findings[key]
     _fill(site, findings)
     if not findings.supported:
         site.reason = findings.reason
@@ -107,7 +117,10 @@ def examine(program: Program, candidate: Candidate, site: AttentionSite, toleran
         with _Attempt(program.graph_module) as attempt:
             replacement = build(program, candidate, findings)
             site.heads, site.kv_heads, site.head_dim, site.value_dim = replacement.shape
-            site.max_error = prove(program, candidate, replacement, findings, tolerance)
+            region = cache.regions.key((candidate.out, replacement.output), replacement.bases)
+            if region not in cache.errors:
+                cache.errors[region] = prove(program, candidate, replacement, findings, tolerance)
+            site.max_error = cache.errors[region]
             attempt.keep()
     except Unsupported as error:
         site.reason = str(error)
@@ -162,6 +175,11 @@ class Replacement:
     v: Node
     shape: tuple[int, int, int, int]
     inserted: set[Node]
+
+    @property
+    def bases(self) -> list[Node]:
+        """Nodes of the original graph that q, k and v are computed from, each once."""
+        return list(dict.fromkeys(base for node in (self.q, self.k, self.v) for base in _bases(node, self.inserted)))
 
 
 class _Attempt:
@@ -436,7 +454,7 @@ def _difference(
 ) -> tuple[float, float]:
     """(largest absolute difference, largest value) over the output and the gradients of q, k and v."""
     module = program.graph_module
-    given = set().union(*(_bases(node, replacement.inserted) for node in (replacement.q, replacement.k, replacement.v)))
+    given = replacement.bases
     generator = torch.Generator().manual_seed(sum(sizes.binding.values()))
     env = {n: torch.randn(sizes.shape(tensor_of(n)), generator=generator, dtype=torch.float32).requires_grad_() for n in given}
     try:
@@ -465,8 +483,8 @@ def _gradients(output: Tensor, weight: Tensor, leaves: list[Tensor]) -> list[Ten
     return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
 
 
-def _bases(node: Node, inserted: set[Node]) -> set[Node]:
+def _bases(node: Node, inserted: set[Node]) -> list[Node]:
     """Nodes of the original graph that an operand of the canonical op is computed from."""
     if node not in inserted:
-        return {node}
-    return set().union(*(_bases(item, inserted) for item in value_inputs(node)))
+        return [node]
+    return [base for item in value_inputs(node) for base in _bases(item, inserted)]
