@@ -6,6 +6,7 @@ written here against that interface (``prefill``, ``generate``, ``lowering.evalu
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -58,14 +59,14 @@ class Session:
 
     Args:
         step: the step program.
-        vocab_size: number of token ids; measured by one step when not given.
+        vocab_size: number of token ids; read off the graph when not given.
     """
 
     def __init__(self, step: StepProgram, *, vocab_size: int | None = None) -> None:
         self.program = step
         tensors = [*step.graph_module.parameters(), *step.graph_module.buffers()]
         self.device = tensors[0].device if tensors else torch.device("cpu")
-        self.vocab_size = vocab_size if vocab_size is not None else self._probe_vocabulary()
+        self.vocab_size = vocab_size if vocab_size is not None else self._vocabulary()
 
     @property
     def states(self) -> list[StateSpec]:
@@ -82,7 +83,15 @@ class Session:
         """Whether all rows of a batch must be at the same position."""
         return self.program.uniform_positions
 
-    def _probe_vocabulary(self) -> int:
+    def _vocabulary(self) -> int:
+        """Rows of the table that the tokens index, or the output's width where the graph has no such table."""
+        nodes = list(self.program.graph_module.graph.nodes)
+        tokens = nodes[0]
+        for node in nodes:
+            if node.op == "call_function" and node.target is torch.ops.aten.embedding.default and node.args[1] is tokens:
+                path = str(node.args[0].target)
+                table: Tensor = operator.attrgetter(path)(self.program.graph_module)
+                return table.shape[0]
         one = torch.zeros(1, 1, dtype=torch.int64)
         return self.step(one, one, one == 0, self.initial_states(1))[0].shape[-1]
 
@@ -162,6 +171,10 @@ def prefill(
         raise LincompileError(
             f"the prompt has {total} tokens, the model accepts at most {session.max_positions}: shorten the prompt"
         )
+    if not session.states:  # a whole-sequence program carries nothing from chunk to chunk
+        if after is not None:
+            raise LincompileError("the artefact runs whole sequences, without states: it can't continue one")
+        chunk = length
     states = session.initial_states(batch) if after is None else after.states
     positions = positions_of(mask) + before[:, None]
     logits: Tensor | None = None
@@ -308,6 +321,10 @@ def generate(
     """
     if max_new_tokens < 0:
         raise LincompileError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+    if not session.states:
+        raise LincompileError(
+            "the artefact runs whole sequences, without states (its model has no step form): it can't generate"
+        )
     sampling = Sampling(temperature, top_k, top_p, seed)
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     tokens, mask = left_pad(prompts)

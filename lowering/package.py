@@ -92,7 +92,7 @@ def save(
             ``metrics``, ``seed`` … (JSON-able). Files, hashes, states and versions are added here.
         tokenizer: called with a folder, writes the tokenizer's files into it.
         eos_ids: tokens at which generation stops.
-        vocab_size: number of token ids; measured by one step when not given.
+        vocab_size: number of token ids; read off the graph when not given.
         extra: called with the temporary folder before it is renamed, to add files (``onnx/``).
 
     Raises:
@@ -119,6 +119,7 @@ def save(
                 "windows": step.windows,
                 "max_positions": step.max_positions,
                 "uniform_positions": step.uniform_positions,
+                "causal": step.causal,
                 "vocab_size": vocab_size,
                 "eos_ids": list(eos_ids),
                 "parameter_names": [name for name, _ in graph_module.named_parameters(remove_duplicate=False)],
@@ -253,7 +254,12 @@ class Artefact:
         """The step program with its weights."""
         known = self.manifest
         return StepProgram(
-            self._graph_module(), self.states, known["windows"], known["max_positions"], known["uniform_positions"]
+            self._graph_module(),
+            self.states,
+            windows=known["windows"],
+            max_positions=known["max_positions"],
+            uniform_positions=known["uniform_positions"],
+            causal=known["causal"],
         )
 
     def _graph_module(self) -> GraphModule:

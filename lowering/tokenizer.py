@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,12 @@ class TextStream:
     def _new_text(self) -> str:
         before = self._codec.decode(self._ids[self._start : self._shown])
         return self._codec.decode(self._ids[self._start :])[len(before) :]
+
+
+def codec_of(write: Callable[[Path], None]) -> TextCodec:
+    """The tokenizer that ``write(folder)`` saves (as a loaded model offers it), without keeping the folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        codec = TextCodec(Path(folder))
+        _ = codec.config, codec.chat_template  # read before the folder goes
+        return codec

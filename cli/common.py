@@ -1,0 +1,187 @@
+"""What the commands share: option types, progress on stderr, one JSON document on stdout."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..lowering.package import Artefact
+    from ..passes.formats.load import LoadedModel
+    from ..passes.program import Program
+
+F = TypeVar("F", bound=Callable[..., Any])
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def count(value: str) -> int:
+    """A positive whole number, with an optional K, M or G: ``20M``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)", value.strip().lower())
+    number = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2]] if match else 0.0
+    if number < 1 or number != int(number):
+        raise click.BadParameter(f"'{value}' isn't a positive whole number such as 4096, 500K or 20M")
+    return int(number)
+
+
+def duration(value: str) -> float:
+    """Seconds, from ``90``, ``90s``, ``10m`` or ``1.5h``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", value.strip().lower())
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if seconds <= 0:
+        raise click.BadParameter(f"'{value}' isn't a time such as 90s, 10m or 1.5h")
+    return seconds
+
+
+def json_option(function: F) -> F:
+    """``--json``, the same in every command."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(function)
+
+
+def verbose_option(function: F) -> F:
+    """``-v``, the same in every command."""
+    return click.option("-v", "--verbose", is_flag=True, help="Say more; show where an internal error happened.")(
+        function
+    )
+
+
+def device_option(function: F) -> F:
+    """``--device``, checked when the command runs."""
+    return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(function)
+
+
+def model_options(function: F) -> F:
+    """What loading a model takes, besides its name."""
+    for option in (
+        click.option("--model", "builder", metavar="MODULE:FUNCTION", help="Builds the module of a bare state dict."),
+        click.option("--trust", is_flag=True, help="Run code that the model brings along (pickled classes)."),
+        device_option,
+        click.option(
+            "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the weights."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def stderr() -> Console:
+    """Progress, warnings and notes."""
+    return Console(stderr=True, highlight=False)
+
+
+def stdout() -> Console:
+    """Tables for people; as wide as they need to be when redirected."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def print_json(document: Any) -> None:
+    """The one JSON document of ``--json``."""
+    from ..lowering.package import jsonable
+
+    click.echo(json.dumps(jsonable(document), indent=2))
+
+
+def note(message: str) -> None:
+    """A remark for people, on stderr."""
+    stderr().print(f"[dim]note:[/dim] {message}", soft_wrap=True)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Bars and spinners on stderr, gone when done; silent where stderr isn't a terminal."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr(), transient=True) as bars:
+        yield bars
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner while something without a length goes on."""
+    with stderr().status(what):
+        yield
+
+
+def check_device(device: str) -> torch.device:
+    """The device asked for, or an error that says what this machine has.
+
+    Raises:
+        LincompileError: the name is unknown, or no such device is here.
+    """
+    import torch
+
+    from ..passes.errors import LincompileError
+
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise LincompileError(f"--device {device}: the choices are cpu, cuda and cuda:N")
+    if device != "cpu":
+        found = torch.cuda.device_count()
+        if (int(device.partition(":")[2] or 0)) >= found:
+            raise LincompileError(
+                f"--device {device}: this machine shows {found} CUDA devices to torch; use --device cpu"
+            )
+    return torch.device(device)
+
+
+def load(model: str, *, builder: str | None, trust: bool, device: str, dtype: str, meta: bool = False) -> LoadedModel:
+    """Loads MODEL, with its notes on stderr."""
+    import torch
+
+    from ..passes.formats.load import load_model
+
+    check_device(device)
+    with working(f"loading {model}"):
+        loaded = load_model(model, model=builder, trust=trust, device=device, dtype=getattr(torch, dtype), meta=meta)
+    for remark in loaded.notes:
+        note(remark)
+    return loaded
+
+
+def is_artefact(path: str) -> bool:
+    """Whether ``path`` is a folder that lincompile wrote."""
+    return (Path(path) / "lincompile.json").is_file()
+
+
+def open_checked(path: str, device: str = "cpu") -> Artefact:
+    """Opens an artefact, with a spinner (its hashes are compared)."""
+    from ..lowering.package import open_artefact
+
+    with working(f"opening {path}"):
+        return open_artefact(path, device=check_device(device))
+
+
+def captured(loaded: LoadedModel) -> Program:
+    """The program of a loaded model, not yet rewritten."""
+    from ..passes.capture import capture, from_exported
+
+    with working("capturing (torch.export)"):
+        if loaded.exported is not None:
+            return from_exported(loaded.exported, prefix=loaded.prefix, example=loaded.example)
+        program = capture(loaded.module, loaded.example)
+    for remark in program.notes:
+        note(remark)
+    return program

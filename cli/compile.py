@@ -1,0 +1,215 @@
+"""``lincompile MODEL [options]``: capture, prove, rewrite, distil, quantize, package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import common
+
+if TYPE_CHECKING:
+    from ..lowering.compiler import Compiled
+
+ATTENTION = ("gla", "hedgehog", "lawcat", "gated-delta", "softmax")
+
+
+def quant_option(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """``--quant``, checked before anything is loaded."""
+    from ..passes.errors import LincompileError
+    from ..passes.quantize import parse_plan
+
+    try:
+        parse_plan(value)
+    except LincompileError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+    return value
+
+
+def keep_option(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """``--keep-softmax``, checked before anything is loaded."""
+    from ..passes.errors import LincompileError
+    from ..passes.linearize import parse_keep
+
+    if value is not None:
+        try:
+            parse_keep(value)
+        except LincompileError as error:
+            raise click.BadParameter(str(error), ctx, param) from None
+    return value
+
+
+def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
+    """``--config``: option names and values that stand in for options not given on the command line."""
+    if value is None:
+        return
+    from ..passes.errors import LincompileError
+
+    try:
+        import yaml
+    except ImportError:
+        raise LincompileError("--config needs the 'pyyaml' package: pip install pyyaml") from None
+    try:
+        recipe = yaml.safe_load(value.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LincompileError(f"--config {value} can't be read: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise LincompileError(f"--config {value} isn't a YAML file: {error}") from error
+    if not isinstance(recipe, dict):
+        raise click.BadParameter(f"{value} must hold 'option: value' lines", ctx, param)
+    names = {option.removeprefix("--"): p.name for p in ctx.command.params for option in p.opts if option[:2] == "--"}
+    unknown = [key for key in recipe if str(key) not in names or key == "config"]
+    if unknown:
+        raise click.BadParameter(f"{value} names an unknown option '{unknown[0]}'", ctx, param)
+    ctx.default_map = {str(names[key]): str(item) if item is not None else None for key, item in recipe.items()}
+
+
+@click.command("compile")
+@click.argument("model")
+@click.option(
+    "--attn",
+    type=click.Choice(ATTENTION),
+    default="lawcat",
+    show_default=True,
+    help="Linear attention to rewrite to; softmax = rewrite nothing.",
+)
+@click.option(
+    "--keep-softmax",
+    metavar="N|auto:N|I,J,…",
+    callback=keep_option,
+    help="Sites that stay softmax: a number of evenly spaced ones, or their indices.",
+)
+@click.option("--rewrite-sliding", is_flag=True, help="Also rewrite sliding-window sites.")
+@click.option(
+    "--window", type=common.count, metavar="W", help="Keep a softmax window of W beside the linear attention."
+)
+@click.option(
+    "--quant",
+    default="none",
+    show_default=True,
+    callback=quant_option,
+    metavar="none|int6|w6a6|w6a8|w8a8|auto:BITS",
+    help="int6 = six-bit weights, activations per layer.",
+)
+@click.option("--distil", metavar="FILE|hf:NAME", help="Text to distil on (.txt, .jsonl, .parquet, .npy of ids).")
+@click.option("--tokens", type=common.count, help="Distil on so many tokens, such as 20M.")
+@click.option("--time", "seconds", type=common.duration, help="Distil for so long, such as 10m.")
+@click.option("--length", type=common.count, help="Tokens per training window.")
+@click.option("--batch", type=common.count, help="Training windows per step.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="File to save distillation to and resume from.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Trained parts to apply instead of distilling.")
+@click.option("--shard", type=click.Choice(["sp"]), help="Sequence parallelism.")
+@click.option("--target", type=click.Choice(["eager", "triton", "onnx"]), default="eager", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--plan", is_flag=True, help="Say what would be done, without reading weights; writes nothing.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Artefact folder; by default named after MODEL.")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=read_recipe,
+    help="YAML file with options ('attn: gla'); the command line wins.",
+)
+@common.model_options
+@common.json_option
+@common.verbose_option
+def command(
+    model: str,
+    output: Path | None,
+    plan: bool,
+    as_json: bool,
+    verbose: bool,
+    builder: str | None,
+    trust: bool,
+    device: str,
+    dtype: str,
+    seconds: float | None,
+    checkpoint: Path | None,
+    window: int | None,
+    adapter: Path | None,
+    shard: str | None,
+    **options: Any,
+) -> None:
+    """Compile MODEL into an artefact folder: linear attention, six bits, ready to run."""
+    from ..lowering.compiler import Options, compile
+    from ..lowering.package import check_output
+    from .reporter import BarReporter
+
+    refuse_unbuilt(window=window, adapter=adapter, shard=shard)
+    if options["target"] == "triton" and device == "cpu":
+        raise click.UsageError("--target triton needs --device cuda")
+    asked = Options(**options, time=seconds, device=device, dtype=dtype)
+    asked.check()
+    common.check_device(device)
+    if plan:
+        from .plan import print_plan
+
+        print_plan(model, asked, builder=builder, trust=trust, as_json=as_json)
+        return
+    folder = output or Path(f"{Path(model.replace(':', '.')).name}-{asked.attn}-{asked.quant}".replace(":", ""))
+    check_output(folder)
+    with BarReporter() as reporter:
+        compiled = compile(model, builder=builder, trust=trust, reporter=reporter, checkpoint=checkpoint, **vars(asked))
+        reporter.stage("package")
+        compiled.save(folder)
+    if as_json:
+        common.print_json(summary(compiled, folder))
+    else:
+        print_summary(compiled, folder)
+
+
+def refuse_unbuilt(**options: object) -> None:
+    """Options of the contract that this version can't do: refused, never ignored."""
+    for name, value in options.items():
+        if value is not None:
+            raise click.UsageError(f"--{name} isn't built yet in this version: leave it out")
+
+
+def summary(compiled: Compiled, folder: Path) -> dict[str, Any]:
+    """The JSON of a compilation."""
+    from ..lowering.package import bytes_on_disk
+
+    manifest = compiled.manifest()
+    quantization = manifest["quantization"]
+    return {
+        "output": str(folder),
+        "sites": manifest["sites"],
+        "rewritten": sum(site.method != "softmax" for site in compiled.sites),
+        "parameters": manifest["parameters"],
+        "bytes": bytes_on_disk(folder),
+        "state_bytes": {str(length): compiled.step.state_bytes(1, length) for length in (8192, 32768)},
+        "distillation": manifest["distillation"],
+        "quantization": quantization,
+        "step_max_error": compiled.step.max_error,
+        "seconds": compiled.seconds,
+        "notes": compiled.notes,
+    }
+
+
+def print_summary(compiled: Compiled, folder: Path) -> None:
+    """What was done, for people."""
+    from ..lowering.package import bytes_on_disk
+    from ..lowering.report import human_bytes
+
+    out = common.stdout()
+    sites = compiled.sites
+    rewritten = [site for site in sites if site.method != "softmax"]
+    out.print(
+        f"[bold]{folder}[/bold]: {human_bytes(bytes_on_disk(folder))}, {compiled.teacher.parameters:,} parameters"
+    )
+    if sites:
+        out.print(f"{len(rewritten)} of {len(sites)} attention sites are {compiled.options.attn}")
+    for site in sites:
+        if site.method == "softmax" and compiled.options.attn != "softmax":
+            out.print(f"  [yellow]{site.path}[/] stays softmax: {site.reason}")
+    if compiled.transfer is not None and compiled.transfer.after:
+        before, after = (sum(e.values()) / len(e) for e in (compiled.transfer.before, compiled.transfer.after))
+        out.print(
+            f"distilled on {compiled.transfer.tokens:,} tokens in {compiled.transfer.seconds:.0f} s: "
+            f"relative error per layer {before:.3f} → {after:.3f}"
+        )
+    if compiled.step.states:
+        out.print(f"state per sequence at 32,768 tokens: {human_bytes(compiled.step.state_bytes(1, 32768))}")
+        out.print(f"next: lincompile generate {folder} --prompt 'The capital of France is'", soft_wrap=True)

@@ -1,0 +1,106 @@
+"""``lincompile eval MODEL_OR_DIR --text FILE``: perplexity, by one code path for teacher and student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from . import common
+
+if TYPE_CHECKING:
+    from ..lowering.evaluate import LogitsOf
+
+
+@click.command("eval")
+@click.argument("model", metavar="MODEL_OR_DIR")
+@click.option(
+    "--text", "text_file", required=True, type=click.Path(path_type=Path), help="The text to predict (UTF-8)."
+)
+@click.option("--context", type=common.count, default="1024", show_default=True, help="Tokens per window.")
+@click.option("--tokens", type=common.count, help="Stop after so many predicted tokens.")
+@click.option("--runtime", type=click.Choice(["torch", "onnx"]), default="torch", show_default=True)
+@common.model_options
+@common.json_option
+@common.verbose_option
+def command(
+    model: str,
+    text_file: Path,
+    context: int,
+    tokens: int | None,
+    runtime: str,
+    builder: str | None,
+    trust: bool,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Perplexity over non-overlapping windows of a text, no BOS added."""
+    from ..lowering.evaluate import perplexity
+
+    text = read_text(text_file)
+    if common.is_artefact(model):
+        logits_of, ids, limit = _student(model, text, runtime, device)
+    elif runtime != "torch":
+        raise click.UsageError("--runtime onnx needs an artefact folder")
+    else:
+        logits_of, ids, limit = _teacher(model, text, builder, trust, device, dtype)
+    if limit is not None and context > limit:
+        raise click.UsageError(f"--context {context}: the model accepts at most {limit} positions")
+    with common.progress() as bars:
+        task = bars.add_task("predicting tokens", total=None)
+        result = perplexity(
+            logits_of,
+            ids,
+            context,
+            tokens=tokens,
+            on_window=lambda done, total: bars.update(task, completed=done, total=total),
+        )
+    if as_json:
+        common.print_json(result.record())
+    else:
+        common.stdout().print(
+            f"perplexity [bold]{result.perplexity:.3f}[/bold] ({result.nll:.4f} nats, {result.tokens:,} tokens)"
+        )
+
+
+def read_text(file: Path) -> str:
+    """A UTF-8 text file, not empty."""
+    from ..passes.errors import LincompileError
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LincompileError(f"{file} isn't UTF-8 text (byte {error.start}): convert it first") from error
+    except OSError as error:
+        raise LincompileError(f"{file} can't be read: {error.strerror}") from error
+    if not text.strip():
+        raise LincompileError(f"{file} is empty")
+    return text
+
+
+def _student(directory: str, text: str, runtime: str, device: str) -> tuple[LogitsOf, list[int], int | None]:
+    from ..lowering.evaluate import logits_of_session
+    from .generate import open_session
+
+    artefact = common.open_checked(directory, device)
+    session = open_session(artefact, runtime)
+    return logits_of_session(session), artefact.tokenizer.encode(text), session.max_positions
+
+
+def _teacher(
+    model: str, text: str, builder: str | None, trust: bool, device: str, dtype: str
+) -> tuple[LogitsOf, list[int], int | None]:
+    from ..lowering.evaluate import logits_of_program
+    from ..lowering.tokenizer import codec_of
+    from ..passes.errors import LincompileError
+
+    loaded = common.load(model, builder=builder, trust=trust, device=device, dtype=dtype)
+    if loaded.tokenizer is None:
+        raise LincompileError(
+            f"{model} has no tokenizer, so a text has no tokens: give a Hugging Face folder or a GGUF"
+        )
+    program = common.captured(loaded)
+    return logits_of_program(program), codec_of(loaded.tokenizer).encode(text), loaded.max_positions
