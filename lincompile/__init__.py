@@ -26,7 +26,26 @@ _HOMES = {
     "make_stateful": "passes.stateful",
     "LincompileError": "passes.errors",
 }
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = [
+    "AttentionSite",
+    "Canonicalize",
+    "Compiled",
+    "LincompileError",
+    "LinearizeAttention",
+    "PassResult",
+    "Pipeline",
+    "Program",
+    "ProveAttention",
+    "Quantize",
+    "__version__",
+    "capture",
+    "compile",
+    "load",
+    "make_stateful",
+    "open",
+    "quantize_",
+    "register",
+]
 
 if TYPE_CHECKING:
     from .lowering.compiler import Compiled as Compiled

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..passes.canonicalize import Canonicalize
 from ..passes.capture import capture, from_exported
 from ..passes.distil.data import TokenWindows
-from ..passes.distil.transfer import Transfer, TransferReport, model_inputs, transfer
+from ..passes.distil.instrument import model_inputs
+from ..passes.distil.transfer import Transfer, TransferReport, transfer
 from ..passes.errors import LincompileError, RefusedError
 from ..passes.formats.load import load_model
 from ..passes.formats.loaded import LoadedModel, check_finite
@@ -72,7 +73,9 @@ class Options:
             method_class(self.attn)
         parse_plan(self.quant)
         if self.keep_softmax is not None and parse_keep(self.keep_softmax)[2]:
-            raise RefusedError("--keep-softmax auto:N isn't built yet: name the sites (0,5,9) or a number of evenly spaced ones (6)")
+            raise RefusedError(
+                "--keep-softmax auto:N isn't built yet: name the sites (0,5,9) or a number of evenly spaced ones (6)"
+            )
         if self.target not in TARGETS:
             raise LincompileError(f"--target {self.target}: the targets are {', '.join(TARGETS)}")
         if self.attn == "softmax" and self.distil is not None:
@@ -80,8 +83,12 @@ class Options:
 
     def record(self) -> dict[str, Any]:
         """JSON-able."""
-        values = asdict(self) if not isinstance(self.distil, Tensor) else asdict(Options(**{**vars(self), "distil": None}))
-        values["distil"] = self.distil if self.distil is None or isinstance(self.distil, str) else type(self.distil).__name__
+        values = (
+            asdict(self) if not isinstance(self.distil, Tensor) else asdict(Options(**{**vars(self), "distil": None}))
+        )
+        values["distil"] = (
+            self.distil if self.distil is None or isinstance(self.distil, str) else type(self.distil).__name__
+        )
         return values
 
 
@@ -140,7 +147,13 @@ class Compiled:
             "seed": self.options.seed,
         }
 
-    def save(self, directory: Path | str, *, extra: Callable[[Path], None] | None = None, metrics: Mapping[str, Any] | None = None) -> Path:
+    def save(
+        self,
+        directory: Path | str,
+        *,
+        extra: Callable[[Path], None] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> Path:
         """Writes the artefact folder, whole or not at all; ``metrics`` are added to the manifest's.
 
         Raises:
@@ -158,7 +171,12 @@ class Compiled:
                 extra(folder)
 
         return save(
-            self.step, directory, manifest=manifest, tokenizer=self.loaded.tokenizer, eos_ids=self.loaded.eos_token_ids, extra=more
+            self.step,
+            directory,
+            manifest=manifest,
+            tokenizer=self.loaded.tokenizer,
+            eos_ids=self.loaded.eos_token_ids,
+            extra=more,
         )
 
     def generate(self, prompt: str | Sequence[int], max_new_tokens: int = 64, **options: Any) -> str | list[int]:
@@ -189,14 +207,17 @@ def compile(
         trust: allow code that the model file brings along to run.
         checkpoint: file that distillation saves itself to and resumes from.
         options: ``attn``, ``quant``, ``keep_softmax``, ``distil`` (a text file, token ids, or ``hf:name``),
-            ``tokens``, ``time`` (seconds), ``length``, ``batch``, ``target``, ``device``, ``dtype``, ``seed``: as in the CLI.
+            ``tokens``, ``time`` (seconds), ``length``, ``batch``, ``target``, ``device``, ``dtype``, ``seed``: as in
+            the CLI.
 
     Raises:
         LincompileError: anything that can't be done as asked; nothing is ever done silently instead.
     """
     unknown = set(options) - set(Options.__dataclass_fields__)
     if unknown:
-        raise LincompileError(f"compile has no option '{sorted(unknown)[0]}'; the options are: {', '.join(Options.__dataclass_fields__)}")
+        raise LincompileError(
+            f"compile has no option '{sorted(unknown)[0]}'; the options are: {', '.join(Options.__dataclass_fields__)}"
+        )
     asked = Options(**options)
     asked.check()
     say = reporter or Reporter()
@@ -204,7 +225,9 @@ def compile(
     notes: list[str] = []
 
     with _timed(say, times, "load"):
-        loaded = load_model(model, model=builder, example=example, trust=trust, dtype=getattr(torch, asked.dtype), device=asked.device)
+        loaded = load_model(
+            model, model=builder, example=example, trust=trust, dtype=getattr(torch, asked.dtype), device=asked.device
+        )
         check_finite(loaded.module, loaded.prefix)
         notes += loaded.notes
     with _timed(say, times, "capture"):
@@ -218,7 +241,10 @@ def compile(
         report, ids = distil(teacher, student, loaded, asked, say, transfer_options, checkpoint)
         if report is not None:
             for site in student.sites:
-                site.details |= {"error_before": report.before.get(site.path), "error_after": report.after.get(site.path)}
+                site.details |= {
+                    "error_before": report.before.get(site.path),
+                    "error_after": report.after.get(site.path),
+                }
         elif any(site.method != "softmax" for site in student.sites):
             notes.append("not distilled: linear attention without training is far from the teacher; add --distil FILE")
     with _timed(say, times, "make stateful"):
@@ -249,7 +275,10 @@ def rewrite(teacher: Program, asked: Options) -> Program:
     if asked.attn == "softmax":
         return student
     if not student.sites:
-        raise RefusedError("the model has no softmax attention, so there is nothing to rewrite; quantize it alone with --attn softmax --quant int6")
+        raise RefusedError(
+            "the model has no softmax attention, so there is nothing to rewrite; "
+            "quantize it alone with --attn softmax --quant int6"
+        )
     indices, count, _ = parse_keep(asked.keep_softmax) if asked.keep_softmax else ((), 0, 0)
     pass_ = LinearizeAttention(asked.attn, keep=indices, count=count, sliding=asked.rewrite_sliding, seed=asked.seed)
     student = Pipeline([pass_])(student)
@@ -257,7 +286,11 @@ def rewrite(teacher: Program, asked: Options) -> Program:
         first = student.sites[0]
         raise RefusedError(
             f"no attention site can be rewritten to {asked.attn}: {first.path}: {first.reason}"
-            + (f" (and {len(student.sites) - 1} more; 'lincompile inspect' lists them)" if len(student.sites) > 1 else "")
+            + (
+                f" (and {len(student.sites) - 1} more; 'lincompile inspect' lists them)"
+                if len(student.sites) > 1
+                else ""
+            )
         )
     return student
 
@@ -299,7 +332,10 @@ def quantize(student: Program, asked: Options, ids: Tensor | None) -> Program:
     calibration = None
     if ids is not None:
         length = min(256, student.max_positions or 256, ids.numel())
-        windows = [ids[i * length : (i + 1) * length][None].to(asked.device) for i in range(min(CALIBRATION_BATCHES, ids.numel() // length))]
+        windows = [
+            ids[i * length : (i + 1) * length][None].to(asked.device)
+            for i in range(min(CALIBRATION_BATCHES, ids.numel() // length))
+        ]
         names = [item.name for item in student.inputs]
         calibration = [dict(zip(names, model_inputs(student, window), strict=True)) for window in windows]
     return Pipeline([Quantize(asked.quant, calibration=calibration)])(student)

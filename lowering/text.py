@@ -36,7 +36,9 @@ def read_tokens(source: Any, tokenizer: Callable[[Path], None] | None) -> Tensor
         return torch.from_numpy(np.load(existing(source)).astype("int64")).flatten()
     texts = list(source) if isinstance(source, (list, tuple)) else list(read_texts(str(source)))
     if tokenizer is None:
-        raise LincompileError("the model came without a tokenizer: give token ids instead of text (a .npy file of integers)")
+        raise LincompileError(
+            "the model came without a tokenizer: give token ids instead of text (a .npy file of integers)"
+        )
     with tempfile.TemporaryDirectory(prefix="lincompile-") as folder:
         tokenizer(Path(folder))
         codec = TextCodec(Path(folder))
@@ -47,6 +49,7 @@ def read_tokens(source: Any, tokenizer: Callable[[Path], None] | None) -> Tensor
 
 
 def existing(source: str | Path) -> Path:
+    """The path of a file that exists; a ``LincompileError`` otherwise."""
     path = Path(source)
     if not path.is_file():
         raise LincompileError(f"the text file {path} doesn't exist")

@@ -1,0 +1,133 @@
+"""The pipeline end to end on small models: what is compiled, what is refused, and that nothing is done silently."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import lincompile
+from lincompile.passes.errors import LincompileError, ModelLoadError, RefusedError
+
+
+def tokens(count: int, vocabulary: int = 97) -> torch.Tensor:
+    return torch.randint(0, vocabulary, (count,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("attn", ["gla", "hedgehog", "lawcat", "gated-delta"])
+def test_every_method_compiles_saves_and_continues(attn: str, tmp_path: Path) -> None:
+    module, example = zoo.build("llama-gqa")
+    compiled = lincompile.compile(module, example=example, attn=attn, quant="w6a8")
+    assert [site.method for site in compiled.sites] == [attn, attn]
+    assert compiled.step.max_error is not None and compiled.step.max_error < 1e-4
+    artefact = lincompile.open(compiled.save(tmp_path / "out"))
+    prompt = [5, 3, 1]
+    assert artefact.generate(prompt, 6) == compiled.generate(prompt, 6)
+    assert artefact.manifest["sites"][0]["method"] == attn
+    assert artefact.manifest["quantization"]["plan"] == "w6a8"
+
+
+def test_distillation_lowers_the_error_and_is_recorded() -> None:
+    module, example = zoo.build("llama-gqa")
+    compiled = lincompile.compile(module, example=example, attn="lawcat", distil=tokens(6000), tokens=16_384, length=64, batch=4)
+    report = compiled.transfer
+    assert report is not None and report.steps > 10
+    assert all(report.after[path] < report.before[path] for path in report.before)
+    assert compiled.sites[0].details["error_after"] == report.after[compiled.sites[0].path]
+    assert not any("not distilled" in note for note in compiled.notes)
+
+
+def test_without_distillation_the_result_says_so() -> None:
+    module, example = zoo.build("nanogpt")
+    compiled = lincompile.compile(module, example=example, attn="gla")
+    assert any("not distilled" in note for note in compiled.notes)
+
+
+def test_the_source_model_is_left_as_it_was() -> None:
+    module, example = zoo.build("nanogpt")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    lincompile.compile(module, example=example, attn="lawcat", quant="int6", distil=tokens(2000), tokens=2048, length=64, batch=2)
+    after = module.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_kept_sites_carry_their_cache() -> None:
+    module, example = zoo.build("llama-gqa")
+    compiled = lincompile.compile(module, example=example, attn="lawcat", keep_softmax="0,")
+    assert [site.method for site in compiled.sites] == ["softmax", "lawcat"]
+    assert [spec.role for spec in compiled.step.states] == ["mask", "key", "value", "conv", "conv", "recurrent"]
+
+
+def test_an_encoder_runs_whole_sequences() -> None:
+    module, example = zoo.build("bert")
+    compiled = lincompile.compile(module, example=example, attn="hedgehog")
+    assert not compiled.step.causal and not compiled.step.states
+    ids = torch.randint(0, 90, (2, 9))
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    positions = torch.arange(9).expand(2, 9)
+    out, _ = compiled.step(ids, positions, mask, [])
+    names = [item.name for item in compiled.program.inputs]
+    values = {"input_ids": ids, "attention_mask": mask.long(), "token_type_ids": torch.zeros_like(ids)}
+    wanted = compiled.program(**{name: values[name] for name in names})
+    assert torch.allclose(out, wanted if isinstance(wanted, torch.Tensor) else wanted[0], atol=1e-6)
+
+
+class Plain(nn.Module):
+    """No attention at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 128)
+        self.inner = nn.Linear(128, 128)
+        self.head = nn.Linear(128, 50)
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.inner(self.embed(idx))))
+
+
+def test_a_model_without_attention_is_refused_but_can_be_quantized() -> None:
+    example = {"idx": torch.randint(0, 50, (2, 9))}
+    with pytest.raises(RefusedError, match="no softmax attention.*--attn softmax --quant int6"):
+        lincompile.compile(Plain(), example=example, attn="lawcat")
+    compiled = lincompile.compile(Plain(), example=example, attn="softmax", quant="w6a8")
+    assert compiled.program.metadata["quantization"]["layers"]
+
+
+def test_a_model_whose_every_site_is_refused_says_why() -> None:
+    module, example = zoo.build("bert")
+    with pytest.raises(RefusedError, match="no attention site can be rewritten to gla.*bidirectional"):
+        lincompile.compile(module, example=example, attn="gla")
+
+
+def test_weights_with_nan_are_named() -> None:
+    module, example = zoo.build("nanogpt")
+    name, weight = next((n, p) for n, p in module.named_parameters() if p.dim() == 2)
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    with pytest.raises(ModelLoadError, match=f"NaN.*{name.split('.')[-1]}"):
+        lincompile.compile(module, example=example, attn="gla")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attn": "linformer"}, "unknown attention method 'linformer'.*lawcat"),
+        ({"quant": "int5"}, "int5"),
+        ({"keep_softmax": "many"}, "--keep-softmax many"),
+        ({"keep_softmax": "7,"}, "has 2 attention sites"),
+        ({"target": "tpu"}, "--target tpu"),
+        ({"colour": "red"}, "no option 'colour'"),
+        ({"attn": "softmax", "distil": "x.txt"}, "nothing to train"),
+        ({"distil": "no-such-file.txt"}, "no-such-file.txt doesn't exist"),
+        ({"distil": [1.5]}, "tokenizer"),
+    ],
+)
+def test_bad_options_are_one_line_errors(options: dict[str, object], message: str) -> None:
+    module, example = zoo.build("nanogpt")
+    with pytest.raises(LincompileError, match=message) as caught:
+        lincompile.compile(module, example=example, **{"attn": "gla", **options})
+    assert "\n" not in str(caught.value)
