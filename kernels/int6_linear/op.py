@@ -2,6 +2,9 @@
 
 Importing this module registers them; it needs torch only. Weights are frozen: gradients flow to ``x`` (rounding of the
 activations passes them straight through) and to ``bias``. Shapes: ``docs/architecture.md``; codes: :mod:`.pack`.
+
+CPU tensors run the reference. CUDA tensors run the Triton kernels for the calls those support (groups of 128, K a
+multiple of 16, ``a6`` or ``a8``, inputs of at most 32 bits) where Triton can be imported, otherwise the reference.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ..registration import backend
 from ..shapes import require
 from . import reference
 from .codes import ACTIVATIONS
@@ -61,6 +65,10 @@ def int6_linear(
 ) -> Tensor:  # fmt: skip
     """Linear layer with packed six-bit weights: ``[…, K]`` → ``[…, N]`` in x's dtype."""
     _check_int6(x, weight_hi, weight_lo, weight_scale, bias, group_size, activation)
+    kernels = backend("int6_linear", x)
+    if kernels is not None and kernels.supports(x, group_size, activation):
+        y: Tensor = kernels.int6_linear(x, weight_hi, weight_lo, weight_scale, bias, group_size, activation)
+        return y
     return reference.int6_linear(x, weight_hi, weight_lo, weight_scale, bias, group_size, activation)
 
 

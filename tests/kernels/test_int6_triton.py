@@ -1,0 +1,106 @@
+"""The Triton kernels of int6_linear: in Triton's interpreter everywhere, bit for bit on a GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lincompile.kernels.int6_linear import codes as q
+from lincompile.kernels.int6_linear import pack, reference
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Run in a process of its own: Triton decides on import whether its kernels are interpreted.
+INTERPRETED = """
+import torch
+from lincompile.kernels.int6_linear import codes as q, pack, reference, triton as kernels
+torch.manual_seed(0)
+for width in (176, 576):
+    for tokens in (1, 17):
+        codes, scale = q.quantize_weight(torch.randn(5, width))
+        planes = (*pack.pack(codes), scale)
+        x, bias = torch.randn(tokens, width), torch.randn(5)
+        for activation in ("a8", "a6") if width == 176 else ("a8",):
+            got = kernels.int6_linear(x, *planes, bias, 128, activation).double()
+            expected = reference.int6_linear_definition(x, *planes, bias, 128, activation)
+            error = float((got - expected).norm() / expected.norm())
+            assert error < 1e-6, (width, tokens, activation, error)
+codes, scale = q.quantize_weight(torch.randn(70, 176))
+planes = (*pack.pack(codes), scale)
+unpacked = kernels.unpack_to_int8(planes, 176)
+assert torch.equal(unpacked[:, :176] >> 2, codes) and not unpacked[:, 176:].any()
+x = torch.randn(5, 176)
+expected = reference.int6_linear_definition(x, *planes, None, 128, "a8")
+q_codes, q_scale = kernels.quantize_activation(x, "a8")
+y = torch.full((5, 70), float("nan"))
+config = {"BM": 16, "BN": 64, "STAGES": 2, "BAND": 2, "num_warps": 4}
+kernels._large(q_codes, q_scale, planes, None, y, 176, 5, config)
+assert float((y - expected).norm() / expected.norm()) < 1e-6
+split = {"BM": 16, "BN": 64, "STAGES": 2, "SPLIT": 2, "num_warps": 4}
+wide = torch.randn(5, 576)
+codes, scale = q.quantize_weight(torch.randn(70, 576))
+planes = (*pack.pack(codes), scale)
+y = torch.full((5, 70), float("nan"))
+bias = torch.randn(70)
+kernels._small(*kernels.quantize_activation(wide, "a6"), planes, bias, y, 576, 5, split)
+expected = reference.int6_linear_definition(wide, *planes, bias, 128, "a6")
+assert float((y - expected).norm() / expected.norm()) < 1e-6
+wide[2, 130] = float("nan")
+y = kernels.int6_linear(wide, *planes, None, 128, "a8")
+assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
+print("interpreted kernels agree")
+"""
+
+
+def test_interpreted_kernels_equal_the_definition() -> None:
+    pytest.importorskip("triton", reason="Triton isn't installed")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "interpreted kernels agree" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["a8", "a6"])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 31, 64, 65, 257])
+@pytest.mark.parametrize(("rows", "width"), [(70, 576), (200, 1024), (64, 2064), (33, 176)])
+def test_gpu_kernels_are_exact_in_the_integer_part(rows: int, width: int, tokens: int, activation: str) -> None:
+    """Scales of 1 make every float32 sum exact, so nothing may differ from the integer product."""
+    codes = torch.randint(-32, 32, (rows, width), dtype=torch.int8)
+    planes = [plane.cuda() for plane in pack.pack(codes)]
+    scale = torch.ones(rows, pack.group_count(width, 128), dtype=torch.float16, device="cuda")
+    levels = q.LEVELS[int(activation[1:])]
+    x = torch.randint(-levels, levels + 1, (tokens, width)).float()
+    x[:, ::16] = levels
+    bias = torch.randint(-9, 9, (rows,)).float()
+    got = torch.ops.lincompile.int6_linear(x.cuda(), *planes, scale, bias.cuda(), 128, activation)
+    assert torch.equal(got.cpu().double(), x.double() @ codes.double().t() + bias.double())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 4e-3), (torch.float16, 6e-4)])
+@pytest.mark.parametrize("tokens", [1, 5, 33, 700])
+def test_gpu_kernels_equal_the_definition_and_survive_graphs(tokens: int, dtype: torch.dtype, tolerance: float) -> None:
+    codes, scale = q.quantize_weight(torch.randn(192, 576))
+    planes = [t.cuda() for t in (*pack.pack(codes), scale)]
+    x = torch.randn(tokens, 576, dtype=dtype, device="cuda")
+    bias = torch.randn(192, dtype=dtype, device="cuda")
+    expected = reference.int6_linear_definition(x, *planes, bias, 128, "a8")
+
+    def error(y: torch.Tensor) -> float:
+        return float((y.double() - expected).norm() / expected.norm())
+
+    assert error(torch.ops.lincompile.int6_linear(x, *planes, bias, 128, "a8")) < tolerance
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.ops.lincompile.int6_linear(x, *planes, bias, 128, "a8")
+    y.fill_(float("nan"))
+    graph.replay()
+    assert error(y) < tolerance
