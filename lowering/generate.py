@@ -85,10 +85,11 @@ class Session:
 
     def _vocabulary(self) -> int:
         """Rows of the table that the tokens index, or the output's width where the graph has no such table."""
+        lookup = torch.ops.aten.embedding.default
         nodes = list(self.program.graph_module.graph.nodes)
         tokens = nodes[0]
         for node in nodes:
-            if node.op == "call_function" and node.target is torch.ops.aten.embedding.default and node.args[1] is tokens:
+            if node.op == "call_function" and node.target is lookup and node.args[1] is tokens:
                 path = str(node.args[0].target)
                 table: Tensor = operator.attrgetter(path)(self.program.graph_module)
                 return table.shape[0]

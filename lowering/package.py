@@ -139,6 +139,21 @@ def save(
     return directory
 
 
+def add_metrics(directory: Path | str, metrics: Mapping[str, Any]) -> None:
+    """Adds figures measured on a finished artefact to its manifest and report; what runs is not touched."""
+    directory = Path(directory)
+    document = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    document["metrics"] = {**document.get("metrics", {}), **jsonable(metrics)}
+    _replace_text(directory / REPORT, render_report(document))
+    _replace_text(directory / MANIFEST, json.dumps(document, indent=2) + "\n")
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def _put_in_place(folder: Path, directory: Path) -> None:
     """Renames the finished folder; an earlier artefact steps aside first and comes back if the rename fails."""
     if not directory.exists():

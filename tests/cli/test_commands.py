@@ -1,0 +1,170 @@
+"""Every command on a tiny model, as a user runs it: what is on stdout, what it says, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lincompile import __version__
+from lincompile.cli.common import count, duration
+from lincompile.cli.main import COMMANDS
+
+from .conftest import Run
+
+
+def test_help_shows_compile_options_and_commands(cli: Run) -> None:
+    result = cli("--help")
+    assert result.code == 0
+    assert all(f"  {name} " in result.out for name in COMMANDS)
+    for option in (
+        "--attn",
+        "--keep-softmax",
+        "--window",
+        "--quant",
+        "--distil",
+        "--tokens",
+        "--time",
+        "--adapter",
+        "--shard",
+        "--target",
+        "--device",
+        "--dtype",
+        "--seed",
+        "--plan",
+        "--output",
+        "--json",
+        "--trust",
+        "--config",
+        "--verbose",
+    ):
+        assert option in result.out, option
+    assert cli().out == result.out, "no arguments show the help"
+
+
+def test_version(cli: Run) -> None:
+    assert cli("--version").out.strip() == f"lincompile {__version__}"
+
+
+def test_python_m_lincompile_runs_the_same_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "lincompile", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == f"lincompile {__version__}"
+
+
+def test_inspect_prints_a_table_and_json(cli: Run) -> None:
+    table = cli("inspect", "small_model:build")
+    assert table.code == 0, table.err
+    assert "blocks.0" in table.out and "2 rewrite" in table.out
+    document = cli("inspect", "small_model:build", "--json").json
+    assert document["format"] == "function"
+    assert len(document["sites"]) == 2
+    for site in document["sites"]:
+        assert {"path", "kind", "window", "heads", "kv_heads", "head_dim", "verdict", "reason", "max_error"} <= set(
+            site
+        )
+        assert site["kind"] == "causal" and site["verdict"] == "rewrite" and site["heads"] == 2
+        assert site["max_error"] <= 1e-5
+
+
+def test_inspect_says_plainly_that_a_model_has_no_attention(cli: Run) -> None:
+    assert "no softmax attention" in cli("inspect", "small_model:plain").out
+
+
+def test_the_artefact_is_complete(artefact: Path) -> None:
+    names = {item.name for item in artefact.iterdir()}
+    assert {"lincompile.json", "model.safetensors", "program.pt2", "report.html"} <= names
+    manifest = json.loads((artefact / "lincompile.json").read_text())
+    assert manifest["options"]["attn"] == "gla" and manifest["options"]["quant"] == "w6a8"
+    assert [site["method"] for site in manifest["sites"]] == ["gla", "gla"]
+    assert manifest["source"]["format"] == "function" and len(manifest["source"]["sha256"]) == 64
+    assert [item["pass"] for item in manifest["passes"]] == ["canonicalize", "prove", "linearize", "quantize"]
+
+
+def test_generate_prints_the_continuation_and_nothing_else(cli: Run, artefact: Path) -> None:
+    result = cli("generate", artefact, "--prompt-ids", "1,2,3", "--max-new-tokens", 5)
+    assert result.code == 0, result.err
+    ids = [int(item) for item in result.out.strip().split(",")]
+    assert ids[:3] == [1, 2, 3] and len(ids) == 8
+    document = cli("generate", artefact, "--prompt-ids", "1,2,3", "--max-new-tokens", 5, "--json").json
+    assert document["tokens"] == ids[3:]
+    assert document["prompt_tokens"] == 3 and document["finish"] == "length"
+
+
+def test_sampling_is_seeded(cli: Run, artefact: Path) -> None:
+    options = ("generate", artefact, "--prompt-ids", "1,2", "--max-new-tokens", 12, "--temperature", 2, "--seed")
+    first = cli(*options, 1).out
+    assert cli(*options, 1).out == first
+    assert cli(*options, 2).out != first
+
+
+def test_bench_reports_speed_and_state(cli: Run, artefact: Path) -> None:
+    document = cli("bench", artefact, "--context", 32, "--new-tokens", 4, "--json").json
+    assert document["decode_tokens_per_second"] > 0 and document["state_bytes"] > 0
+    longer = cli("bench", artefact, "--context", 64, "--new-tokens", 4, "--json").json
+    assert longer["state_bytes"] == document["state_bytes"], "a linear model's state is constant"
+
+
+def test_a_plan_reads_shapes_and_writes_nothing(cli: Run, module: Path) -> None:
+    before = sorted(module.parent.iterdir())
+    document = cli("small_model:build", "--attn", "hedgehog", "--quant", "w6a8", "--plan", "--json").json
+    assert [site["method"] for site in document["sites"]] == ["hedgehog", "hedgehog"]
+    assert document["weight_bytes"]["after"] < document["weight_bytes"]["before"]
+    assert [item for item in sorted(module.parent.iterdir()) if item.name != "__pycache__"] == [
+        item for item in before if item.name != "__pycache__"
+    ]
+
+
+def test_a_model_without_attention_can_still_be_quantized(cli: Run, tmp_path: Path) -> None:
+    refused = cli("small_model:plain", "-o", tmp_path / "a")
+    assert refused.code == 1
+    assert "no softmax attention" in refused.error and "--attn softmax" in refused.error
+    done = cli("small_model:plain", "--attn", "softmax", "--quant", "w6a8", "-o", tmp_path / "b", "--json")
+    assert done.code == 0, done.err
+    assert done.json["quantization"]["layers"]
+
+
+def test_kept_sites_and_recipes(cli: Run, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("attn: hedgehog\nkeep-softmax: '1,'\nseed: 3\n")
+    document = cli("small_model:build", "--config", recipe, "--attn", "lawcat", "-o", tmp_path / "out", "--json").json
+    assert [site["method"] for site in document["sites"]] == ["lawcat", "softmax"], "the command line wins"
+    assert json.loads((tmp_path / "out" / "lincompile.json").read_text())["options"]["seed"] == 3
+
+
+def test_distillation_from_the_command_line(cli: Run, tmp_path: Path) -> None:
+    import numpy as np
+
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 60, 2000))
+    done = cli(
+        "small_model:build",
+        "--attn",
+        "lawcat",
+        "--distil",
+        tmp_path / "ids.npy",
+        "--tokens",
+        "2K",
+        "--length",
+        32,
+        "--batch",
+        4,
+        "-o",
+        tmp_path / "out",
+        "--json",
+    )
+    assert done.code == 0, done.err
+    transfer = done.json["distillation"]
+    assert transfer["tokens"] == 1920 and transfer["steps"] == 15
+    assert sum(transfer["after"].values()) < sum(transfer["before"].values())
+
+
+@pytest.mark.parametrize(("text", "value"), [("4096", 4096), ("20M", 20_000_000), ("1.5k", 1500), ("2G", 2 * 10**9)])
+def test_counts(text: str, value: int) -> None:
+    assert count(text) == value
+
+
+@pytest.mark.parametrize(("text", "value"), [("90", 90.0), ("90s", 90.0), ("10m", 600.0), ("1.5h", 5400.0)])
+def test_durations(text: str, value: float) -> None:
+    assert duration(text) == value
