@@ -26,7 +26,8 @@ from .pipeline import PassResult, register
 from .program import Program
 from .quantize_plan import PlanOptions, choose, load_plan, save_plan
 from .schemes import CHOICES, FLOAT, SCHEMES, PlanSpec, Scheme, parse_plan
-from .sensitivity import Batch, rtn_codes
+from .sensitivity import Batch, CodesOf
+from .weight_methods import WeightRounder
 
 QUANTIZED_OPS = (torch.ops.lincompile.int6_linear.default, torch.ops.lincompile.int8_linear.default)
 
@@ -43,6 +44,7 @@ class Quantize:
         lm_head: also the output head, unless tied to an embedding.
         skip: ``fnmatch`` patterns of layer names to leave in float, for example ``("*.down_proj",)``.
         min_in_features: layers with fewer input features stay in float.
+        method: how weights are rounded: ``rtn``, or with calibration ``clip`` or ``gptq`` (:mod:`.weight_methods`).
         metric: sensitivity of the ``int6`` and ``auto`` plans, ``fisher`` or ``kl`` (:mod:`.sensitivity`).
         tolerance: ``int6`` gives a layer six-bit activations as long as the measured divergence of the outputs stays
             within this multiple of what uniform W6A8 causes.
@@ -64,6 +66,7 @@ class Quantize:
     lm_head: bool = False
     skip: tuple[str, ...] = ()
     min_in_features: int = 32
+    method: str = "rtn"
     metric: str = "fisher"
     tolerance: float = 1.25
     activation_bits: float | None = None
@@ -87,14 +90,18 @@ class Quantize:
         done = sum(target_of(node) in QUANTIZED_OPS for node in module.graph.nodes)
         if not todo and not done:
             raise RefusedError(f"quantize: no layer of the model can be quantized to {self.plan}: {_reasons(layers)}")
-        chosen, record = self._choose(program, spec, todo)
-        report = {"plan": self.plan, "group_size": self.group_size, "already_quantized_calls": done}
-        report |= quantize_graph(module, layers, chosen, self.group_size) | ({"choice": record} if record else {})
+        if self.calibration is not None:
+            todo = [layer for layer in todo if self._representable(program, layer)]
+        codes_of = WeightRounder(program, todo, self.method, self.calibration, self.group_size)
+        chosen, record = self._choose(program, spec, todo, codes_of)
+        report = {"plan": self.plan, "method": self.method, "group_size": self.group_size}
+        report |= {"already_quantized_calls": done} | quantize_graph(module, layers, chosen, codes_of, self.group_size)
+        report |= {"choice": record} if record else {}
         program.metadata["quantization"] = report
         return PassResult(program, modified=bool(report["layers"]), report=report)
 
     def _choose(
-        self, program: Program, spec: PlanSpec, layers: list[LinearLayer]
+        self, program: Program, spec: PlanSpec, layers: list[LinearLayer], codes_of: CodesOf
     ) -> tuple[dict[str, Scheme], dict[str, Any]]:
         given = dict(self.schemes or {})
         if self.plan_file is not None and Path(self.plan_file).exists():
@@ -111,10 +118,7 @@ class Quantize:
         free = [layer for layer in layers if layer.name not in fixed]
         if not free:
             return fixed, {"note": "every layer's scheme was given"}
-        if self.calibration is not None:
-            free = [layer for layer in free if self._representable(program, layer)]
         options = PlanOptions(self.group_size, self.metric, self.activation_bits, self.tolerance, self.scores)
-        codes_of = rtn_codes(program, self.group_size)
         chosen, record = choose(program, free, spec, self.calibration, options, codes_of)
         if self.plan_file is not None:
             save_plan(self.plan_file, fixed | chosen)
@@ -133,9 +137,10 @@ def quantize_graph(
     graph_module: GraphModule,
     layers: Sequence[LinearLayer],
     schemes: Mapping[str, Scheme],
+    codes_of: CodesOf,
     group_size: int = GROUP_SIZE,
 ) -> dict[str, Any]:
-    """Rewrite ``layers`` (from :func:`find_linears` on the same graph) in place, each by its scheme.
+    """Rewrite ``layers`` (from :func:`find_linears` on the same graph) in place, each by its scheme and its codes.
 
     Buffers are registered beside the weight they replace: ``<weight>_hi``, ``<weight>_lo`` and ``<weight>_scale``, or
     ``<weight>_int8`` and ``<weight>_scale``, where ``<weight>`` is the parameter's dotted name. The parameter goes.
@@ -155,7 +160,7 @@ def quantize_graph(
         parameter = get_attribute(graph_module, layer.weight)
         weight = layer.matrix(graph_module)
         try:
-            codes, scale = quantize_weight(weight, group_size, bits=scheme.weight_bits)
+            codes, scale = codes_of(layer, scheme)
         except ValueError as error:
             skipped.append(_record(layer) | {"reason": str(error)})
             continue

@@ -1,0 +1,106 @@
+"""Weight rounding methods: each does what it promises on correlated inputs, and the pass uses its codes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lincompile.kernels.int6_linear.codes import dequantize, quantize_weight
+from lincompile.passes import weight_methods
+from lincompile.passes.capture import capture
+from lincompile.passes.errors import LincompileError
+from lincompile.passes.quantize import Quantize
+from lincompile.passes.weight_methods import clip, gptq
+
+
+def correlated(tokens: int, width: int) -> Tensor:
+    """Inputs with a few strong shared directions and uneven feature sizes."""
+    mix = torch.randn(8, width) * torch.rand(width) * 3
+    return torch.randn(tokens, 8) @ mix + 0.3 * torch.randn(tokens, width)
+
+
+def output_error(weight: Tensor, codes: tuple[Tensor, Tensor], x: Tensor) -> float:
+    return float(((dequantize(*codes) - weight) @ x.t()).square().sum() / (weight @ x.t()).square().sum())
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+@pytest.mark.parametrize("width", [256, 172])
+def test_gptq_lowers_the_output_error_on_unseen_inputs(width: int, bits: int) -> None:
+    x = correlated(4096, width)
+    weight, moment = torch.randn(48, width), x[:2048].t() @ x[:2048] / 2048
+    plain, fed_back = quantize_weight(weight, bits=bits), gptq(weight, moment, 128, bits)
+    assert output_error(weight, fed_back, x[2048:]) < 0.5 * output_error(weight, plain, x[2048:])
+    assert fed_back[0].dtype == torch.int8 and int(fed_back[0].abs().max()) <= {6: 32, 8: 128}[bits]
+
+
+def test_gptq_without_correlation_is_round_to_nearest() -> None:
+    """A diagonal moment matrix leaves nothing to feed back, so both must choose the same codes."""
+    weight = torch.randn(16, 256)
+    codes, scale = gptq(weight, torch.eye(256), 128, 6)
+    expected = quantize_weight(weight)
+    assert torch.equal(codes, expected[0]) and torch.equal(scale, expected[1])
+
+
+def test_gptq_keeps_features_that_calibration_never_saw() -> None:
+    moment = torch.eye(256)
+    moment[5, 5] = 0
+    weight = torch.randn(4, 256)
+    codes, _ = gptq(weight, moment, 128, 6)
+    assert torch.equal(codes, quantize_weight(weight)[0])
+    assert torch.equal(gptq(weight, torch.zeros(256, 256), 128, 6)[0], codes)
+
+
+def test_clip_lowers_the_weighted_error_and_never_raises_it() -> None:
+    weight = torch.randn(32, 300)
+    weight[:, 7] *= 4  # an outlier on a feature that is almost always 0
+    importance = torch.rand(300)
+    importance[7] = 1e-4
+
+    def error(codes: tuple[Tensor, Tensor]) -> Tensor:
+        return ((dequantize(*codes) - weight).square() * importance).sum(dim=1)
+
+    plain, clipped = quantize_weight(weight), clip(weight, importance, 128, 6)
+    assert bool((error(clipped) <= error(plain) * (1 + 1e-6)).all())
+    assert float(error(clipped).sum()) < 0.8 * float(error(plain).sum())
+
+
+@pytest.mark.parametrize("method", ["clip", "gptq"])
+def test_the_pass_packs_the_codes_of_its_method(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(96, 64), nn.Tanh(), nn.Linear(64, 64)).eval()
+    program = capture(model, torch.randn(2, 5, 96))
+    name = program.inputs[0].name
+    *seen, unseen = correlated(768, 96).split([128, 128, 128, 128, 256])
+    data = [{name: x.view(2, 64, 96)} for x in seen]
+    # Collected for one group of layers at a time, however little memory is allowed.
+    monkeypatch.setattr(weight_methods, "_HESSIAN_BYTES", 1)
+    held_out = unseen.view(1, 256, 96)
+    expected = model(held_out)
+    error = {}
+    for used in ("rtn", method):
+        quantized = program.clone()
+        report = Quantize("w6a16", method=used, calibration=data).run(quantized).report
+        assert report["method"] == used and report["totals"]["layers"] == 2
+        error[used] = float((quantized(held_out) - expected).detach().norm())
+    assert error[method] < error["rtn"] * (1.0 if method == "gptq" else 1.05)
+
+
+def test_the_measured_divergence_is_that_of_the_packed_codes() -> None:
+    """int6 with GPTQ: the report's figure comes from the codes that end up in the program."""
+    model = nn.Sequential(nn.Linear(96, 64), nn.Tanh(), nn.Linear(64, 64)).eval()
+    program = capture(model, torch.randn(2, 5, 96))
+    name = program.inputs[0].name
+    data = [{name: correlated(64, 96).view(1, 64, 96)} for _ in range(2)]
+    before = [program(**batch).detach() for batch in data]
+    report = Quantize("int6", method="gptq", calibration=data).run(program).report
+    after = [program(**batch).detach() for batch in data]
+    found = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True)) / 2 / 128
+    assert report["choice"]["kl"]["plan"] == pytest.approx(found, rel=1e-3)
+
+
+def test_methods_are_checked() -> None:
+    program = capture(nn.Sequential(nn.Linear(64, 64)).eval(), torch.randn(2, 5, 64))
+    with pytest.raises(LincompileError, match="unknown quantization method 'awq'; the choices are rtn, clip, gptq"):
+        Quantize("w6a8", method="awq").run(program)
+    with pytest.raises(LincompileError, match="'gptq' needs calibration batches"):
+        Quantize("w6a8", method="gptq").run(program)
