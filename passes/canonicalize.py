@@ -13,7 +13,21 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .graph import INT_MAX, Builder, argument, aten, copy_origin, finish, get_attribute, target_of, value_of
+from .flex import lower_flex
+from .graph import (
+    INT_MAX,
+    VIEWS,
+    Builder,
+    argument,
+    aten,
+    copy_origin,
+    finish,
+    get_attribute,
+    is_mutation,
+    storage_root,
+    target_of,
+    value_of,
+)
 from .pipeline import PassResult, register
 from .program import Program
 
@@ -30,7 +44,9 @@ CASTS = frozenset(
         aten.clone.default,
     }
 )
-COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.to.dtype, aten.lift_fresh_copy.default})
+COPIES = frozenset(
+    {aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.to.dtype, aten.lift_fresh_copy.default}
+)
 # In-place ops that have an out-of-place twin; after export they act on fresh values, so the twin is equal.
 FUNCTIONAL = {
     aten.add_.Tensor: aten.add.Tensor,
@@ -56,6 +72,7 @@ class Canonicalize:
         before = len(module.graph.nodes)
         counts = {
             "inlined regions": inline_regions(module),
+            "flex_attention written out": lower_flex(module),
             "no-ops removed": remove_noops(module),
             "softmaxes folded": fold_manual_softmax(module),
         }
@@ -67,10 +84,9 @@ class Canonicalize:
 def remove_noops(module: GraphModule) -> int:
     """Drops nodes that return their input unchanged; turns ``view`` into ``reshape`` (no stride contract)."""
     graph, removed = module.graph, 0
-    for node in graph.nodes:
-        if target_of(node) in FUNCTIONAL and _sole_use(node):
-            node.target = FUNCTIONAL[target_of(node)]
-    mutates = any(_is_mutation(node) for node in graph.nodes)
+    remove_unreachable(module)
+    make_functional(module)
+    mutates = any(is_mutation(node) for node in graph.nodes)
     for node in list(graph.nodes):
         target = target_of(node)
         if node.op == "call_module" and str(node.target) == "_guards_fn":
@@ -81,7 +97,11 @@ def remove_noops(module: GraphModule) -> int:
             continue
         if target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # the op whose strides made a view legal may be replaced later
-        elif target in (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default):
+        elif target in (
+            aten._assert_tensor_metadata.default,
+            aten._assert_scalar.default,
+            aten.sym_constrain_range_for_size.default,
+        ):
             graph.erase_node(node)
             removed += 1
             continue
@@ -94,36 +114,46 @@ def remove_noops(module: GraphModule) -> int:
     return removed
 
 
-def _is_mutation(node: Node) -> bool:
-    schema = getattr(target_of(node), "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
+def make_functional(module: GraphModule) -> None:
+    """Turns in-place ops on fresh tensors without views into their out-of-place twins; later readers read the result."""
+    order = {node: index for index, node in enumerate(module.graph.nodes)}
+    for node in module.graph.nodes:
+        base = node.args[0] if target_of(node) in FUNCTIONAL else None
+        if not isinstance(base, Node) or base.op != "call_function" or target_of(base) in VIEWS:
+            continue
+        if any(target_of(user) in VIEWS or (is_mutation(user) and user is not node) for user in base.users):
+            continue  # others may see the write through shared memory: left in place, and refused where it matters
+        for user in [user for user in base.users if order[user] > order[node]]:
+            user.replace_input_with(base, node)
+        node.target = FUNCTIONAL[target_of(node)]
 
 
-def _sole_use(node: Node) -> bool:
-    """Whether an in-place op's target is read by nobody else (then writing in place and returning are the same)."""
-    base = node.args[0]
-    return isinstance(base, Node) and base.op == "call_function" and len(base.users) == 1 and target_of(base) not in VIEWS
-
-
-VIEWS = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten.transpose.int,
-        aten.permute.default,
-        aten.expand.default,
-        aten.slice.Tensor,
-        aten.select.int,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.split.Tensor,
-        aten.chunk.default,
-        operator.getitem,
-        aten.detach.default,
-        aten.alias.default,
-        aten.t.default,
-    }
-)
+def remove_unreachable(module: GraphModule) -> None:
+    """Removes what no output needs. Unlike fx's own clean-up it also removes in-place ops on tensors nobody reads."""
+    roots = {node: storage_root(node) for node in module.graph.nodes}
+    readers: dict[Node, list[Node]] = {}
+    for node in module.graph.nodes:
+        if is_mutation(node):
+            readers.setdefault(roots[node], []).append(node)
+    needed: set[Node] = set()
+    pending = [node for node in module.graph.nodes if node.op in ("output", "placeholder", "call_module")]
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending.extend(node.all_input_nodes)
+            pending.extend(readers.get(roots[node], ()))
+    outside = {root for root in readers if root.op != "call_function"}  # buffers and inputs that the model changes
+    for root in outside - needed:
+        pending.extend([root, *readers[root]])
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending.extend(node.all_input_nodes)
+    for node in reversed(list(module.graph.nodes)):
+        if node not in needed and not node.users:
+            module.graph.erase_node(node)
 
 
 def _same_as(node: Node) -> Node | None:
@@ -142,8 +172,14 @@ def _same_as(node: Node) -> Node | None:
         return base if node.args[1] == 0 or not node.args[2] else None
     if target is aten.expand.default:
         sizes = node.args[1]
-        return base if isinstance(sizes, (list, tuple)) and len(sizes) == value_of(base).dim() and all(s == -1 for s in sizes) else None
-    neutral = {aten.mul.Tensor: 1, aten.div.Tensor: 1, aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Scalar: 1}.get(target)
+        return (
+            base
+            if isinstance(sizes, (list, tuple)) and len(sizes) == value_of(base).dim() and all(s == -1 for s in sizes)
+            else None
+        )
+    neutral = {aten.mul.Tensor: 1, aten.div.Tensor: 1, aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Scalar: 1}.get(
+        target
+    )
     if neutral is not None and len(node.args) > 1 and not isinstance(node.args[1], Node) and node.args[1] == neutral:
         return base if value_of(base).dtype == value_of(node).dtype else None
     return None
@@ -168,7 +204,10 @@ def fold_manual_softmax(module: GraphModule) -> int:
 
 
 def _manual_softmax_input(node: Node) -> tuple[Node, int] | None:
-    if target_of(node) is aten.exp.default and target_of(node.args[0]) in (aten.log_softmax.int, aten._log_softmax.default):
+    if target_of(node) is aten.exp.default and target_of(node.args[0]) in (
+        aten.log_softmax.int,
+        aten._log_softmax.default,
+    ):
         inner = node.args[0]
         assert isinstance(inner, Node)
         return (inner.args[0], inner.args[1]) if value_of(inner).dtype == value_of(inner.args[0]).dtype else None  # type: ignore[return-value]
@@ -198,7 +237,11 @@ def _is_row_maximum(node: Any, scores: Any, last: int) -> bool:
     if target_of(node) is aten.detach.default:
         return _is_row_maximum(node.args[0], scores, last)
     if target_of(node) is aten.amax.default:
-        return node.args[0] is scores and list(argument(node, 1, "dim", [])) in ([-1], [last]) and bool(argument(node, 2, "keepdim", False))
+        return (
+            node.args[0] is scores
+            and list(argument(node, 1, "dim", [])) in ([-1], [last])
+            and bool(argument(node, 2, "keepdim", False))
+        )
     if target_of(node) is aten.max.dim:
         return node.args[0] is scores and node.args[1] in (-1, last) and bool(argument(node, 2, "keepdim", False))
     return False

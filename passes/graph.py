@@ -34,6 +34,43 @@ SHAPE_ONLY = frozenset(
     }
 )
 
+# Ops whose result shares memory with their first argument (some copy at times; counting those too is safe).
+VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.expand.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.split.Tensor,
+        aten.chunk.default,
+        operator.getitem,
+        aten.detach.default,
+        aten.alias.default,
+        aten.t.default,
+        aten.numpy_T.default,
+        aten.unflatten.int,
+        aten.flatten.using_ints,
+        aten.narrow.default,
+        aten.diagonal.default,
+        aten._unsafe_view.default,
+        aten.split_with_sizes.default,
+        aten.unbind.int,
+        aten.contiguous.default,
+        aten.to.dtype,
+        aten.to.device,
+        aten.to.dtype_layout,
+        aten.expand_as.default,
+        aten.view_as.default,
+        aten.squeeze.default,
+        aten.dropout.default,
+    }
+)
+
 
 def target_of(node: object) -> Any:
     """The op of a ``call_function`` node, None for anything else."""
@@ -114,12 +151,14 @@ def module_path(node: Node) -> str:
     for value in stack.values():
         path = value[0] if isinstance(value, tuple) else str(value)
     path = re.sub(r"^L\['self'\]\.?", "", path)
-    return re.sub(r"\._modules\['([^']+)'\]|\['?([^'\]]+)'?\]", lambda m: "." + (m.group(1) or m.group(2)), path).lstrip(".")
+    return re.sub(
+        r"\._modules\['([^']+)'\]|\['?([^'\]]+)'?\]", lambda m: "." + (m.group(1) or m.group(2)), path
+    ).lstrip(".")
 
 
 def source_line(node: Node) -> str:
     """'file:line' of the innermost user frame that made the node, '' when the trace kept none."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    frames = re.findall(r'File "([^"<]+)", line (\d+)', node.meta.get("stack_trace") or "")
     return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
 
 
@@ -203,12 +242,46 @@ def value_inputs(node: Node) -> list[Node]:
     return list(inputs)
 
 
+def redirect(node: Node, new: Node) -> None:
+    """Makes every reader of ``node`` read ``new`` instead, but for ``new`` itself (which may be computed from it)."""
+
+    def others(user: Node) -> bool:
+        return user is not new
+
+    node.replace_all_uses_with(new, delete_user_cb=others)
+
+
 def finish(graph_module: GraphModule) -> None:
     """Removes dead nodes, checks the graph's structure and regenerates its code."""
     graph: Graph = graph_module.graph
     graph.eliminate_dead_code()
     graph.lint()
     graph_module.recompile()
+
+
+def is_mutation(node: Node) -> bool:
+    """Whether the op writes into one of its arguments."""
+    schema = getattr(target_of(node), "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def storage_root(node: Node) -> Node:
+    """The node whose memory ``node`` may share: itself, or what it is a view of."""
+    while (
+        node.op == "call_function"
+        and node.args
+        and isinstance(node.args[0], Node)
+        and (target_of(node) in VIEWS or is_mutation(node))
+    ):
+        node = node.args[0]
+    return node
+
+
+def written_nodes(graph_module: GraphModule) -> set[Node]:
+    """Nodes whose memory an op writes into after they were made: their values depend on when they are read."""
+    roots = {node: storage_root(node) for node in graph_module.graph.nodes}
+    written = {roots[node] for node in graph_module.graph.nodes if is_mutation(node)}
+    return {node for node, root in roots.items() if root in written}
 
 
 def order_of(graph_module: GraphModule) -> dict[Node, int]:

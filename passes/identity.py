@@ -16,11 +16,27 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompile)
+from .classify import Findings, classify, padding_patterns
 from .evaluate import Opaque, Sizes, evaluate
-from .graph import Builder, aten, expression, finish, module_path, order_of, same_dim, source_line, target_of, tensor_of, value_inputs, value_of
+from .graph import (
+    Builder,
+    aten,
+    expression,
+    finish,
+    module_path,
+    order_of,
+    same_dim,
+    source_line,
+    target_of,
+    tensor_of,
+    value_inputs,
+    value_of,
+    walk_up,
+    written_nodes,
+)
 from .match import Candidate, find_candidates
 from .pipeline import PassResult, register
-from .probe import Findings, Probe, classify, padding_patterns
+from .probe import Probe
 from .program import AttentionSite, Program
 from .region import RegionKeys
 
@@ -61,7 +77,7 @@ class ProveAttention:
     def run(self, program: Program) -> PassResult:
         canonical = {site.path: site for site in program.sites if site.proved}
         found: list[AttentionSite] = []
-        cache = Cache(RegionKeys(program.graph_module))
+        cache = Cache(RegionKeys(program.graph_module), written_nodes(program.graph_module))
         for candidate in find_candidates(program.graph_module):
             site = describe(program, candidate)
             site.path = unique_path(site.path, [*canonical, *(s.path for s in found)])
@@ -70,7 +86,10 @@ class ProveAttention:
         finish(program.graph_module)
         order = order_of(program.graph_module)
         end = len(order)
-        program.sites = sorted([*canonical.values(), *found], key=lambda s: order.get(s.node, end) if s.node is not None else s.details.pop("order", end))
+        program.sites = sorted(
+            [*canonical.values(), *found],
+            key=lambda s: order.get(s.node, end) if s.node is not None else s.details.pop("order", end),
+        )
         proved = sum(site.proved for site in found)
         report = {"found": len(found), "proved": proved, "refused": {s.path: s.reason for s in found if not s.proved}}
         return PassResult(program, modified=proved > 0, report=report)
@@ -81,6 +100,7 @@ class Cache:
     """Findings by score chain and proofs by region, shared by sites of one structure."""
 
     regions: RegionKeys
+    written: set[Node] = field(default_factory=set)
     findings: dict[Any, Findings] = field(default_factory=dict)
     errors: dict[Any, float] = field(default_factory=dict)
 
@@ -116,6 +136,9 @@ def examine(program: Program, candidate: Candidate, site: AttentionSite, toleran
     try:
         with _Attempt(program.graph_module) as attempt:
             replacement = build(program, candidate, findings)
+            changed = cache.written.intersection(walk_up(candidate.out, frozenset(replacement.bases)))
+            if changed:
+                raise Unsupported(f"'{next(iter(changed)).name}' is changed in place while the attention reads it")
             site.heads, site.kv_heads, site.head_dim, site.value_dim = replacement.shape
             region = cache.regions.key((candidate.out, replacement.output), replacement.bases)
             if region not in cache.errors:
@@ -145,7 +168,10 @@ def _fill(site: AttentionSite, findings: Findings) -> None:
 def signature(candidate: Candidate) -> Any:
     """Key under which two candidates have the same score chain and masks (the layers of one model, usually)."""
     if candidate.softmax is None:
-        shapes = tuple(str(d) for d in tensor_of(candidate.q).shape), tuple(str(d) for d in tensor_of(candidate.k).shape)
+        shapes = (
+            tuple(str(d) for d in tensor_of(candidate.q).shape),
+            tuple(str(d) for d in tensor_of(candidate.k).shape),
+        )
         return (candidate.form, candidate.mask, candidate.is_causal, candidate.scale, shapes)
     assert candidate.scores is not None
     chain = {candidate.scores, *candidate.chain}
@@ -157,7 +183,9 @@ def signature(candidate: Candidate) -> Any:
         if not isinstance(item, Node):
             return str(item)
         if item not in known:
-            known[item] = (str(item.target), visit(item.args), visit(tuple(item.kwargs.values()))) if item in chain else item.name
+            known[item] = (
+                (str(item.target), visit(item.args), visit(tuple(item.kwargs.values()))) if item in chain else item.name
+            )
         return known[item]
 
     bias = candidate.scores.args[0] if target_of(candidate.scores) is aten.baddbmm.default else None
@@ -214,7 +242,9 @@ def build(program: Program, candidate: Candidate, findings: Findings) -> Replace
         k, v = folded_k, folded_v
     kv_heads = int_dim(tensor_of(k).shape[1], "key heads")
     if kv_heads != int_dim(tensor_of(v).shape[1], "value heads") or heads % kv_heads:
-        raise Unsupported(f"{heads} query heads, {kv_heads} key heads and {tensor_of(v).shape[1]} value heads don't form groups")
+        raise Unsupported(
+            f"{heads} query heads, {kv_heads} key heads and {tensor_of(v).shape[1]} value heads don't form groups"
+        )
     key_padding = _key_padding(program, make, findings)
     op = make(
         torch.ops.lincompile.softmax_attention.default,
@@ -253,7 +283,7 @@ Restore = Callable[[Node], Node]
 
 
 def canonical_operands(candidate: Candidate, make: Builder) -> tuple[Node, Node, Node, Restore]:
-    """q ``[B, H, T, D]``, k ``[B, Hkv, S, D]``, v ``[B, Hkv, S, Dv]`` and the way back to the site's layout."""
+    """Q ``[B, H, T, D]``, k ``[B, Hkv, S, D]``, v ``[B, Hkv, S, Dv]`` and the way back to the site's layout."""
     if candidate.softmax is None:
         if tensor_of(candidate.q).dim() == 4:
             return candidate.q, candidate.k, candidate.v, lambda y: y
@@ -302,7 +332,11 @@ def split_heads(node: Node, make: Builder) -> Node:
         inner = node.args[0]
         assert isinstance(inner, Node)
         source = value_of(inner)
-        if source.dim() == 4 and same_dim(source.shape[3], value.shape[2]) and same_dim(source.shape[2], value.shape[1]):
+        if (
+            source.dim() == 4
+            and same_dim(source.shape[3], value.shape[2])
+            and same_dim(source.shape[2], value.shape[1])
+        ):
             return inner
     expr = expression(value.shape[0])
     heads = int(expr.as_coeff_Mul()[0]) if expr.free_symbols else 1
@@ -407,7 +441,9 @@ def fold_groups(program: Program, node: Node, heads: int, sizes: Sizes) -> Node:
     return best
 
 
-def prove(program: Program, candidate: Candidate, replacement: Replacement, findings: Findings, tolerance: float) -> float:
+def prove(
+    program: Program, candidate: Candidate, replacement: Replacement, findings: Findings, tolerance: float
+) -> float:
     """Largest difference between the site and its replacement, over sizes, paddings, outputs and gradients.
 
     Raises:
@@ -456,7 +492,10 @@ def _difference(
     module = program.graph_module
     given = replacement.bases
     generator = torch.Generator().manual_seed(sum(sizes.binding.values()))
-    env = {n: torch.randn(sizes.shape(tensor_of(n)), generator=generator, dtype=torch.float32).requires_grad_() for n in given}
+    env = {
+        n: torch.randn(sizes.shape(tensor_of(n)), generator=generator, dtype=torch.float32).requires_grad_()
+        for n in given
+    }
     try:
         with torch.enable_grad():
             original = evaluate(module, candidate.out, sizes, env, leaf)
@@ -464,18 +503,20 @@ def _difference(
     except Opaque as error:
         raise Unsupported(f"the site depends on more than q, k, v and masks: it {error}") from error
     if original.shape != canonical.shape:
-        raise Unsupported(f"the site's output {tuple(original.shape)} doesn't have canonical attention's shape {tuple(canonical.shape)}")
+        raise Unsupported(
+            f"the site's output {tuple(original.shape)} doesn't have canonical attention's shape {tuple(canonical.shape)}"
+        )
     weight = torch.randn(original.shape, generator=generator)
     if real_rows is not None:  # rows of padded queries are nobody's result
         op_value = sizes.shape(tensor_of(replacement.op))
         rows = real_rows[:, None, :, None].expand(op_value).float()
         keep = evaluate(module, replacement.output, sizes, {replacement.op: rows})
         original, canonical = original * keep, canonical * keep
-    error, size = float((original - canonical).detach().abs().max()), float(canonical.detach().abs().max())
+    worst, size = float((original - canonical).detach().abs().max()), float(canonical.detach().abs().max())
     leaves = list(env.values())
     for a, b in zip(_gradients(original, weight, leaves), _gradients(canonical, weight, leaves), strict=True):
-        error, size = max(error, float((a - b).abs().max())), max(size, float(b.abs().max()))
-    return error if error == error else float("inf"), size
+        worst, size = max(worst, float((a - b).abs().max())), max(size, float(b.abs().max()))
+    return worst if worst == worst else float("inf"), size
 
 
 def _gradients(output: Tensor, weight: Tensor, leaves: list[Tensor]) -> list[Tensor]:

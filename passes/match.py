@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .graph import aten, argument, get_attribute, is_symbolic, same_dim, symbols_in, target_of, tensor_of, value_inputs, value_of
+from .graph import (
+    argument,
+    aten,
+    get_attribute,
+    is_symbolic,
+    same_dim,
+    symbols_in,
+    target_of,
+    tensor_of,
+    value_inputs,
+    value_of,
+)
 
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
 SDPA = aten.scaled_dot_product_attention.default
@@ -79,7 +90,16 @@ ELEMENTWISE = frozenset(
 )
 MIXING = frozenset({aten.linear.default, aten.conv2d.default})
 NONLINEAR = frozenset(
-    {aten.relu.default, aten.sigmoid.default, aten.square.default, aten.pow.Tensor_Scalar, aten.exp.default, aten.silu.default, aten.gelu.default, aten.softplus.default}
+    {
+        aten.relu.default,
+        aten.sigmoid.default,
+        aten.square.default,
+        aten.pow.Tensor_Scalar,
+        aten.exp.default,
+        aten.silu.default,
+        aten.gelu.default,
+        aten.softplus.default,
+    }
 )
 MAX_CHAIN = 24
 
@@ -89,7 +109,8 @@ class Candidate:
     """A place where softmax attention may stand.
 
     ``q``, ``k``, ``v`` are the operands as they enter the contractions; ``scores`` is the q·k contraction,
-    ``softmax`` the softmax node and ``out`` the node whose value the site produces. ``problem`` names what the
+    ``softmax`` the softmax node, ``weights`` what
+    multiplies v and ``out`` the node whose value the site produces. ``problem`` names what the
     walk already saw to be unsupported: (kind, reason).
     """
 
@@ -100,6 +121,7 @@ class Candidate:
     v: Node
     scores: Node | None = None
     softmax: Node | None = None
+    weights: Node | None = None
     mask: Node | None = None
     is_causal: bool = False
     scale: float | None = None
@@ -140,7 +162,16 @@ def find_candidates(module: GraphModule) -> list[Candidate]:
                 found.append(candidate)
         elif target is not None and "flex_attention" in str(target):
             q, k, v = node.args[:3]
-            found.append(Candidate("flex", node, q, k, v, problem=("flex", "flex_attention with score_mod or block_mask is not classified yet")))
+            found.append(
+                Candidate(
+                    "flex",
+                    node,
+                    q,
+                    k,
+                    v,
+                    problem=("flex", "flex_attention with score_mod or block_mask is not classified yet"),
+                )
+            )
     return found
 
 
@@ -159,7 +190,10 @@ def _sdpa(node: Node) -> Candidate:
     )
     dropout = argument(node, 4, "dropout_p", 0.0)
     if dropout:
-        candidate.problem = ("dropout", f"attention dropout {dropout} is active; capture the model in eval mode (or set dropout to 0)")
+        candidate.problem = (
+            "dropout",
+            f"attention dropout {dropout} is active; capture the model in eval mode (or set dropout to 0)",
+        )
     elif candidate.is_causal and not same_dim(tensor_of(q).shape[-2], tensor_of(k).shape[-2]):
         candidate.problem = ("causal-top-left", "is_causal between sequences of different lengths (aligned top-left)")
     return candidate
@@ -187,13 +221,15 @@ def _around_softmax(softmax: Node, data: set[Node]) -> Candidate | None:
     if below is None:
         return None  # nothing is averaged with these weights: a router, a classifier or a pooling score
     *between, product = below
-    v = operands(product)[1]
-    candidate = Candidate("softmax", product, q, k, v, scores, softmax, chain=above[:-1] + between)
+    weights, v = operands(product)
+    candidate = Candidate("softmax", product, q, k, v, scores, softmax, weights, chain=above[:-1] + between)
     candidate.problem = _structural_problem(candidate, above[:-1], between, data)
     return candidate
 
 
-def _structural_problem(candidate: Candidate, above: list[Node], between: list[Node], data: set[Node]) -> tuple[str, str] | None:
+def _structural_problem(
+    candidate: Candidate, above: list[Node], between: list[Node], data: set[Node]
+) -> tuple[str, str] | None:
     softmax, scores = candidate.softmax, candidate.scores
     assert softmax is not None and scores is not None
     rank = tensor_of(softmax).dim()
@@ -201,7 +237,10 @@ def _structural_problem(candidate: Candidate, above: list[Node], between: list[N
         return ("softmax-axis", f"softmax runs over axis {softmax.args[1]}, not over the keys (the last axis)")
     for node in above:
         if target_of(node) is aten.cat.default:
-            return ("sinks", "the scores are extended before softmax (an attention sink); canonical softmax attention has none")
+            return (
+                "sinks",
+                "the scores are extended before softmax (an attention sink); canonical softmax attention has none",
+            )
         if target_of(node) in MIXING or target_of(node) in CONTRACTIONS:
             return ("talking-heads", "the scores of different heads are mixed before softmax (talking heads)")
     for node in between:
@@ -250,7 +289,10 @@ def chain_above(node: Any, data: set[Node], limit: int) -> list[Node] | None:
     if target in MIXING:
         weight = tensor_of(node.args[1])
         square = weight.shape[0] == weight.shape[1]
-        mixes_heads = target is aten.conv2d.default or target_of(node.args[0]) in (aten.permute.default, aten.transpose.int)
+        mixes_heads = target is aten.conv2d.default or target_of(node.args[0]) in (
+            aten.permute.default,
+            aten.transpose.int,
+        )
         return _extend(node, [node.args[0]], data, limit) if square and mixes_heads else None
     if target in ELEMENTWISE:
         return _extend(node, [item for item in node.all_input_nodes if item in data], data, limit)
@@ -286,7 +328,12 @@ def chain_below(node: Node, data: set[Node], limit: int = 12) -> list[Node] | No
                 rest = chain_below(user, data, limit - 1)
                 if rest is not None:
                     return [user, *rest]
-        elif target in LAYOUT or target in ELEMENTWISE or target in MIXING or target in (aten.slice.Tensor, aten.permute.default, aten.transpose.int):
+        elif (
+            target in LAYOUT
+            or target in ELEMENTWISE
+            or target in MIXING
+            or target in (aten.slice.Tensor, aten.permute.default, aten.transpose.int)
+        ):
             if target in MIXING and user.args[0] is not node:
                 continue
             rest = chain_below(user, data, limit - 1)
@@ -318,7 +365,9 @@ def _without_softmax(product: Node, data: set[Node]) -> Candidate | None:
         if target in SOFTMAX or not (target in LAYOUT or target in ELEMENTWISE or target in (aten.cat.default,)):
             return None
         chain.append(node)
-        inputs = [i for i in node.all_input_nodes if i in data and isinstance(value_of(i), Tensor) and value_of(i).dim() >= 3]
+        inputs = [
+            i for i in node.all_input_nodes if i in data and isinstance(value_of(i), Tensor) and value_of(i).dim() >= 3
+        ]
         if not inputs:
             return None
         node = inputs[0]
@@ -329,12 +378,23 @@ def _without_softmax(product: Node, data: set[Node]) -> Candidate | None:
     if not nonlinear or q not in data or k not in data or q is node or not _is_score_shaped(node, product):
         return None
     what = str(target_of(nonlinear[0])).split(".")[1]
-    return Candidate("other", product, q, k, v, node, chain=chain, problem=("not-softmax", f"the scores go through {what}, not softmax"))
+    return Candidate(
+        "other",
+        product,
+        q,
+        k,
+        v,
+        node,
+        chain=chain,
+        problem=("not-softmax", f"the scores go through {what}, not softmax"),
+    )
 
 
 def _is_score_shaped(scores: Node, product: Node) -> bool:
     """Whether a contraction's last axis is a sequence (a size symbol), as scores' is."""
-    return bool(symbols_in(tensor_of(scores).shape[-1])) and tensor_of(scores).dim() >= 3 and tensor_of(product).dim() >= 3
+    return (
+        bool(symbols_in(tensor_of(scores).shape[-1])) and tensor_of(scores).dim() >= 3 and tensor_of(product).dim() >= 3
+    )
 
 
 def parameters_of(module: GraphModule, names: set[str]) -> Iterator[str]:
