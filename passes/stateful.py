@@ -19,23 +19,19 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .errors import RefusedError
-from .evaluate import Opaque, Sizes, evaluate
 from .graph import (
-    SHAPE_ONLY,
     Builder,
     argument,
     aten,
     expression,
     fake_mode_of,
     finish,
-    is_symbolic,
+    redirect,
     same_dim,
-    symbols_in,
-    target_of,
     tensor_of,
-    value_inputs,
     value_of,
 )
+from .offsets import continue_positions, sequence_symbol
 from .program import AttentionSite, Program
 from .verify import op_name
 
@@ -93,7 +89,9 @@ class StepProgram:
     max_error: float | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self, tokens: Tensor, positions: Tensor, mask: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, states: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
         """One step. Returns the output and the new states."""
         result = self.graph_module(tokens, positions, mask, *states)
         return result[0], list(result[1:])
@@ -138,7 +136,9 @@ def make_full(program: Program) -> StepProgram:
     """
     tokens = program.input_with_role("tokens")
     if tokens is None:
-        raise RefusedError("the model takes no tokens, so it has no program to save; use it from Python (compiled.program)")
+        raise RefusedError(
+            "the model takes no tokens, so it has no program to save; use it from Python (compiled.program)"
+        )
     return _Stepper(program.clone(), tokens.name).build_full()
 
 
@@ -150,19 +150,20 @@ class _Stepper:
         self.module = program.graph_module
         self.graph = self.module.graph
         self.tokens = program.placeholder(tokens)
-        self.sequence = _sequence_symbol(self.tokens)
+        self.sequence = sequence_symbol(self.tokens)
         self.specs: list[StateSpec] = []
         self.state_inputs: list[Node] = []
         self.state_outputs: list[Node] = []
         self.windows: dict[str, int] = {}
         self.key_mask: Node | None = None
+        self.past: Any = None
 
     def build(self) -> StepProgram:
         self.last_input = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         batch, length = tensor_of(self.tokens).shape[:2]
         self.mask = self._input("step_mask", (batch, length), torch.bool)
         self.positions = self._input("step_positions", (batch, length), torch.int64)
-        uniform = self._continue_positions()
+        uniform = continue_positions(self.program, self.sequence, self._offset)
         sites = {site.node: site for site in self.program.sites if site.node is not None}
         if any(op_name(node) == "softmax_attention" for node in self.graph.nodes):
             self._shared_key_mask()
@@ -178,7 +179,14 @@ class _Stepper:
         self._rewire_inputs()
         self._outputs()
         finish(self.module)
-        return StepProgram(self.module, self.specs, self.windows, self.program.max_positions, uniform, metadata=dict(self.program.metadata))
+        return StepProgram(
+            self.module,
+            self.specs,
+            self.windows,
+            self.program.max_positions,
+            uniform,
+            metadata=dict(self.program.metadata),
+        )
 
     def build_full(self) -> StepProgram:
         """Only renames the inputs to the step signature."""
@@ -193,11 +201,15 @@ class _Stepper:
                 zeros = Builder(self.module, anchor)(aten.zeros_like.default, self.tokens)  # token types: one segment
                 node.replace_all_uses_with(zeros)
                 self.graph.erase_node(node)
-        self.program.inputs = [i for i in self.program.inputs if i.role in ("mask", "positions") or i.name == self.tokens.name]
+        self.program.inputs = [
+            i for i in self.program.inputs if i.role in ("mask", "positions") or i.name == self.tokens.name
+        ]
         self._rewire_inputs()
         self._outputs()
         finish(self.module)
-        return StepProgram(self.module, [], {}, self.program.max_positions, causal=False, metadata=dict(self.program.metadata))
+        return StepProgram(
+            self.module, [], {}, self.program.max_positions, causal=False, metadata=dict(self.program.metadata)
+        )
 
     def _input(self, name: str, shape: Sequence[Any], dtype: torch.dtype) -> Node:
         with self.graph.inserting_after(self.last_input):
@@ -219,15 +231,14 @@ class _Stepper:
         return self.program.sites.index(site)
 
     def _growing(self) -> Any:
-        """A fresh size symbol for the length of the caches."""
-        if not hasattr(self, "_past"):
-            shape_env = fake_mode_of(self.module).shape_env
-            self._past = shape_env.create_unbacked_symint() if shape_env is None else _fresh_size(shape_env)
-        return self._past
+        """The size symbol of the caches' lengths, one for all of them."""
+        if self.past is None:
+            self.past = fresh_size(fake_mode_of(self.module).shape_env)
+        return self.past
 
     # ---- sites
 
-    def _real(self, make: Builder, value: Node, axes: tuple[int, ...]) -> Node:
+    def _real(self, make: Builder, value: Any, axes: tuple[int, ...]) -> Node:
         """``value`` with padded tokens zeroed; ``axes`` are where the mask gets axes of length one."""
         mask = make(aten.to.dtype, self.mask, tensor_of(value).dtype)
         for axis in axes:
@@ -299,7 +310,9 @@ class _Stepper:
         self.state_outputs.append(self.key_mask)
 
     def _softmax(self, node: Node, site: AttentionSite) -> None:
-        kind, window, scale, softcap = (argument(node, i, n) for i, n in ((4, "kind"), (5, "window"), (6, "scale"), (7, "softcap")))
+        kind, window, scale, softcap = (
+            argument(node, i, n) for i, n in ((4, "kind"), (5, "window"), (6, "scale"), (7, "softcap"))
+        )
         if kind == "full":
             raise RefusedError(f"no step form: the attention at '{site.path}' is bidirectional")
         make = Builder(self.module, node)
@@ -308,7 +321,9 @@ class _Stepper:
         index = self._index(site)
         keys = self._state(site, "key", f"site{index}_key", (heads, self._growing(), width), tensor_of(k).dtype)
         values = self._state(site, "value", f"site{index}_value", (heads, self._growing(), columns), tensor_of(v).dtype)
-        out = make(ops.softmax_attention_step.default, q, k, v, keys, values, self.key_mask, kind, window, scale, softcap)
+        out = make(
+            ops.softmax_attention_step.default, q, k, v, keys, values, self.key_mask, kind, window, scale, softcap
+        )
         result, new_keys, new_values = (make.item(out, i) for i in range(3))
         node.replace_all_uses_with(result)
         self.graph.erase_node(node)
@@ -317,6 +332,12 @@ class _Stepper:
             self.windows[site.path] = window
 
     # ---- inputs
+
+    def _offset(self) -> Node:
+        """The first row's first position: where counters start."""
+        anchor = next(node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr"))
+        make = Builder(self.module, anchor)
+        return make(aten.select.int, make(aten.select.int, self.positions, 0, 0), 0, 0)
 
     @property
     def masked(self) -> bool:
@@ -333,10 +354,16 @@ class _Stepper:
             dtype = tensor_of(node).dtype
             if node.users:
                 anchor = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
-                cast = source if dtype == tensor_of(source).dtype else Builder(self.module, anchor)(aten.to.dtype, source, dtype)
-                node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+                cast = (
+                    source
+                    if dtype == tensor_of(source).dtype
+                    else Builder(self.module, anchor)(aten.to.dtype, source, dtype)
+                )
+                redirect(node, cast)
             self.graph.erase_node(node)
-        extra = [i.name for i in self.program.inputs if i.role not in ("mask", "positions") and i.name != self.tokens.name]
+        extra = [
+            i.name for i in self.program.inputs if i.role not in ("mask", "positions") and i.name != self.tokens.name
+        ]
         if extra:
             raise RefusedError(f"no step form: the model also takes '{extra[0]}', which has no meaning token by token")
 
@@ -363,110 +390,9 @@ class _Stepper:
             else:
                 first = first.next
 
-    # ---- positions
 
-    def _continue_positions(self) -> bool:
-        """Makes position counters start at ``positions`` instead of 0; returns whether rows must share a position.
-
-        The size-only tensors that data reads (tables of positions) are found; each must be a prefix-stable function
-        of the length; their counters (arange, a cumulated sum of ones, a slice ``table[:T]``) are shifted, and the
-        shifted tables compared with the originals at an offset.
-        """
-        tables = self._tables()
-        if not tables:
-            return False
-        binding = lambda t: Sizes(self.program.bind(batch=2, sequence=t))  # noqa: E731
-        longest = min(12, self.program.max_positions or 12)
-        short, start = max(1, longest - 5), max(1, longest - 4)
-        wanted: dict[Node, tuple[int, Tensor]] = {}
-        for node in tables:
-            axes = [i for i, dim in enumerate(tensor_of(node).shape) if self.sequence in symbols_in(dim)]
-            if len(axes) != 1:
-                raise RefusedError(f"no step form: '{node.name}' pairs positions with positions (a mask that wasn't rewritten?)")
-            try:
-                full, part = evaluate(self.module, node, binding(longest)), evaluate(self.module, node, binding(short))
-            except Opaque as error:
-                raise RefusedError(f"no step form: the position table '{node.name}' can't be evaluated: it {error}") from error
-            if not torch.equal(part, full.narrow(axes[0], 0, short)):
-                raise RefusedError(f"no step form: the position table '{node.name}' changes with the sequence length (dynamic scaling)")
-            wanted[node] = (axes[0], full)
-        offset = self._offset()
-        shifted = self._shift_counters(tables, offset)
-        count = longest - start
-        for node, (axis, full) in wanted.items():
-            current = shifted.get(node, node)
-            seen = evaluate(self.module, current, binding(count), {offset: torch.tensor(start)})
-            if not torch.allclose(seen.float(), full.narrow(axis, start, count).float(), atol=1e-6):
-                raise RefusedError(f"no step form: the position table '{node.name}' can't be continued from an offset")
-        return True
-
-    def _tables(self) -> list[Node]:
-        """Size-only tensors along the sequence that data-dependent nodes read."""
-        depends: dict[Node, bool] = {}
-        for node in self.graph.nodes:
-            if node.op == "placeholder":
-                depends[node] = True
-            elif node.op == "get_attr" or is_symbolic(value_of(node)):
-                depends[node] = False
-            else:
-                depends[node] = any(depends[item] for item in value_inputs(node))
-        return [
-            node
-            for node in self.graph.nodes
-            if node.op == "call_function"
-            and not depends[node]
-            and isinstance(value_of(node), Tensor)
-            and self.sequence in symbols_in(value_of(node))
-            and any(depends.get(user, True) and target_of(user) not in SHAPE_ONLY for user in node.users)
-        ]
-
-    def _offset(self) -> Node:
-        anchor = next(node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr"))
-        make = Builder(self.module, anchor)
-        return make(aten.select.int, make(aten.select.int, self.positions, 0, 0), 0, 0)
-
-    def _shift_counters(self, tables: list[Node], offset: Node) -> dict[Node, Node]:
-        """Adds the offset to every counter above the tables; returns replacements of nodes that were tables themselves."""
-        above: set[Node] = set()
-        for table in tables:
-            pending = [table]
-            while pending:
-                node = pending.pop()
-                if node not in above:
-                    above.add(node)
-                    pending.extend(value_inputs(node))
-        replaced: dict[Node, Node] = {}
-        for node in [n for n in self.graph.nodes if n in above]:
-            new = self._shifted(node, offset)
-            if new is not None:
-                node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
-                replaced[node] = new
-        return replaced
-
-    def _shifted(self, node: Node, offset: Node) -> Node | None:
-        target = target_of(node)
-        counts = target in (aten.arange.default, aten.arange.start, aten.arange.start_step)
-        if target is aten.cumsum.default or (counts and self.sequence in symbols_in(tensor_of(node))):
-            return Builder(self.module, node.next)(aten.add.Tensor, node, offset)
-        if target is aten.slice.Tensor:
-            source, axis = node.args[0], argument(node, 1, "dim", 0)
-            assert isinstance(source, Node)
-            from_table = self.sequence not in symbols_in(tensor_of(source).shape[axis])
-            if from_table and self.sequence in symbols_in(tensor_of(node).shape[axis]) and argument(node, 2, "start") in (0, None):
-                make = Builder(self.module, node.next)
-                length = make(aten.sym_size.int, node, axis)
-                index = make(aten.add.Tensor, make(aten.arange.default, length, device=tensor_of(source).device), offset)
-                return make(aten.index_select.default, source, axis, index)
-        return None
-
-
-def _sequence_symbol(tokens: Node) -> str:
-    symbols = symbols_in(tensor_of(tokens).shape[1])
-    assert len(symbols) == 1
-    return next(iter(symbols))
-
-
-def _fresh_size(shape_env: Any) -> Any:
+def fresh_size(shape_env: Any) -> Any:
+    """A new size symbol, with 6 as the example it stands for (2 and more would do: 0 and 1 are special)."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
 
@@ -518,6 +444,7 @@ def check_step(program: Program, step: StepProgram, tokens: str) -> float:
         worst = float(difference.abs().max() / full.abs().max().clamp(min=1e-6))
     if not worst <= TOLERANCE:
         raise RefusedError(
-            f"no step form: in chunks the model differs from the full forward by {worst:.2g} (relative); it mixes tokens somewhere other than its attention"
+            f"no step form: in chunks the model differs from the full forward by {worst:.2g} (relative); "
+            "it mixes tokens somewhere other than its attention"
         )
     return worst
