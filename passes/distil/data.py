@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ class TokenWindows:
     The batch of step ``i`` depends on the seed and ``i`` alone, so a resumed run sees the same data.
 
     Args:
-        ids: the stream, int64 ``[N]``.
+        ids: the stream, ``[N]``, int64 (or a smaller integer type, to save memory).
         length: tokens per window.
         batch: windows per step.
         held_out: share of the windows, at the end of the stream, kept for measuring.
@@ -30,10 +32,24 @@ class TokenWindows:
     held_out: float = 0.05
 
     def __post_init__(self) -> None:
+        if self.length < 2 or self.batch < 1:
+            raise LincompileError(f"distillation can't use windows of {self.length} tokens, {self.batch} at a time")
         if self.ids.numel() < 2 * self.length:
             raise LincompileError(
-                f"the distillation text has {self.ids.numel()} tokens, less than two windows of {self.length}: give more text or a shorter --length"
+                f"the distillation text has {self.ids.numel()} tokens, less than two windows of {self.length}: "
+                "give more text or a shorter --length"
             )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the batches depend on (JSON-able), for checkpoints to be checked against."""
+        checksum = zlib.crc32(self.ids.contiguous().numpy().tobytes())
+        return {
+            "tokens": checksum,
+            "length": self.length,
+            "batch": self.batch,
+            "seed": self.seed,
+            "held_out": self.held_out,
+        }
 
     @property
     def windows(self) -> Tensor:
@@ -54,8 +70,8 @@ class TokenWindows:
         epoch, position = divmod(index, per_epoch)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.training, generator=generator)
-        return self.windows[order[position * size : (position + 1) * size]]
+        return self.windows[order[position * size : (position + 1) * size]].long()
 
     def measure(self, count: int) -> Tensor:
         """Up to ``count`` held-out windows ``[n, length]``."""
-        return self.windows[self.training :][:count]
+        return self.windows[self.training :][:count].long()

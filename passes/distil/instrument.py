@@ -1,0 +1,214 @@
+"""Training graphs: the teacher with the student's attention modules beside its softmax sites, or instead of them.
+
+Training windows carry no padding, so padding masks are left out of the attention of both: fused softmax runs at full
+speed and the student skips multiplications by one. (A mask that the model derives from its tokens stays.)
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ..errors import LincompileError
+from ..graph import Builder, aten, finish, set_tensor, tensor_of
+from ..linearize import content_nodes, find_operands
+from ..methods import LinearMethod, method_class
+from ..program import Program, is_lincompile_op
+
+Wrap = Callable[[str, LinearMethod], nn.Module]
+
+
+class Compiled(nn.Module):
+    """A module that ``torch.compile`` runs while it learns, and that runs as it is when it is only measured.
+
+    All sites share one compiled function: they differ in their parameters alone.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.compiled = torch.compile(module, dynamic=False)
+
+    def forward(self, *operands: Tensor) -> Tensor:
+        run = self.compiled if torch.is_grad_enabled() else self.module
+        result: Tensor = run(*operands)
+        return result
+
+
+@dataclass
+class TrainingGraph:
+    """A graph to train on.
+
+    Attributes:
+        program: the instrumented program; its parameters are the teacher's own, its ``inputs`` the model's.
+        branches: the student's attention modules by site path.
+        autocast: dtype of the matrix products (None: the weights' own).
+    """
+
+    program: Program
+    branches: dict[str, LinearMethod]
+    autocast: torch.dtype | None
+
+    @property
+    def graph_module(self) -> GraphModule:
+        return self.program.graph_module
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.program.graph_module.parameters()).device
+
+    def __call__(self, tokens: Tensor) -> object:
+        """Runs token windows ``[B, T]``; returns what the graph returns."""
+        inputs = model_inputs(self.program, tokens)
+        with torch.autocast(tokens.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            return self.graph_module(*inputs)
+
+
+def beside(teacher: Program, student: Program, wrap: Wrap) -> TrainingGraph:
+    """The teacher up to its last attention site; beside each rewritten site ``wrap(path, student's module)``.
+
+    The wrapped module is called with (the site's output, q, k, v, hidden states, and a padding mask where the model
+    derives one from its tokens); the graph returns the tuple of what these calls return.
+    """
+    return _instrument(teacher, student, wrap, instead=False)
+
+
+def instead(teacher: Program, student: Program, wrap: Wrap | None = None) -> TrainingGraph:
+    """The student, its attention modules called as modules: computes what the student computes, on its parameters."""
+    graph = _instrument(teacher, student, wrap or (lambda path, branch: branch), instead=True)
+    own = dict(student.graph_module.named_parameters(remove_duplicate=False))
+    module = graph.graph_module
+    for name, _ in list(module.named_parameters(remove_duplicate=False)):
+        if name in own:
+            set_tensor(module, name, own[name])
+    return graph
+
+
+def either(teacher: Program, student: Program) -> tuple[TrainingGraph, dict[str, Switch]]:
+    """The student with a switch at each rewritten site that sets it back to softmax."""
+    switches: dict[str, Switch] = {}
+
+    def wrap(path: str, branch: LinearMethod) -> nn.Module:
+        switches[path] = Switch(branch)
+        return switches[path]
+
+    return _instrument(teacher, student, wrap, instead=True, with_softmax=True), switches
+
+
+class Switch(nn.Module):
+    """Passes on the softmax output it is given, or computes the linear attention."""
+
+    def __init__(self, branch: LinearMethod) -> None:
+        super().__init__()
+        self.branch = branch
+        self.softmax = False
+
+    def forward(self, wanted: Tensor, *operands: Tensor) -> Tensor:
+        result: Tensor = wanted if self.softmax else self.branch(*operands)
+        return result
+
+
+def unpadded(program: Program) -> TrainingGraph:
+    """The program itself, for windows without padding."""
+    twin = program.clone()
+    autocast = _autocast(twin)
+    _simplify_softmax(twin, autocast, content_nodes(twin))
+    finish(twin.graph_module)
+    return TrainingGraph(twin, {}, autocast)
+
+
+def _instrument(
+    teacher: Program, student: Program, wrap: Wrap, instead: bool, with_softmax: bool = False
+) -> TrainingGraph:
+    program = teacher.clone()
+    module = program.graph_module
+    autocast = _autocast(program)
+    content = content_nodes(program)
+    _simplify_softmax(program, autocast, content)
+    branches: dict[str, LinearMethod] = {}
+    results: list[Node] = []
+    for site, twin in zip(program.sites, student.sites, strict=True):
+        if twin.method == "softmax" or site.node is None:
+            continue
+        branch = student.graph_module.get_submodule(twin.details["module"])
+        assert isinstance(branch, LinearMethod)
+        branches[site.path] = branch
+        operands = find_operands(site, method_class(twin.method), Builder(module, site.node), content)
+        assert not isinstance(operands, str), operands
+        name = twin.details["module"]
+        module.add_submodule(name, wrap(site.path, branch))
+        with module.graph.inserting_after(site.node):
+            wanted = (site.node,) if with_softmax or not instead else ()
+            kept = [] if operands.mask is None or operands.mask not in content else [operands.mask]
+            call = module.graph.call_module(name, (*wanted, *operands.arguments()[:4], *kept))
+        call.meta["val"] = tensor_of(site.node)
+        results.append(call)
+        if instead:
+            for user in [user for user in site.node.users if user is not call]:
+                user.replace_input_with(site.node, call)
+            if not with_softmax:
+                module.graph.erase_node(site.node)
+                site.node = None
+    if not results:
+        raise LincompileError("nothing to distil: no site was rewritten to a linear attention")
+    if not instead:
+        output = next(node for node in module.graph.nodes if node.op == "output")
+        output.args = (tuple(results),)  # the head of the model isn't needed, and dead code goes
+    finish(module)
+    return TrainingGraph(program, branches, autocast)
+
+
+def _autocast(program: Program) -> torch.dtype | None:
+    """bfloat16 for a float32 model on a GPU; anything else computes in its own dtype."""
+    weights = [p for p in program.graph_module.parameters() if p.is_floating_point()]
+    return torch.bfloat16 if weights and all(p.is_cuda and p.dtype == torch.float32 for p in weights) else None
+
+
+def _simplify_softmax(program: Program, autocast: torch.dtype | None, content: set[Node]) -> None:
+    """Drops the padding masks, and casts q, k and v (a rotary embedding leaves float32) so that SDPA can fuse."""
+    module = program.graph_module
+    for node in [n for n in module.graph.nodes if is_lincompile_op(n, "softmax_attention")]:
+        q, k, v, padding, *rest = node.args
+        if autocast is not None:
+            make = Builder(module, node)
+            q, k, v = (make(aten.to.dtype, item, autocast) for item in (q, k, v))
+        node.args = (q, k, v, padding if padding in content else None, *rest)
+
+
+def weights_checksum(program: Program) -> int:
+    """CRC-32 of every parameter, so that a checkpoint isn't continued on another model."""
+    total = 0
+    for parameter in program.graph_module.parameters():
+        flat = parameter.detach().cpu().contiguous().flatten()
+        total = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), total)
+    return total
+
+
+def model_inputs(program: Program, tokens: Tensor) -> list[Tensor]:
+    """The program's inputs for unpadded token windows ``[B, T]``.
+
+    Raises:
+        LincompileError: the program takes something that tokens don't determine.
+    """
+    values = []
+    for item in program.inputs:
+        fake = tensor_of(program.placeholder(item.name))
+        if item.role == "tokens":
+            value = tokens
+        elif item.role == "mask":
+            value = torch.ones_like(tokens)
+        elif item.role == "positions":
+            value = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape).contiguous()
+        elif fake.dim() == 2 and not fake.is_floating_point():
+            value = torch.zeros_like(tokens)  # token types
+        else:
+            raise LincompileError(
+                f"the model takes '{item.name}', which text doesn't give: distil it from Python with your own data"
+            )
+        values.append(value.to(fake.dtype))
+    return values

@@ -1,0 +1,247 @@
+"""The training loop every stage shares: schedule, float32 masters, clipping, divergence checks, checkpoints.
+
+Batches depend on the seed and the step number alone and nothing else is random, so a run that was interrupted and
+resumed from its checkpoint equals, to the bit, the run that wasn't (with a limit on steps; one on seconds follows
+the clock).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LincompileError
+
+Progress = Callable[[int, int, float, float], None]
+"""Called after every step: (step, steps expected, mean loss, tokens per second)."""
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """What every stage lets its user choose.
+
+    Args:
+        steps: optimizer steps at most.
+        seconds: time budget; the schedule follows whichever of steps and seconds is further along.
+        clip: largest gradient norm of one part (one site in attention transfer, all parameters otherwise).
+        warmup: share of the run over which the rates rise.
+        weight_decay: AdamW's decoupled decay.
+        save_every: steps between checkpoints.
+    """
+
+    steps: int = 200
+    seconds: float | None = None
+    clip: float = 1.0
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or (self.seconds is not None and self.seconds < 0):
+            raise LincompileError(f"training can't take {self.steps} steps or {self.seconds} seconds: give 0 or more")
+        if not (self.clip > 0 and 0 <= self.warmup <= 1 and self.weight_decay >= 0 and self.save_every > 0):
+            raise LincompileError("training needs clip > 0, warmup from 0 to 1, weight_decay >= 0 and save_every > 0")
+
+
+@dataclass
+class LoopReport:
+    """What a run did: optimizer steps, tokens seen, seconds, mean loss of each step, and where it was resumed."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    resumed_at: int = 0
+
+
+@dataclass
+class Part:
+    """Parameters that are clipped together, with a loss of their own.
+
+    ``rates`` gives every parameter's peak learning rate; ``name`` is what errors call the part.
+    """
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+    rates: dict[str, float]
+
+
+class Masters:
+    """AdamW on float32 copies of the parameters (the parameters themselves where they are float32 or float64).
+
+    A bfloat16 parameter would swallow updates smaller than 1/256 of it.
+    """
+
+    def __init__(self, parts: Sequence[Part], weight_decay: float) -> None:
+        self.parts = parts
+        self.masters: dict[str, Tensor] = {}
+        self.copied: list[tuple[nn.Parameter, Tensor]] = []
+        by_rate: dict[float, list[Tensor]] = {}
+        for part in parts:
+            for name, parameter in part.parameters.items():
+                master = parameter
+                if parameter.dtype not in (torch.float32, torch.float64):
+                    master = nn.Parameter(parameter.detach().float())
+                    self.copied.append((parameter, master))
+                self.masters[f"{part.name}/{name}"] = master
+                by_rate.setdefault(part.rates[name], []).append(master)
+        groups = [{"params": members, "peak": rate, "lr": rate} for rate, members in sorted(by_rate.items())]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay)
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        for parameter, _ in self.copied:
+            parameter.grad = None
+
+    def step(self, factor: float, clip: float, step: int) -> None:
+        """Clips each part and updates it at ``factor`` times its peak rates.
+
+        Raises:
+            LincompileError: a gradient isn't finite; nothing was changed.
+        """
+        for parameter, master in self.copied:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        norms = torch.stack([nn.utils.clip_grad_norm_(self._members(part), clip).cpu() for part in self.parts])
+        check_finite(norms, self.parts, step, "gradient")
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.optimizer.step()
+        self.write()
+
+    def write(self) -> None:
+        """Masters → parameters."""
+        with torch.no_grad():
+            for parameter, master in self.copied:
+                parameter.copy_(master)
+
+    def _members(self, part: Part) -> list[Tensor]:
+        return [self.masters[f"{part.name}/{name}"] for name in part.parameters]
+
+    def state(self) -> dict[str, Any]:
+        masters = {name: master.detach() for name, master in self.masters.items()}
+        return {"masters": masters, "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(state["masters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.write()
+
+
+def schedule(done: float, warmup: float) -> float:
+    """Linear rise over the first ``warmup`` of the run, cosine fall to a tenth over the rest."""
+    if done < warmup:
+        return max(done / warmup, 0.1)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (done - warmup) / max(1 - warmup, 1e-9)))
+
+
+def check_finite(values: Tensor, parts: Sequence[Part], step: int, what: str) -> None:
+    """Raises ``LincompileError`` naming the first part whose value isn't finite."""
+    for part, value in zip(parts, values.tolist(), strict=True):
+        if not math.isfinite(value):
+            raise LincompileError(
+                f"distillation diverged at step {step}: the {what} at '{part.name}' isn't finite "
+                "(lower the learning rate, or check the model's weights); the last checkpoint is intact"
+            )
+
+
+def train(
+    parts: Sequence[Part],
+    losses_of: Callable[[int], tuple[Tensor, int]],
+    options: LoopOptions,
+    *,
+    checkpoint: Path | None = None,
+    identity: dict[str, Any] | None = None,
+    report: LoopReport | None = None,
+    progress: Progress | None = None,
+) -> LoopReport:
+    """Trains the parts' parameters in place.
+
+    Args:
+        losses_of: computes step ``i``: adds to the gradients, returns the parts' losses and the tokens used.
+        checkpoint: file the run saves itself to and continues from if it exists.
+        identity: what makes this run this run (JSON-able); a checkpoint with another identity is refused.
+        report: the object to fill (a subclass of ``LoopReport``); restored from the checkpoint as a whole.
+
+    Raises:
+        LincompileError: a loss or gradient that isn't finite, or a checkpoint that is damaged or of another run.
+    """
+    report = report or LoopReport()
+    fingerprint = json.dumps(
+        {"options": asdict(options), "parameters": [list(part.parameters) for part in parts], **(identity or {})}
+    )
+    frozen = {p: p.requires_grad for part in parts for p in part.parameters.values()}
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    masters = Masters(parts, options.weight_decay)
+    try:
+        if checkpoint is not None and checkpoint.exists():
+            _restore(checkpoint, fingerprint, masters, report)
+        began = time.monotonic() - report.seconds
+        while True:
+            done = max(
+                report.steps / options.steps if options.steps else 1.0,
+                (time.monotonic() - began) / options.seconds if options.seconds is not None else 0.0,
+            )
+            if done >= 1:
+                break
+            masters.zero_grad()
+            losses, tokens = losses_of(report.steps)
+            check_finite(losses, parts, report.steps, "loss")
+            masters.step(schedule(done, options.warmup), options.clip, report.steps)
+            report.steps += 1
+            report.tokens += tokens
+            report.seconds = time.monotonic() - began
+            report.losses.append(float(losses.mean()))
+            if progress:
+                share = max(report.steps / options.steps, report.seconds / options.seconds if options.seconds else 0.0)
+                expected = max(report.steps, round(report.steps / share))
+                progress(report.steps, expected, report.losses[-1], report.tokens / max(report.seconds, 1e-9))
+            if checkpoint is not None and report.steps % options.save_every == 0:
+                _save(checkpoint, fingerprint, masters, report)
+        if checkpoint is not None:
+            _save(checkpoint, fingerprint, masters, report)
+    finally:
+        masters.zero_grad()
+        for parameter, wanted in frozen.items():
+            parameter.requires_grad_(wanted)
+    return report
+
+
+def _save(path: Path, fingerprint: str, masters: Masters, report: LoopReport) -> None:
+    """Writes a checkpoint beside its place and renames it, so that a killed run leaves the last whole one."""
+    temporary = path.with_suffix(path.suffix + ".partial")
+    try:
+        torch.save({"fingerprint": fingerprint, "report": asdict(report), **masters.state()}, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise LincompileError(f"the checkpoint {path} can't be written: {error}") from error
+
+
+def _restore(path: Path, fingerprint: str, masters: Masters, report: LoopReport) -> None:
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        found = state["fingerprint"]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise LincompileError(f"the checkpoint {path} is damaged or isn't one: remove it or name another") from error
+    if found != fingerprint:
+        raise LincompileError(
+            f"the checkpoint {path} belongs to a run with other options, data or another model: "
+            "remove it or name another file"
+        )
+    masters.load(state)
+    for name, value in state["report"].items():
+        setattr(report, name, value)
+    report.resumed_at = report.steps
