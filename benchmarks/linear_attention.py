@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 
 from lincompile.kernels import ops
-from lincompile.kernels.linear_attention import reference, triton_launch
+from lincompile.kernels.linear_attention import reference
 
 SHAPES = [(16, 2048, 16, 128), (4, 8192, 16, 128), (1, 32768, 16, 128), (1, 131072, 16, 128), (8, 4096, 32, 64)]
 CHECKS = {
@@ -101,10 +101,12 @@ def gradients(function: Callable[..., Any], inputs: list[Tensor | None], options
     return [o.detach(), state.detach(), *grads]
 
 
-def check() -> dict[str, Any]:
+def check(only: str) -> dict[str, Any]:
     """Relative errors ‖x − ref‖ / ‖ref‖ against the float64 recurrence."""
     results: dict[str, Any] = {}
     for name, case in CHECKS.items():
+        if only and name != only:
+            continue
         torch.manual_seed(len(name))
         inputs, normalize = make(*case), case[8]
         options = (0.125, True, normalize)
@@ -318,26 +320,25 @@ def versions() -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--only", default="", help="one check by name")
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--decode", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print kernel times per shape")
     parser.add_argument("--peers", default="", help="comma-separated: fla, sdpa flash, sdpa cudnn")
     parser.add_argument("--shapes", default="", help="indices into the list of shapes, e.g. 0,4; default all")
-    parser.add_argument("--stages", type=int, help="software-pipelining depth of the forward kernel")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.stages:
-        triton_launch.STAGES = options.stages
     names = [name for name in options.peers.split(",") if name]
     shapes = [SHAPES[int(i)] for i in options.shapes.split(",")] if options.shapes else SHAPES
     result: dict[str, Any] = {"command": " ".join(sys.argv), "versions": versions()}
     ok = True
     if options.check:
-        result["checks"] = check()
+        result["checks"] = check(options.only)
         result["causal"] = check_causality()
         ok = result["causal"] and all(row["ok"] for row in result["checks"].values())
-    copy = bandwidth()
-    result["copy_gb_s"] = round(copy, 1)
+    if options.decode or options.time:
+        copy = bandwidth()
+        result["copy_gb_s"] = round(copy, 1)
     if options.decode:
         result["decode"] = [time_decode(batch, names, copy) for batch in (1, 32)]
     if options.time:

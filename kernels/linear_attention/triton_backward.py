@@ -18,6 +18,7 @@ from .triton_blocks import (
     from_middle,
     from_start,
     halved_scores,
+    halved_scores_transposed,
     halving,
     load_decay,
     load_rows,
@@ -34,7 +35,7 @@ def normaliser(
     q_b, q_h, q_t, k_b, k_h, k_t, g_b, g_h, g_t, o_b, o_h, o_t, do_b, do_h, do_t,
     T, scale, D, DV, HKV, CHUNKS,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For ``o = n / (z + eps)``: ``weight[0] = 1 / (z + eps)`` and ``weight[1] = dL/dz``, each ``[B, H, T]``."""
     chunk, problem = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -54,7 +55,7 @@ def normaliser(
             middle = from_middle(tile, BT)
             factor = tl.exp2(middle)
             right = (ks.to(tl.float32) * tl.exp2(-middle)).to(ks.dtype)
-    for member in tl.static_range(GROUP):
+    for member in range(GROUP):
         head = kv_head * GROUP + member
         qs = load_rows(q + batch * q_b + head * q_h, q_t, chunk * BT, T, D, BT, BK)
         scaled = qs.to(tl.float32) * scale
@@ -62,7 +63,7 @@ def normaliser(
         if DECAY:
             left = scaled * factor
         if DECAY and WIDE:
-            scores = halved_scores(scaled.to(ks.dtype), ks, tile, BT, PRECISION)
+            scores = halved_scores(scaled.to(ks.dtype), ks, tile, LEVELS, BT, PRECISION)
         else:
             scores = causal(tl.dot(left.to(ks.dtype), tl.trans(right), input_precision=PRECISION), BT)
         inverse = 1.0 / (tl.sum(scores, 1) + tl.sum(left * sums[None, :], 1) + EPS)
@@ -75,30 +76,87 @@ def normaliser(
 
 
 @triton.jit
-def gradients(
-    q, k, v, g, grad, weight, wide, chunk_states, chunk_sums, state_slopes, sum_slopes, dq, dk, dv, dg,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, do_b, do_h, do_t,
-    first_half, second_half, T, scale, D, DV, HKV, CHUNKS,
+def value_gradients(
+    q, k, g, grad, weight, wide, state_slopes, dv,
+    q_b, q_h, q_t, k_b, k_h, k_t, g_b, g_h, g_t, do_b, do_h, do_t, T, scale, D, DV, HKV, CHUNKS,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr, NORMALIZE: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICE: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one kv head with its GROUP query heads. Outputs are contiguous ``[B, heads, T, width]``."""
+    """``dv`` of one chunk of one kv head: ``k̃ dS`` plus, for each of its query heads, scoresᵀ times the gradient."""
     chunk, problem = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if (tl.load(wide + problem) != 0) != WIDE:
         return
     batch, kv_head = problem // HKV, problem % HKV
     first = chunk * BT
-    keys, values, rows = tl.arange(0, BK), tl.arange(0, BV), first + tl.arange(0, BT)
+    values, rows = tl.arange(0, BV), first + tl.arange(0, BT)
     slot = problem * CHUNKS + chunk
-    ks = load_rows(k + batch * k_b + kv_head * k_h, k_t, first, T, D, BT, BK)
+    d_v = tl.zeros([BT, BV], tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        kq = tl.zeros([BT, BT], tl.float32)
+        for column in tl.range(0, BK, SLICE, num_stages=STAGES):
+            keys, width = column + tl.arange(0, SLICE), D - column
+            ks = load_rows(k + batch * k_b + kv_head * k_h + column, k_t, first, T, width, BT, SLICE)
+            qs = load_rows(q + batch * q_b + head * q_h + column, q_t, first, T, width, BT, SLICE)
+            read = qs.to(tl.float32) * scale
+            written = ks
+            if DECAY:
+                gates = g + batch * g_b + kv_head * g_h + (column if PER_KEY else 0)
+                tile = load_decay(gates, g_t, first, T, width, PER_KEY, BT, SLICE)
+                if WIDE:
+                    tile = bounded(tile)
+                    written = (ks.to(tl.float32) * tl.exp2(to_end(tile, BT))).to(ks.dtype)
+                    kq += halved_scores_transposed(read.to(ks.dtype), ks, tile, LEVELS, BT, PRECISION)
+                else:
+                    middle = from_middle(tile, BT)
+                    read = read * tl.exp2(middle)
+                    written = (ks.to(tl.float32) * tl.exp2(-middle)).to(ks.dtype)
+            if not (DECAY and WIDE):
+                kq = tl.dot(written, tl.trans(read.to(ks.dtype)), acc=kq, input_precision=PRECISION)
+            if member == 0:
+                block = slot * BV * BK + values[:, None] * BK + keys[None, :]
+                after = tl.load(state_slopes + block)
+                d_v = tl.dot(written, tl.trans(after), acc=d_v, input_precision=PRECISION)
+        kq = anti_causal(kq, BT)
+        if NORMALIZE:
+            inverse = tl.load(weight + (problem * GROUP + member) * T + rows, mask=rows < T, other=0.0)
+            kq *= inverse[None, :]
+        dos = load_rows(grad + batch * do_b + head * do_h, do_t, first, T, DV, BT, BV)
+        d_v = tl.dot(kq.to(dos.dtype), dos, acc=d_v, input_precision=PRECISION)
+    store_rows(dv + problem * T * DV, DV, first, T, DV, d_v, BT, BV)
+
+
+@triton.jit
+def key_gradients(
+    q, k, v, g, grad, weight, wide, chunk_states, chunk_sums, state_slopes, sum_slopes, dq, dk, dg,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, do_b, do_h, do_t,
+    first_half, second_half, T, scale, D, DV, HKV, CHUNKS,
+    GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr, NORMALIZE: tl.constexpr,
+    BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``dq``, ``dk`` and ``dg`` of one chunk and one slice of key channels. A per-head ``dg`` is summed over slices
+    by the caller: ``dg`` is ``[BH, T, D]``, or ``[slices, BH, T]`` of float32.
+    """
+    part, chunk, problem = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if (tl.load(wide + problem) != 0) != WIDE:
+        return
+    batch, kv_head = problem // HKV, problem % HKV
+    first, column = chunk * BT, part * SLICE
+    width = D - column
+    keys, values, rows = column + tl.arange(0, SLICE), tl.arange(0, BV), first + tl.arange(0, BT)
+    slot = problem * CHUNKS + chunk
     vs = load_rows(v + batch * v_b + kv_head * v_h, v_t, first, T, DV, BT, BV)
     block = slot * BV * BK + values[:, None] * BK + keys[None, :]
     before, after = tl.load(chunk_states + block), tl.load(state_slopes + block)
+    ks = load_rows(k + batch * k_b + kv_head * k_h + column, k_t, first, T, width, BT, SLICE)
     if NORMALIZE:
         sums, sums_after = tl.load(chunk_sums + slot * BK + keys), tl.load(sum_slopes + slot * BK + keys)
     written = ks
     if DECAY:
-        tile = load_decay(g + batch * g_b + kv_head * g_h, g_t, first, T, D, PER_KEY, BT, BK)
+        gates = g + batch * g_b + kv_head * g_h + (column if PER_KEY else 0)
+        tile = load_decay(gates, g_t, first, T, width, PER_KEY, BT, SLICE)
         if WIDE:
             tile = bounded(tile)
             read_factor, write_factor = tl.exp2(from_start(tile, BT)), tl.exp2(to_end(tile, BT))
@@ -106,11 +164,10 @@ def gradients(
             middle = from_middle(tile, BT)
             read_factor, write_factor = tl.exp2(middle), tl.exp2(-middle)
         written = (ks.to(tl.float32) * write_factor).to(ks.dtype)
-    # dk and dq stay gradients of the decayed factors until the end; the wide path adds undecayed parts apart.
+    # d_written and d_read are gradients of the decayed factors; the wide path adds undecayed parts apart.
     d_written = tl.dot(vs, after, input_precision=PRECISION)
     if NORMALIZE:
         d_written += sums_after[None, :]
-    d_v = tl.dot(written, tl.trans(after), input_precision=PRECISION)
     if DECAY:
         crossing = tl.sum(before.to(tl.float32) * after.to(tl.float32), 0)
         if NORMALIZE:
@@ -119,73 +176,67 @@ def gradients(
             halves = slot * BK + keys
             crossing *= tl.exp2(tl.load(first_half + halves) + tl.load(second_half + halves))
         crossing += tl.sum(written.to(tl.float32) * d_written, 0)
-        moved = tl.zeros([BT, BK], tl.float32)
-        d_plain = tl.zeros([BT, BK], tl.float32)
-    for member in tl.static_range(GROUP):
+        moved = tl.zeros([BT, SLICE], tl.float32)
+        if WIDE:
+            d_plain = tl.zeros([BT, SLICE], tl.float32)
+    for member in range(GROUP):
         head = kv_head * GROUP + member
-        qs = load_rows(q + batch * q_b + head * q_h, q_t, first, T, D, BT, BK)
         dos = load_rows(grad + batch * do_b + head * do_h, do_t, first, T, DV, BT, BV)
-        scaled = qs.to(tl.float32) * scale
-        read = scaled
-        if DECAY:
-            read = scaled * read_factor
-        read = read.to(ks.dtype)
         vd = tl.dot(vs, tl.trans(dos), input_precision=PRECISION)
         dv_scores = tl.dot(dos, tl.trans(vs), input_precision=PRECISION)
         d_read = tl.dot(dos, before, input_precision=PRECISION)
         if NORMALIZE:
             at = (problem * GROUP + member) * T + rows
             inverse = tl.load(weight + at, mask=rows < T, other=0.0)
-            slope = tl.load(weight + tl.num_programs(1).to(tl.int64) * GROUP * T + at, mask=rows < T, other=0.0)
+            slope = tl.load(weight + tl.num_programs(2).to(tl.int64) * GROUP * T + at, mask=rows < T, other=0.0)
             vd = vd * inverse[None, :] + slope[None, :]
             dv_scores = dv_scores * inverse[:, None] + slope[:, None]
             d_read = d_read * inverse[:, None] + slope[:, None] * sums[None, :]
-        vd, dv_scores = anti_causal(vd, BT), causal(dv_scores, BT)
+        vd, dv_scores = anti_causal(vd, BT).to(ks.dtype), causal(dv_scores, BT).to(ks.dtype)
+        qs = load_rows(q + batch * q_b + head * q_h + column, q_t, first, T, width, BT, SLICE)
+        scaled = qs.to(tl.float32) * scale
+        read = scaled
+        if DECAY:
+            read = scaled * read_factor
+        read = read.to(ks.dtype)
         if DECAY and WIDE:
             moved += read.to(tl.float32) * d_read
             d_q = d_read * read_factor
             i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-            plain = scaled.to(ks.dtype)
-            kf, qf = ks.to(tl.float32), plain.to(tl.float32)
-            kq = tl.where(i == j, tl.dot(ks, tl.trans(plain), input_precision=PRECISION), 0.0)
-            own = tl.sum(tl.where(i == j, dv_scores, 0.0), 1)[:, None]
+            kf, qf = ks.to(tl.float32), scaled.to(ks.dtype).to(tl.float32)
+            own = tl.sum(tl.where(i == j, dv_scores.to(tl.float32), 0.0), 1)[:, None]
             d_q += own * kf
             d_plain += own * qf
-            for level in tl.static_range(7):
-                if (BT >> level) >= 2:
-                    factor, late = halving(tile, BT >> level, BT)
-                    same = same_block(BT >> level, BT)
-                    left = tl.where(late, qf * factor, 0.0).to(ks.dtype)
-                    right = tl.where(late, 0.0, kf * factor).to(ks.dtype)
-                    kq += tl.where(same, tl.dot(right, tl.trans(left), input_precision=PRECISION), 0.0)
-                    part = tl.where(same, dv_scores, 0.0).to(ks.dtype)
-                    d_left = tl.where(late, tl.dot(part, right, input_precision=PRECISION), 0.0)
-                    part = tl.where(same, vd, 0.0).to(ks.dtype)
-                    d_right = tl.where(late, 0.0, tl.dot(part, left, input_precision=PRECISION))
-                    moved += left.to(tl.float32) * d_left - right.to(tl.float32) * d_right
-                    d_q += d_left * factor
-                    d_plain += d_right * factor
+            for shift in range(1, LEVELS + 1):
+                factor, late = halving(tile, shift, BT)
+                same = same_block(shift, BT)
+                left = tl.where(late, qf * factor, 0.0).to(ks.dtype)
+                right = tl.where(late, 0.0, kf * factor).to(ks.dtype)
+                d_left = tl.dot(tl.where(same, dv_scores, 0.0).to(ks.dtype), right, input_precision=PRECISION)
+                d_left = tl.where(late, d_left, 0.0)
+                d_right = tl.dot(tl.where(same, vd, 0.0).to(ks.dtype), left, input_precision=PRECISION)
+                d_right = tl.where(late, 0.0, d_right)
+                moved += left.to(tl.float32) * d_left - right.to(tl.float32) * d_right
+                d_q += d_left * factor
+                d_plain += d_right * factor
         else:
-            kq = anti_causal(tl.dot(written, tl.trans(read), input_precision=PRECISION), BT)
-            d_written = tl.dot(vd.to(ks.dtype), read, acc=d_written, input_precision=PRECISION)
-            d_read = tl.dot(dv_scores.to(ks.dtype), written, acc=d_read, input_precision=PRECISION)
-            d_q = d_read
+            d_written = tl.dot(vd, read, acc=d_written, input_precision=PRECISION)
+            d_q = tl.dot(dv_scores, written, acc=d_read, input_precision=PRECISION)
             if DECAY:
-                moved += read.to(tl.float32) * d_read
-                d_q = d_read * read_factor
-        if NORMALIZE:
-            kq *= inverse[None, :]
-        d_v = tl.dot(kq.to(ks.dtype), dos, acc=d_v, input_precision=PRECISION)
-        store_rows(dq + (problem * GROUP + member) * T * D, D, first, T, D, d_q * scale, BT, BK)
+                moved += read.to(tl.float32) * d_q
+                d_q = d_q * read_factor
+        store_rows(dq + (problem * GROUP + member) * T * D + column, D, first, T, width, d_q * scale, BT, SLICE)
     d_k = d_written
     if DECAY:
         moved -= written.to(tl.float32) * d_written
-        d_k = d_written * write_factor + d_plain
+        d_k = d_written * write_factor
+        if WIDE:
+            d_k += d_plain
         i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
         d_g = mix((j >= i).to(tl.float32), moved) + crossing[None, :]
         if PER_KEY:
-            store_rows(dg + problem * T * D, D, first, T, D, d_g, BT, BK)
+            store_rows(dg + problem * T * D + column, D, first, T, width, d_g, BT, SLICE)
         else:
-            tl.store(dg + problem * T + rows, tl.sum(d_g, 1).to(dg.dtype.element_ty), mask=rows < T)
-    store_rows(dk + problem * T * D, D, first, T, D, d_k, BT, BK)
-    store_rows(dv + problem * T * DV, DV, first, T, DV, d_v, BT, BV)
+            at = (part * tl.num_programs(2) + problem) * T + rows
+            tl.store(dg + at, tl.sum(d_g, 1), mask=rows < T)
+    store_rows(dk + problem * T * D + column, D, first, T, width, d_k, BT, SLICE)

@@ -28,7 +28,7 @@ EPS: tl.constexpr = tl.constexpr(1e-10)
 def load_rows(base, stride, first, length, width, BT: tl.constexpr, BD: tl.constexpr):
     """Rows ``first … first + BT`` of a ``[length, width]`` matrix with unit column stride, zero outside."""
     rows, cols = tl.arange(0, BT), tl.arange(0, BD)
-    pointers = base + tl.to_tensor(first).to(tl.int64) * stride + rows[:, None] * stride + cols[None, :]
+    pointers = base + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
     return tl.load(pointers, mask=(first + rows < length)[:, None] & (cols < width)[None, :], other=0.0)
 
 
@@ -36,7 +36,7 @@ def load_rows(base, stride, first, length, width, BT: tl.constexpr, BD: tl.const
 def store_rows(base, stride, first, length, width, tile, BT: tl.constexpr, BD: tl.constexpr):
     """The inverse of ``load_rows``."""
     rows, cols = tl.arange(0, BT), tl.arange(0, BD)
-    pointers = base + tl.to_tensor(first).to(tl.int64) * stride + rows[:, None] * stride + cols[None, :]
+    pointers = base + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
     mask = (first + rows < length)[:, None] & (cols < width)[None, :]
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
 
@@ -46,7 +46,7 @@ def load_decay(base, stride, first, length, width, PER_KEY: tl.constexpr, BT: tl
     """Log-decays ``[BT, BK]`` (a per-head decay is repeated over the keys); tokens past the end decay by 1."""
     rows, cols = tl.arange(0, BT), tl.arange(0, BK)
     inside = (first + rows < length)[:, None] & (cols < width)[None, :]
-    pointers = base + tl.to_tensor(first).to(tl.int64) * stride + rows[:, None] * stride
+    pointers = base + tl.cast(first, tl.int64) * stride + rows[:, None] * stride
     if PER_KEY:
         pointers = pointers + cols[None, :]
     else:
@@ -98,20 +98,23 @@ def to_end(g, BT: tl.constexpr):
 
 
 @triton.jit
-def halving(g, BLOCK: tl.constexpr, BT: tl.constexpr):
-    """Factors ≤ 1 towards the middle of each block of BLOCK rows: late rows decay from it, early rows to it."""
+def halving(g, shift, BT: tl.constexpr):
+    """Factors ≤ 1 towards the middle of each block of ``2**shift`` rows, and which rows are late.
+
+    Late rows decay from the middle, early rows to it.
+    """
     i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    middle = (i // BLOCK) * BLOCK + BLOCK // 2
+    middle = ((i >> shift) << shift) + (1 << (shift - 1))
     late = i >= middle
     inside = (late & (j <= i) & (j >= middle)) | ((i < middle) & (j > i) & (j < middle))
     return tl.exp2(mix(inside.to(tl.float32), g) * LOG2E), late
 
 
 @triton.jit
-def same_block(BLOCK: tl.constexpr, BT: tl.constexpr):
-    """Which pairs of rows share a block of BLOCK rows."""
+def same_block(shift, BT: tl.constexpr):
+    """Which pairs of rows share a block of ``2**shift`` rows."""
     i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    return i // BLOCK == j // BLOCK
+    return (i >> shift) == (j >> shift)
 
 
 @triton.jit
@@ -129,16 +132,30 @@ def anti_causal(scores, BT: tl.constexpr):
 
 
 @triton.jit
-def halved_scores(q, k, g, BT: tl.constexpr, PRECISION: tl.constexpr):
-    """Causal scores ``[BT, BT]`` with decay, for scaled float32 q and k; the operands' dtype is k's own."""
+def halved_scores(q, k, g, LEVELS: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """Causal scores ``[BT, BT]`` with decay, rows q (scaled) and columns k, for BT = 2**LEVELS."""
     i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
     qf, kf = q.to(tl.float32), k.to(tl.float32)
     scores = tl.where(i == j, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
-    for level in tl.static_range(7):
-        if (BT >> level) >= 2:
-            factor, late = halving(g, BT >> level, BT)
-            left = tl.where(late, qf * factor, 0.0).to(k.dtype)
-            right = tl.where(late, 0.0, kf * factor).to(k.dtype)
-            part = tl.dot(left, tl.trans(right), input_precision=PRECISION)
-            scores += tl.where(same_block(BT >> level, BT), part, 0.0)
+    for shift in range(1, LEVELS + 1):
+        factor, late = halving(g, shift, BT)
+        left = tl.where(late, qf * factor, 0.0).to(k.dtype)
+        right = tl.where(late, 0.0, kf * factor).to(k.dtype)
+        part = tl.dot(left, tl.trans(right), input_precision=PRECISION)
+        scores += tl.where(same_block(shift, BT), part, 0.0)
+    return scores
+
+
+@triton.jit
+def halved_scores_transposed(q, k, g, LEVELS: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """The transpose of ``halved_scores``, built as products: a transposed accumulator must not become an operand."""
+    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    qf, kf = q.to(tl.float32), k.to(tl.float32)
+    scores = tl.where(i == j, tl.dot(k, tl.trans(q), input_precision=PRECISION), 0.0)
+    for shift in range(1, LEVELS + 1):
+        factor, late = halving(g, shift, BT)
+        left = tl.where(late, qf * factor, 0.0).to(k.dtype)
+        right = tl.where(late, 0.0, kf * factor).to(k.dtype)
+        part = tl.dot(right, tl.trans(left), input_precision=PRECISION)
+        scores += tl.where(same_block(shift, BT), part, 0.0)
     return scores

@@ -36,15 +36,13 @@ def chunk_decays(
     """Log2-decay of each half chunk; ``wide[problem]`` becomes 1 where one anchor per chunk isn't enough."""
     chunk, problem = tl.program_id(0), tl.program_id(1).to(tl.int64)
     base = g + problem // HKV * g_b + problem % HKV * g_h
-    tile = load_decay(base, g_t, chunk * BT, T, D, PER_KEY, BT, BK).to(tl.float32)
-    early = (tl.arange(0, BT) < BT // 2)[:, None]
-    one, two = tl.sum(tl.where(early, tile, 0.0), 0), tl.sum(tl.where(early, 0.0, tile), 0)
+    HALF: tl.constexpr = BT // 2
+    one = tl.sum(load_decay(base, g_t, chunk * BT, T, D, PER_KEY, HALF, BK).to(tl.float32), 0)
+    two = tl.sum(load_decay(base, g_t, chunk * BT + HALF, T, D, PER_KEY, HALF, BK).to(tl.float32), 0)
     out = (problem * CHUNKS + chunk) * BK + tl.arange(0, BK)
     tl.store(first_half + out, one * LOG2E)
     tl.store(second_half + out, two * LOG2E)
-    # A growing "decay" (positive) is as bad for an anchor as a strong one; NaN counts as wide too.
-    narrow = (tl.min(one) >= -LIMIT) & (tl.min(two) >= -LIMIT) & (tl.max(tile) <= 0)
-    if not narrow:
+    if not (tl.min(tl.minimum(one, two)) >= -LIMIT):  # true for NaN as well
         tl.atomic_max(wide + problem, 1)
 
 
@@ -70,7 +68,8 @@ def states(
     x_b, x_h, x_t, y_b, y_h, y_t, g_b, g_h, g_t, T, scale, D, DV, HKV, CHUNKS, SEGMENTS, PER_SEGMENT,
     GROUP: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr,
     NORMALIZE: tl.constexpr, WEIGHTED: tl.constexpr, HAS_START: tl.constexpr, STORE_CHUNKS: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Run the state over a segment's chunks: ``S ← e^… ⊙ S + x̃ᵀ y``, summing over GROUP heads of x and y.
 
@@ -97,7 +96,7 @@ def states(
     whole = tl.zeros([BK], tl.float32)
     begin = segment * PER_SEGMENT
     count = tl.minimum(PER_SEGMENT, CHUNKS - begin)
-    for step in range(count):
+    for step in tl.range(0, count, num_stages=STAGES):
         chunk = begin + (count - 1 - step if REVERSE else step)
         if DECAY:
             halves = (problem * CHUNKS + chunk) * BK + keys
@@ -124,7 +123,7 @@ def states(
             state *= tl.exp2(one + two)[None, :]
             if NORMALIZE:
                 sums *= tl.exp2(one + two)
-        for member in tl.static_range(GROUP):
+        for member in range(GROUP):
             head = kv_head * GROUP + member
             xs = load_rows(x + batch * x_b + head * x_h, x_t, chunk * BT, T, D, BT, BK)
             ys = load_rows(y + batch * y_b + head * y_h, y_t, chunk * BT, T, DV, BT, BV)
@@ -182,8 +181,8 @@ def output(
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, o_b, o_h, o_t,
     T, scale, D, DV, HKV, CHUNKS, SEGMENTS, PER_SEGMENT,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_START: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    HAS_START: tl.constexpr, BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The fused forward of one segment and one block of BV value columns; the state never leaves the registers."""
     block, segment, problem = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -225,7 +224,7 @@ def output(
                 factor = tl.exp2(middle)
                 right = (ks.to(tl.float32) * tl.exp2(-middle)).to(ks.dtype)
         read = tl.trans(state.to(vs.dtype))
-        for member in tl.static_range(GROUP):
+        for member in range(GROUP):
             head = kv_head * GROUP + member
             qs = load_rows(q + batch * q_b + head * q_h, q_t, chunk * BT, T, D, BT, BK)
             scaled = qs.to(tl.float32) * scale
@@ -233,7 +232,7 @@ def output(
             if DECAY:
                 left = scaled * factor
             if DECAY and WIDE:
-                scores = halved_scores(scaled.to(ks.dtype), ks, tile, BT, PRECISION)
+                scores = halved_scores(scaled.to(ks.dtype), ks, tile, LEVELS, BT, PRECISION)
             else:
                 scores = causal(tl.dot(left.to(ks.dtype), tl.trans(right), input_precision=PRECISION), BT)
             out = tl.dot(left.to(vs.dtype), read, input_precision=PRECISION)
@@ -293,7 +292,7 @@ def decode(
     tl.store(final + tile, state, mask=mask)
     if NORMALIZE:
         tl.store(final + column, sums, mask=keys < tl.where(block == 0, D, 0))
-    for member in tl.static_range(GROUP):
+    for member in range(GROUP):
         head = kv_head * GROUP + member
         qs = tl.load(q + batch * q_b + head * q_h + keys, mask=keys < D, other=0.0).to(tl.float32) * scale
         out = tl.sum(qs[:, None] * state, 0)

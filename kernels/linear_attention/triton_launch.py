@@ -10,14 +10,14 @@ import torch
 import triton
 from torch import Tensor
 
-from .triton_backward import gradients, normaliser
+from .triton_backward import key_gradients, normaliser, value_gradients
 from .triton_blocks import INTERPRETED
 from .triton_forward import chunk_decays, decode, output, scan, states
 
 # Largest |log decay| of half a chunk for which both anchored factors stay far inside bfloat16's exponent range.
 LIMIT = 60.0
 CHUNK = 64
-STAGES = 2
+SLICE = 64
 MIN_SEGMENT_CHUNKS = 8
 
 Decays = tuple[Tensor | None, Tensor | None, Tensor, tuple[bool, ...]]
@@ -83,11 +83,17 @@ class Plan:
             "PER_KEY": g is not None and g.shape[-1] > 1,
             "NORMALIZE": self.normalize,
             "BT": CHUNK,
+            "LEVELS": CHUNK.bit_length() - 1,
             "BK": self.blocks[0],
             "BV": self.blocks[1],
             "PRECISION": self.precision,
-            "num_warps": 8 if self.blocks[0] * self.blocks[1] > 64 * 64 else 4,
         }
+
+    def tuning(self, kernel: str) -> dict[str, int]:
+        """Warps and pipelining depth, by kernel and size."""
+        large = self.blocks[0] * self.blocks[1] > 64 * 64
+        deep = self.group == 1 and self.precision == "ieee"
+        return {"num_warps": 8 if large and kernel == "states" else 4, "STAGES": 2 if deep else 1}
 
     def decays(self) -> Decays:
         """Half-chunk decays, the wide flags, and which kernel variants to launch."""
@@ -148,7 +154,7 @@ def _run_states(
         first, second = second, first
     (length, width, columns), (block_k, block_v) = plan.sizes, plan.blocks
     end = plan.state(plan.segments)
-    options = plan.options() | {"REVERSE": reverse, "WEIGHTED": weight is not None}
+    options = plan.options() | plan.tuning("states") | {"REVERSE": reverse, "WEIGHTED": weight is not None}
     if not reverse:
         options["GROUP"] = 1
     chunk_states = chunk_sums = None
@@ -210,7 +216,7 @@ def forward(
         start, final, _, _ = _run_states(plan, decays, initial, None, None, store=False)
     last = plan.state()
     length, width, columns = plan.sizes
-    options = plan.options() | {"STAGES": STAGES}
+    options = plan.options() | plan.tuning("output")
     for variant in variants:
         grid = (triton.cdiv(columns, options["BV"]), plan.segments, plan.problems)
         output[grid](
@@ -270,18 +276,33 @@ def backward(
             normaliser[(plan.chunks, plan.problems)](
                 q, k, g, o, grad, chunk_sums, wide, weight,
                 *_strides(q), *_strides(k), *_strides(g), *_strides(o), *_strides(grad),
-                length, scale, width, columns, k.shape[1], plan.chunks, WIDE=variant, **shared,
+                length, scale, width, columns, k.shape[1], plan.chunks, WIDE=variant, num_warps=4, **shared,
             )  # fmt: skip
     slopes = grad_state.float().contiguous()
     _, d_initial, state_slopes, sum_slopes = _run_states(plan, decays, slopes, grad, weight, store=True)
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=t, device=x.device) for x, t in zip((q, k, v), outputs, strict=True))
-    d_g = None if g is None else torch.empty(g.shape, dtype=dtype or g.dtype, device=g.device)
+    slice_width = min(plan.blocks[0], SLICE)
+    slices = plan.blocks[0] // slice_width
+    d_g = slice_g = None
+    if g is not None:
+        d_g = torch.empty(g.shape, dtype=dtype or g.dtype, device=g.device)
+        # A decay shared by a head's channels gets its gradient from every slice of channels.
+        slice_g = d_g if g.shape[-1] > 1 else d_g.new_empty((slices, *g.shape), dtype=torch.float32)
+    options |= {"SLICE": slice_width}
     for variant in variants:
-        gradients[(plan.chunks, plan.problems)](
-            q, k, v, g, grad, weight, wide, chunk_states, chunk_sums, state_slopes, sum_slopes, d_q, d_k, d_v, d_g,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(g), *_strides(grad),
-            first, second, length, scale, width, columns, k.shape[1], plan.chunks, WIDE=variant, **options,
+        value_gradients[(plan.chunks, plan.problems)](
+            q, k, g, grad, weight, wide, state_slopes, d_v,
+            *_strides(q), *_strides(k), *_strides(g), *_strides(grad),
+            length, scale, width, columns, k.shape[1], plan.chunks, WIDE=variant, **plan.tuning("values"), **options,
         )  # fmt: skip
+        key_gradients[(slices, plan.chunks, plan.problems)](
+            q, k, v, g, grad, weight, wide, chunk_states, chunk_sums, state_slopes, sum_slopes, d_q, d_k, slice_g,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(g), *_strides(grad),
+            first, second, length, scale, width, columns, k.shape[1], plan.chunks,
+            WIDE=variant, num_warps=4, **options,
+        )  # fmt: skip
+    if d_g is not None and slice_g is not None and slice_g is not d_g:
+        d_g.copy_(slice_g.sum(0))
     d_start = None
     if initial_state is not None:
         d_start = d_initial.view(initial_state.shape).to(initial_state.dtype)

@@ -1,0 +1,116 @@
+"""The Triton kernels of linear_attention against the float64 reference.
+
+Triton's interpreter has to be chosen before Triton is imported, so without a GPU the cases run in a second process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from lincompile.kernels.linear_attention import reference
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton isn't installed")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+needs_kernels = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="run by test_under_the_interpreter"
+)
+
+# decay, normalise, initial state, T, D, Dv
+CASES = [
+    ("none", False, False, 70, 16, 16),
+    ("none", True, True, 600, 16, 16),
+    ("key", False, True, 130, 16, 20),
+    ("key", True, True, 520, 16, 16),
+    ("key", False, True, 3, 16, 16),
+    ("key", True, True, 1, 16, 40),
+    ("key", False, False, 1, 16, 16),
+    ("head", True, False, 64, 24, 16),
+    ("key strong", True, True, 130, 16, 16),
+    ("head strong", False, True, 70, 80, 16),
+    ("key -inf", False, True, 600, 16, 16),
+    ("key", True, True, 70, 80, 70),
+]
+
+
+def make(decay: str, normalize: bool, state: bool, length: int, head_dim: int, value_dim: int) -> list[Tensor | None]:
+    torch.manual_seed(length)
+    g = None
+    if decay != "none":
+        g = -0.1 * torch.rand(1, 2, length, 1 if decay.startswith("head") else head_dim, device=DEVICE)
+        if decay.endswith("strong"):
+            g = g * 100
+        if decay.endswith("-inf"):
+            g[:, :, ::3] = float("-inf")
+    initial = torch.rand(1, 2, head_dim, value_dim + int(normalize), device=DEVICE)
+    return [
+        torch.rand(1, length, 4, head_dim, device=DEVICE).transpose(1, 2),
+        torch.rand(1, 2, length, head_dim, device=DEVICE),
+        torch.randn(1, 2, length, value_dim, device=DEVICE),
+        g,
+        initial if state else None,
+    ]
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_states_and_gradients(case: tuple[str, bool, bool, int, int, int]) -> None:
+    from lincompile.kernels.linear_attention import triton as kernels
+
+    inputs, normalize = make(*case), case[1]
+    leaves = [None if x is None else x.double().requires_grad_() for x in inputs]
+    want_o, want_state = reference.recurrent(*leaves, 0.3, True, normalize)
+    grad_o, grad_state = torch.randn_like(want_o), torch.randn_like(want_state)
+    present = [x for x in leaves if x is not None]
+    want = [want_o, want_state, *torch.autograd.grad((want_o, want_state), present, (grad_o, grad_state))]
+
+    o, state = kernels.chunkwise(*inputs, 0.3, True, normalize)
+    grads = kernels.chunkwise_backward(grad_o.float(), grad_state.float(), o, *inputs, 0.3, True, normalize)
+    have = [o, state, *[x for x in grads if x is not None]]
+    assert len(have) == len(want)
+    for x, y in zip(have, want, strict=True):
+        assert torch.isfinite(x).all()
+        assert (x - y).norm() <= 2e-5 * y.norm() + 1e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("decay", ["key", "key strong"])
+def test_the_future_does_not_leak(decay: str) -> None:
+    from lincompile.kernels.linear_attention import triton as kernels
+
+    inputs = make(decay, True, False, 150, 16, 16)
+    before, _ = kernels.chunkwise(*inputs, 1.0, True, True)
+    for x in inputs[:3]:
+        assert x is not None
+        x[:, :, 77:] = 2.0
+    after, _ = kernels.chunkwise(*inputs, 1.0, True, True)
+    assert torch.equal(before[:, :, :77], after[:, :, :77])
+    assert not torch.equal(before[:, :, 77:], after[:, :, 77:])
+
+
+@needs_kernels
+def test_what_is_left_to_the_reference() -> None:
+    from lincompile.kernels.linear_attention import triton as kernels
+
+    q, k, v, g, _ = make("key", False, False, 5, 16, 16)
+    assert q is not None and k is not None and v is not None and g is not None
+    assert kernels.supports(q, k, v, g, True)
+    assert not kernels.supports(q, k, v, None, False)
+    assert not kernels.supports(q.double(), k, v, g, True)
+    assert not kernels.supports(q[:, :, :0], k[:, :, :0], v[:, :, :0], g[:, :, :0], True)
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the cases run in this process")
+def test_under_the_interpreter() -> None:
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert f"{len(CASES) + 3} passed" in done.stdout
