@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 @click.command("eval")
 @click.argument("model", metavar="MODEL_OR_DIR")
 @click.option(
-    "--text", "text_file", required=True, type=click.Path(path_type=Path), help="The text to predict (UTF-8)."
+    "--text",
+    "text_file",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The text to predict (UTF-8; or .npy of token ids).",
 )
 @click.option("--context", type=common.count, default="1024", show_default=True, help="Tokens per window.")
 @click.option("--tokens", type=common.count, help="Stop after so many predicted tokens.")
@@ -40,7 +44,7 @@ def command(
     """Perplexity over non-overlapping windows of a text, no BOS added."""
     from ..lowering.evaluate import perplexity
 
-    text = read_text(text_file)
+    text = read(text_file)
     if common.is_artefact(model):
         logits_of, ids, limit = _student(model, text, runtime, device)
     elif runtime != "torch":
@@ -66,10 +70,13 @@ def command(
         )
 
 
-def read_text(file: Path) -> str:
-    """A UTF-8 text file, not empty."""
+def read(file: Path) -> str | list[int]:
+    """A UTF-8 text, or the token ids of a ``.npy`` file."""
+    from ..lowering.text import read_tokens
     from ..passes.errors import LincompileError
 
+    if file.suffix == ".npy":
+        return read_tokens(file, None).tolist()
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -81,26 +88,31 @@ def read_text(file: Path) -> str:
     return text
 
 
-def _student(directory: str, text: str, runtime: str, device: str) -> tuple[LogitsOf, list[int], int | None]:
+def _student(
+    directory: str, text: str | list[int], runtime: str, device: str
+) -> tuple[LogitsOf, list[int], int | None]:
     from ..lowering.evaluate import logits_of_session
     from .generate import open_session
 
     artefact = common.open_checked(directory, device)
     session = open_session(artefact, runtime)
-    return logits_of_session(session), artefact.tokenizer.encode(text), session.max_positions
+    ids = text if isinstance(text, list) else artefact.tokenizer.encode(text)
+    return logits_of_session(session), ids, session.max_positions
 
 
 def _teacher(
-    model: str, text: str, builder: str | None, trust: bool, device: str, dtype: str
+    model: str, text: str | list[int], builder: str | None, trust: bool, device: str, dtype: str
 ) -> tuple[LogitsOf, list[int], int | None]:
     from ..lowering.evaluate import logits_of_program
     from ..lowering.tokenizer import codec_of
     from ..passes.errors import LincompileError
 
     loaded = common.load(model, builder=builder, trust=trust, device=device, dtype=dtype)
-    if loaded.tokenizer is None:
-        raise LincompileError(
-            f"{model} has no tokenizer, so a text has no tokens: give a Hugging Face folder or a GGUF"
-        )
+    if isinstance(text, list):
+        ids = text
+    elif loaded.tokenizer is None:
+        raise LincompileError(f"{model} has no tokenizer, so a text has no tokens: give a .npy file of token ids")
+    else:
+        ids = codec_of(loaded.tokenizer).encode(text)
     program = common.captured(loaded)
-    return logits_of_program(program), codec_of(loaded.tokenizer).encode(text), loaded.max_positions
+    return logits_of_program(program), ids, loaded.max_positions

@@ -5,8 +5,9 @@
     python examples/build_demo_text.py brotli-1.2.1/tests/testdata cli/data
 
 Removed: the lines that Project Gutenberg added, tables of contents, and the proceedings' appendices (programme,
-speakers' own abstracts, directory of participants). Hard line breaks inside paragraphs become spaces, as in the text that language models are
-trained on. The last part of each book is the held-out text: nothing of it is in the training text.
+speakers' own abstracts, directory of participants). Hard line breaks inside paragraphs become spaces, as in the text
+that language models are trained on. The last part of each book is the held-out text: nothing of it is in the training
+text.
 """
 
 from __future__ import annotations

@@ -1,0 +1,58 @@
+"""The documentation's commands and code, run as a reader would run them.
+
+A page is one session: its ```sh and ```python blocks run in order in one folder, which holds ``examples/nano.py`` and a
+``text.txt``. A block that starts with ``# exit code N`` must exit with N. Shell blocks take seconds each and need
+``--run-docs`` (continuous integration gives it).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", "docs/getting_started.md", "docs/cli.md"]
+# Pages whose code a test of their own runs.
+ELSEWHERE = {"docs/onnx.md": "tests/lowering/test_onnx_export.py"}
+BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(language, source) of a page's fenced blocks, in order."""
+    return BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+
+
+def test_every_page_with_code_is_run() -> None:
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")} | {"README.md"}
+    with_code = {page for page in pages if blocks(page)}
+    assert with_code <= {*PAGES, *ELSEWHERE}, "a page with code that no test runs"
+    for page, test in ELSEWHERE.items():
+        assert Path(page).name in (ROOT / test).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8")):
+        assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.timeout(1200)
+def test_page_runs(page: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--run-docs"):
+        pytest.skip("minutes of commands: give --run-docs")
+    shutil.copy(ROOT / "examples" / "nano.py", tmp_path)
+    held_out = (ROOT / "cli" / "data" / "demo-heldout.txt").read_text(encoding="utf-8")
+    (tmp_path / "text.txt").write_text(held_out[:20_000], encoding="utf-8")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for number, (language, source) in enumerate(blocks(page), 1):
+        expected = int(match[1]) if (match := re.match(r"# exit code (\d+)\n", source)) else 0
+        command = ["bash", "-euc", source] if language == "sh" else [sys.executable, "-c", source]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1000)
+        assert done.returncode == expected, f"{page}, block {number}:\n{source}\n{done.stdout}\n{done.stderr}"
