@@ -22,6 +22,7 @@ _HOMES = {
     "ProveAttention": "passes.identity",
     "LinearizeAttention": "passes.linearize",
     "Quantize": "passes.quantize",
+    "SequenceParallel": "passes.shard",
     "quantize_": "passes.quantize_module",
     "make_stateful": "passes.stateful",
     "LincompileError": "passes.errors",
@@ -37,6 +38,7 @@ __all__ = [
     "Program",
     "ProveAttention",
     "Quantize",
+    "SequenceParallel",
     "__version__",
     "capture",
     "compile",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from .passes.program import Program as Program
     from .passes.quantize import Quantize as Quantize
     from .passes.quantize_module import quantize_ as quantize_
+    from .passes.shard import SequenceParallel as SequenceParallel
     from .passes.stateful import make_stateful as make_stateful
 
 

@@ -178,4 +178,4 @@ def load_builtin_passes() -> None:
         importlib.import_module(f".{module}", __package__)
 
 
-BUILTIN: Iterable[str] = ("canonicalize", "identity", "linearize", "quantize")
+BUILTIN: Iterable[str] = ("canonicalize", "identity", "linearize", "quantize", "shard")

@@ -22,6 +22,7 @@ NAMES = {
     "Program",
     "ProveAttention",
     "Quantize",
+    "SequenceParallel",
     "__version__",
     "capture",
     "compile",
