@@ -3,8 +3,9 @@
 Importing this module registers them; it needs torch only. Weights are frozen: gradients flow to ``x`` (rounding of the
 activations passes them straight through) and to ``bias``. Shapes: ``docs/architecture.md``; codes: :mod:`.pack`.
 
-CPU tensors run the reference. CUDA tensors run the Triton kernels for the calls those support (groups of 128, K a
-multiple of 16, ``a6`` or ``a8``, inputs of at most 32 bits) where Triton can be imported, otherwise the reference.
+CPU tensors run the C kernel of :mod:`.cpu` for up to 16 tokens, otherwise the reference. CUDA tensors run the Triton
+kernels for the calls those support (groups of 128, K a multiple of 16, ``a6`` or ``a8``, inputs of at most 32 bits)
+where Triton can be imported, otherwise the reference.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.library import custom_op
 
 from ..registration import backend
 from ..shapes import require
-from . import reference
+from . import cpu, reference
 from .codes import ACTIVATIONS
 from .pack import group_count, plane_bytes
 
@@ -69,6 +70,8 @@ def int6_linear(
     if kernels is not None and kernels.supports(x, group_size, activation):
         y: Tensor = kernels.int6_linear(x, weight_hi, weight_lo, weight_scale, bias, group_size, activation)
         return y
+    if x.device.type == "cpu" and cpu.supports(x, group_size, activation):
+        return cpu.int6_linear(x, weight_hi, weight_lo, weight_scale, bias, group_size, activation)
     return reference.int6_linear(x, weight_hi, weight_lo, weight_scale, bias, group_size, activation)
 
 
