@@ -115,7 +115,7 @@ def remove_noops(module: GraphModule) -> int:
 
 
 def make_functional(module: GraphModule) -> None:
-    """Turns in-place ops on fresh tensors without views into their out-of-place twins; later readers read the result."""
+    """Turns in-place ops on fresh tensors without views into out-of-place twins; later readers read the result."""
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     for node in module.graph.nodes:
         base = node.args[0] if target_of(node) in FUNCTIONAL else None
@@ -295,7 +295,9 @@ def _inline(module: GraphModule, call: Node, body: GraphModule, operands: tuple[
         finals.append(build(aten.detach.default, result) if detach and differentiable else result)
     for user in list(call.users):
         if target_of(user) is operator.getitem:
-            user.replace_all_uses_with(finals[int(user.args[1])])  # type: ignore[call-overload]
+            index = user.args[1]
+            assert isinstance(index, int)
+            user.replace_all_uses_with(finals[index])
             graph.erase_node(user)
     if call.users:
         call.replace_all_uses_with(finals[0])

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule
 
 from .errors import CaptureError
-from .graph import get_attribute, set_tensor, tensor_of
+from .graph import expression, get_attribute, is_symbolic, set_tensor, tensor_of
 from .program import Program, ProgramInput
 
 MIN_BATCH = 2
@@ -77,10 +77,14 @@ def from_exported(
     for node in placeholders:
         fake = tensor_of(node) if isinstance(node.meta.get("val"), Tensor) else None
         if fake is None:
-            raise CaptureError(f"the input '{node.name}' isn't a tensor: lincompile compiles models whose inputs are tensors")
+            raise CaptureError(
+                f"the input '{node.name}' isn't a tensor: lincompile compiles models whose inputs are tensors"
+            )
         named = dict((axes or {}).get(node.name) or {})
-        dynamic = [index for index, dim in enumerate(fake.shape) if isinstance(dim, torch.SymInt)]
-        named = {index: named.get(index, ("batch", "sequence")[index] if index < 2 else f"axis{index}") for index in dynamic}
+        dynamic = [index for index, dim in enumerate(fake.shape) if is_symbolic(dim)]
+        named = {
+            index: named.get(index, ("batch", "sequence")[index] if index < 2 else f"axis{index}") for index in dynamic
+        }
         inputs.append(ProgramInput(node.name, role_of(node.name, fake), named))
         if node.name not in given:
             given[node.name] = _example_for(fake)
@@ -93,12 +97,20 @@ def named_inputs(module: nn.Module, example: Mapping[str, Tensor] | Sequence[Ten
         values = dict(example)
     else:
         positional = [example] if isinstance(example, Tensor) else list(example)
-        names = [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        names = [
+            name
+            for name, p in inspect.signature(module.forward).parameters.items()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
         if len(positional) > len(names):
-            raise CaptureError(f"{type(module).__name__}.forward takes {len(names)} inputs, the example has {len(positional)}")
+            raise CaptureError(
+                f"{type(module).__name__}.forward takes {len(names)} inputs, the example has {len(positional)}"
+            )
         values = dict(zip(names, positional, strict=False))
     if not values:
-        raise CaptureError("the example has no inputs: pass the tensors the model's forward takes, by name or by position")
+        raise CaptureError(
+            "the example has no inputs: pass the tensors the model's forward takes, by name or by position"
+        )
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise CaptureError(f"the example's '{name}' is {type(value).__name__}, not a tensor")
@@ -165,22 +177,33 @@ def _export(
     """Exports with the widest set of dynamic axes that the model allows."""
     attempts: list[tuple[dict[str, dict[int, str]], bool]] = [(axes, True), (axes, False)]
     if not explicit:
-        batch_only = {name: {axis: kind for axis, kind in named.items() if kind == "batch"} for name, named in axes.items()}
+        batch_only = {
+            name: {axis: kind for axis, kind in named.items() if kind == "batch"} for name, named in axes.items()
+        }
         attempts.append((batch_only, False))
     first_error: Exception | None = None
     for wanted, shared in attempts:
         dims: dict[str, Any] = {}
         shapes: dict[str, dict[int, Any]] = {}
         for name, named in wanted.items():
-            shapes[name] = {axis: dims.setdefault(kind, Dim(kind)) if shared else Dim.DYNAMIC for axis, kind in named.items()}
+            shapes[name] = {
+                axis: dims.setdefault(kind, Dim(kind)) if shared else Dim.DYNAMIC for axis, kind in named.items()
+            }
         try:
             with _traceable(module):
                 exported = export(module, (), dict(inputs), dynamic_shapes=shapes, strict=False)
         except Exception as error:  # whatever the model's own code raises; reported below, never dropped
             first_error = first_error or error
             continue
-        lost = sorted({kind for named in axes.values() for kind in named.values()} - {k for named in wanted.values() for k in named.values()})
-        notes = [f"the model fixes its {', '.join(lost)} axis: the program runs only at the example's length there"] if lost else []
+        lost = sorted(
+            {kind for named in axes.values() for kind in named.values()}
+            - {k for named in wanted.values() for k in named.values()}
+        )
+        notes = (
+            [f"the model fixes its {', '.join(lost)} axis: the program runs only at the example's length there"]
+            if lost
+            else []
+        )
         return exported, wanted, notes
     assert first_error is not None
     raise CaptureError(
@@ -217,7 +240,9 @@ def _own_graph_module(exported: ExportedProgram, prefix: str) -> GraphModule:
             elif isinstance(value, Tensor):
                 set_tensor(root, new, value, persistent=path in persistent)
             else:
-                raise CaptureError(f"the graph reads the constant '{path}' of type {type(value).__name__}, which lincompile doesn't know")
+                raise CaptureError(
+                    f"the graph reads the constant '{path}' ({type(value).__name__}), which lincompile doesn't know"
+                )
         node.target = renamed[path]
     for node in source.graph.nodes:
         if prefix and "nn_module_stack" in node.meta:
@@ -232,7 +257,7 @@ def _own_graph_module(exported: ExportedProgram, prefix: str) -> GraphModule:
 
 
 def _example_for(fake: Tensor) -> Tensor:
-    shape = [MIN_BATCH if index == 0 else 8 if isinstance(dim, torch.SymInt) else int(dim) for index, dim in enumerate(fake.shape)]
+    shape = [MIN_BATCH if index == 0 else 8 if is_symbolic(dim) else int(dim) for index, dim in enumerate(fake.shape)]
     return torch.randn(shape, dtype=fake.dtype) if fake.is_floating_point() else torch.ones(shape, dtype=fake.dtype)
 
 
@@ -243,8 +268,8 @@ def _bound(exported: ExportedProgram, program: Program) -> int | None:
         fake = tensor_of(program.placeholder(item.name))
         for axis, kind in item.axes.items():
             dim = fake.shape[axis]
-            if kind.startswith("sequence") and isinstance(dim, torch.SymInt):
-                upper = exported.range_constraints.get(dim.node.expr)
+            if kind.startswith("sequence") and is_symbolic(dim):
+                upper = exported.range_constraints.get(expression(dim))
                 if upper is not None and upper.upper.is_Integer and int(upper.upper) < 2**31:
                     bound = min(bound or int(upper.upper), int(upper.upper))
     return bound

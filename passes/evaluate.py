@@ -49,12 +49,14 @@ class Sizes:
 
 
 def float32_if_low(value: Any) -> Any:
+    """A tensor or dtype of low precision as float32, anything else unchanged."""
     if isinstance(value, Tensor) and value.dtype in LOW_PRECISION:
         return value.float()
     return torch.float32 if isinstance(value, torch.dtype) and value in LOW_PRECISION else value
 
 
 def on_cpu(value: Any) -> Any:
+    """The CPU for any device, anything else unchanged."""
     return torch.device("cpu") if isinstance(value, torch.device) else value
 
 

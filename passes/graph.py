@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -90,6 +90,7 @@ def tensor_of(node: Any) -> Tensor:
 
 
 def is_symbolic(value: object) -> bool:
+    """Whether a value is a symbolic size, truth value or float."""
     return isinstance(value, SymTypes)
 
 
@@ -101,6 +102,7 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
 
 
 def get_attribute(module: nn.Module, path: str) -> Any:
+    """The attribute of a module under a dotted path."""
     value: Any = module
     for part in path.split("."):
         value = getattr(value, part)
@@ -136,6 +138,7 @@ def symbols_in(value: Any) -> frozenset[str]:
 
 
 def expression(dim: int | torch.SymInt) -> sympy.Expr:
+    """A size as a sympy expression."""
     return dim.node.expr if isinstance(dim, torch.SymInt) else sympy.Integer(dim)
 
 
@@ -163,6 +166,7 @@ def source_line(node: Node) -> str:
 
 
 def copy_origin(source: Node, destination: Node) -> None:
+    """Lets a new node say that it comes from where another one came from."""
     for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
         if key in source.meta:
             destination.meta[key] = source.meta[key]
@@ -213,20 +217,6 @@ def fake_mode_of(graph_module: GraphModule) -> Any:
         if mode is not None:
             return mode
     raise PassError("the graph carries no fake values: capture the model with lincompile.capture first")
-
-
-def walk_up(node: Node, stop: frozenset[Node] | set[Node] = frozenset()) -> Iterator[Node]:
-    """Every ancestor of ``node`` (itself included), each once, not going past ``stop``."""
-    seen: set[Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        yield current
-        if current not in stop:
-            pending.extend(value_inputs(current))
 
 
 def value_inputs(node: Node) -> list[Node]:
@@ -285,4 +275,5 @@ def written_nodes(graph_module: GraphModule) -> set[Node]:
 
 
 def order_of(graph_module: GraphModule) -> dict[Node, int]:
+    """Each node's position in the graph."""
     return {node: index for index, node in enumerate(graph_module.graph.nodes)}

@@ -106,6 +106,7 @@ class Cache:
 
 
 def describe(program: Program, candidate: Candidate) -> AttentionSite:
+    """A site's record before anything about it is known but its place."""
     path = module_path(candidate.anchor) or "attention"
     return AttentionSite(path=path, kind="unknown", verdict="refuse", reason="", source=source_line(candidate.anchor))
 
@@ -263,6 +264,7 @@ def build(program: Program, candidate: Candidate, findings: Findings) -> Replace
 
 
 def int_dim(dim: int | torch.SymInt, what: str) -> int:
+    """A size that must be fixed, as an int; ``Unsupported`` naming ``what`` otherwise."""
     expr = expression(dim)
     if not expr.is_Integer:
         raise Unsupported(f"the number of {what} isn't fixed ({expr})")
@@ -470,6 +472,7 @@ def prove(
 
 
 def is_static(probe: Probe) -> bool:
+    """Whether the site runs at one length only."""
     return bool(expression(probe.rows).is_Integer)
 
 
@@ -504,7 +507,7 @@ def _difference(
         raise Unsupported(f"the site depends on more than q, k, v and masks: it {error}") from error
     if original.shape != canonical.shape:
         raise Unsupported(
-            f"the site's output {tuple(original.shape)} doesn't have canonical attention's shape {tuple(canonical.shape)}"
+            f"the site's output {tuple(original.shape)} doesn't have canonical shape {tuple(canonical.shape)}"
         )
     weight = torch.randn(original.shape, generator=generator)
     if real_rows is not None:  # rows of padded queries are nobody's result

@@ -57,7 +57,13 @@ class Pipeline:
         PassError: a pass broke an op contract or failed on its own code; the message names it and the node.
     """
 
-    def __init__(self, passes: Sequence[Pass] | str, *, trace: bool = False, on_pass: Callable[[int, int, str], None] | None = None) -> None:
+    def __init__(
+        self,
+        passes: Sequence[Pass] | str,
+        *,
+        trace: bool = False,
+        on_pass: Callable[[int, int, str], None] | None = None,
+    ) -> None:
         self.passes: list[Pass] = parse(passes) if isinstance(passes, str) else list(passes)
         self.trace = trace
         self.on_pass = on_pass
@@ -147,7 +153,9 @@ def _build(name: str, options: str) -> Pass:
     for part in filter(None, (piece.strip() for piece in options.split(","))):
         key, separator, raw = part.partition("=")
         if not separator or key not in fields:
-            raise LincompileError(f"pass '{name}' has no option '{key}'; its options are: {', '.join(fields) or 'none'}")
+            raise LincompileError(
+                f"pass '{name}' has no option '{key}'; its options are: {', '.join(fields) or 'none'}"
+            )
         values[key] = _value(name, key, raw, fields[key].default)
     built: Pass = cls(**values)
     return built

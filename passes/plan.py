@@ -1,4 +1,4 @@
-"""What a compilation would do, computed from shapes alone: no weights are read, so a 70B model is planned in a minute."""
+"""What a compilation would do, computed from shapes alone: no weights are read, so a 70B model is quickly planned."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from .graph import aten, expression, target_of, tensor_of
 from .linear_layers import find_linears
-from .methods import SiteShape, method_class
+from .methods import LinearMethod, SiteShape, method_class
 from .program import AttentionSite, Program
 from .verify import op_name
 
@@ -38,17 +38,23 @@ def site_cost(site: AttentionSite, method: str, hidden: int, itemsize: int) -> S
     if method == "softmax":
         return SiteCost(softmax, 0, cache, 0)
     with torch.device("meta"):
-        module = method_class(method)(SiteShape(site.heads, site.kv_heads, site.head_dim, site.value_dim, hidden, site.scale or 1.0, True))
+        module = method_class(method)(
+            SiteShape(site.heads, site.kv_heads, site.head_dim, site.value_dim, hidden, site.scale or 1.0, True)
+        )
     kv_heads, features, columns = module.state_shape
     conv = sum(2 * p.numel() for name, p in module.named_parameters() if "conv" in name)
-    maps = sum(2 * p.numel() for name, p in module.named_parameters() if "map" in name and p.dim() > 2) * (1 + site.heads // site.kv_heads)
+    maps = sum(2 * p.numel() for name, p in module.named_parameters() if "map" in name and p.dim() > 2) * (
+        1 + site.heads // site.kv_heads
+    )
     gates = sum(2 * p.numel() for name, p in module.named_parameters() if "gate" in name or "beta" in name)
     recurrence = 2 * kv_heads * features * columns + 2 * site.heads * features * columns
     window = sum(p.shape[0] * (p.shape[1] - 1) * itemsize for name, p in module.named_parameters() if "conv" in name)
     return SiteCost(softmax, recurrence + conv + maps + gates, cache, kv_heads * features * columns * 4 + window)
 
 
-def plan(teacher: Program, student: Program, quant: str = "none", contexts: tuple[int, ...] = CONTEXTS) -> dict[str, Any]:
+def plan(
+    teacher: Program, student: Program, quant: str = "none", contexts: tuple[int, ...] = CONTEXTS
+) -> dict[str, Any]:
     """The dry run's figures, JSON-able.
 
     Args:
@@ -63,13 +69,19 @@ def plan(teacher: Program, student: Program, quant: str = "none", contexts: tupl
     """
     itemsize = next(teacher.graph_module.parameters()).element_size()
     methods = [site.method for site in student.sites]
-    added = {s.details["module"]: student.graph_module.get_submodule(s.details["module"]) for s in student.sites if s.method != "softmax"}
+    added = {
+        s.details["module"]: student.graph_module.get_submodule(s.details["module"])
+        for s in student.sites
+        if s.method != "softmax"
+    }
     extra = sum(p.numel() for module in added.values() for p in module.parameters())
     layers = find_linears(teacher.graph_module) if quant != "none" else []
     quantized = [layer for layer in layers if layer.reason is None]
     bits = 8 if quant.startswith("w8") else 6
     packed = sum(
-        layer.out_features * (math.ceil(layer.in_features * bits / 8) + SCALE_BYTES * math.ceil(layer.in_features / GROUP_SIZE)) for layer in quantized
+        layer.out_features
+        * (math.ceil(layer.in_features * bits / 8) + SCALE_BYTES * math.ceil(layer.in_features / GROUP_SIZE))
+        for layer in quantized
     )
     plain = sum(layer.out_features * layer.in_features for layer in quantized)
     before = teacher.parameters * itemsize
@@ -88,12 +100,19 @@ def plan(teacher: Program, student: Program, quant: str = "none", contexts: tupl
                 if method == "softmax":
                     cache += cost.cache_bytes_per_token * seen
                     decode += cost.softmax_flops_per_key * seen
-                    prefill += cost.softmax_flops_per_key * (seen - seen // 2 if seen == context and site.kind != "full" else seen)
+                    prefill += cost.softmax_flops_per_key * (
+                        seen - seen // 2 if seen == context and site.kind != "full" else seen
+                    )
                 else:
                     state += cost.state_bytes
                     decode += cost.linear_flops
                     prefill += cost.linear_flops
-            row[label] = {"kv_cache_bytes": cache, "state_bytes": state, "decode_flops_per_token": decode, "prefill_flops_per_token": prefill}
+            row[label] = {
+                "kv_cache_bytes": cache,
+                "state_bytes": state,
+                "decode_flops_per_token": decode,
+                "prefill_flops_per_token": prefill,
+            }
         rows.append(row)
     return {
         "sites": [site.record() for site in student.sites],
@@ -109,7 +128,11 @@ def plan(teacher: Program, student: Program, quant: str = "none", contexts: tupl
 def hidden_width(student: Program, index: int) -> int:
     """Width of the hidden states that a site's gate reads (1 where the method reads none)."""
     module = student.sites[index].details.get("module")
-    return int(student.graph_module.get_submodule(module).shape.hidden) if module else 1  # type: ignore[union-attr]
+    if not module:
+        return 1
+    method = student.graph_module.get_submodule(module)
+    assert isinstance(method, LinearMethod)
+    return method.shape.hidden
 
 
 def dense_flops(program: Program) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .errors import LincompileError
-from .graph import symbols_in, target_of, tensor_of, value_of
+from .graph import is_symbolic, symbols_in, target_of, tensor_of
 
 VERDICTS = ("rewrite", "keep", "refuse")
 SITE_KINDS = ("full", "causal", "sliding")
@@ -22,7 +22,8 @@ class ProgramInput:
     """One input of the captured graph.
 
     ``role`` is ``tokens`` (integer ids ``[B, T]``), ``mask`` (1 or True = real token, ``[B, T]``), ``positions``
-    (``[B, T]``), ``features`` (floating point) or ``other``. ``axes`` names the dynamic axes: ``{0: "batch", 1: "sequence"}``.
+    (``[B, T]``), ``features`` (floating point) or ``other``. ``axes`` names the dynamic axes:
+    ``{0: "batch", 1: "sequence"}``.
     """
 
     name: str
@@ -106,7 +107,9 @@ class Program:
         names = [item.name for item in self.inputs]
         unknown = set(kwargs) - set(names)
         if unknown or len(args) > len(names):
-            raise LincompileError(f"the program takes {', '.join(names)}; got {', '.join(sorted(unknown)) or 'too many inputs'}")
+            raise LincompileError(
+                f"the program takes {', '.join(names)}; got {', '.join(sorted(unknown)) or 'too many inputs'}"
+            )
         values = dict(zip(names, args, strict=False)) | kwargs
         missing = [name for name in names if name not in values]
         if missing:
@@ -119,13 +122,16 @@ class Program:
         for site in self.sites:
             if site.path == path:
                 return site
-        raise LincompileError(f"no attention site '{path}'; the sites are: {', '.join(s.path for s in self.sites) or 'none'}")
+        raise LincompileError(
+            f"no attention site '{path}'; the sites are: {', '.join(s.path for s in self.sites) or 'none'}"
+        )
 
     def input_with_role(self, role: str) -> ProgramInput | None:
         return next((item for item in self.inputs if item.role == role), None)
 
     def placeholder(self, name: str) -> Node:
-        return next(node for node in self.graph_module.graph.nodes if node.op == "placeholder" and node.name == name)
+        found: Node = next(n for n in self.graph_module.graph.nodes if n.op == "placeholder" and n.name == name)
+        return found
 
     def bind(self, **axes: int) -> dict[str, int]:
         """Integers for every size symbol, given ``batch=``, ``sequence=`` and other axis names (default 2)."""
@@ -133,7 +139,7 @@ class Program:
         for item in self.inputs:
             fake = tensor_of(self.placeholder(item.name))
             for index, dim in enumerate(fake.shape):
-                if isinstance(dim, torch.SymInt):
+                if is_symbolic(dim):
                     wanted = axes.get(item.axes.get(index, ""), 2)
                     free = symbols_in(dim)
                     if len(free) == 1:
@@ -157,7 +163,14 @@ class Program:
             twin.node = nodes[site.node.name] if site.node is not None else None
             sites.append(twin)
         return Program(
-            module, list(self.inputs), dict(self.example), sites, list(self.history), self.max_positions, list(self.notes), dict(self.metadata)
+            module,
+            list(self.inputs),
+            dict(self.example),
+            sites,
+            list(self.history),
+            self.max_positions,
+            list(self.notes),
+            dict(self.metadata),
         )
 
     def print(self, tables: bool = False) -> None:
@@ -169,7 +182,10 @@ class Program:
             print(self.graph_module.graph)
 
     def describe(self) -> str:
-        lines = [f"program: {self.parameters:,} parameters, {len(self.graph_module.graph.nodes)} nodes, {len(self.sites)} attention sites"]
+        lines = [
+            f"program: {self.parameters:,} parameters, {len(self.graph_module.graph.nodes)} nodes, "
+            f"{len(self.sites)} attention sites"
+        ]
         for site in self.sites:
             shape = f"{site.heads}/{site.kv_heads} heads of {site.head_dim}" if site.heads else "shape unknown"
             window = f" window {site.window}" if site.window else ""
@@ -192,7 +208,8 @@ def share_tensors(module: GraphModule, memo: dict[int, Any]) -> GraphModule:
         memo[id(tensor)] = tensor
     root = copy.deepcopy(_plain_root(module), memo)
     graph = torch.fx.Graph()
-    output = graph.graph_copy(module.graph, val_map := {})
+    val_map: dict[Node, Node] = {}
+    output = graph.graph_copy(module.graph, val_map)
     old_output = next(node for node in module.graph.nodes if node.op == "output")
     graph.output(output)
     for old, new in val_map.items():
@@ -223,10 +240,3 @@ def is_lincompile_op(node: Node, name: str) -> bool:
     """Whether ``node`` calls ``torch.ops.lincompile.<name>``."""
     target = target_of(node)
     return target is not None and str(target) == f"lincompile.{name}.default"
-
-
-def outputs_of(program: Program) -> list[Node]:
-    output = next(node for node in program.graph_module.graph.nodes if node.op == "output")
-    flat: list[Node] = []
-    torch.fx.map_arg(output.args, flat.append)
-    return [node for node in flat if isinstance(value_of(node), Tensor)]

@@ -41,7 +41,9 @@ class RegionKeys:
             if node in known:
                 pending.pop()
                 continue
-            missing = [] if is_symbolic(value_of(node)) else [item for item in node.all_input_nodes if item not in known]
+            missing = (
+                [] if is_symbolic(value_of(node)) else [item for item in node.all_input_nodes if item not in known]
+            )
             if missing:
                 pending.extend(missing)
                 continue
@@ -57,7 +59,12 @@ class RegionKeys:
             return ("tensor", id(value)) if isinstance(value, Tensor) else ("attribute", str(node.target))
         if node.op == "placeholder":
             return ("placeholder", node.name)
-        return (node.op, str(node.target), self._argument(node.args, known), self._argument(tuple(sorted(node.kwargs.items())), known))
+        return (
+            node.op,
+            str(node.target),
+            self._argument(node.args, known),
+            self._argument(tuple(sorted(node.kwargs.items())), known),
+        )
 
     def _argument(self, value: Any, known: Mapping[Node, int]) -> Any:
         if isinstance(value, Node):

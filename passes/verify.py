@@ -74,14 +74,23 @@ def _linear(node: Node) -> str | None:
         if not causal:
             return "a decay needs causal=True"
         k, g = _shape(node.args[1]), _shape(decay)
-        if len(g) != 4 or not same_dim(g[1], k[1]) or not same_dim(g[2], k[2]) or not (same_dim(g[3], 1) or same_dim(g[3], k[3])):
+        if (
+            len(g) != 4
+            or not same_dim(g[1], k[1])
+            or not same_dim(g[2], k[2])
+            or not (same_dim(g[3], 1) or same_dim(g[3], k[3]))
+        ):
             return f"log_decay {g} doesn't fit k {k}"
     return _heads(node)
 
 
 def _short_conv(node: Node) -> str | None:
     x, weight = _shape(node.args[0]), _shape(node.args[1])
-    return None if len(x) == 3 and len(weight) == 2 and same_dim(x[2], weight[0]) else f"x {x} and weight {weight} don't fit"
+    return (
+        None
+        if len(x) == 3 and len(weight) == 2 and same_dim(x[2], weight[0])
+        else f"x {x} and weight {weight} don't fit"
+    )
 
 
 CONTRACTS: dict[str, Rule] = {

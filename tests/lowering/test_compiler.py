@@ -32,7 +32,9 @@ def test_every_method_compiles_saves_and_continues(attn: str, tmp_path: Path) ->
 
 def test_distillation_lowers_the_error_and_is_recorded() -> None:
     module, example = zoo.build("llama-gqa")
-    compiled = lincompile.compile(module, example=example, attn="lawcat", distil=tokens(6000), tokens=16_384, length=64, batch=4)
+    compiled = lincompile.compile(
+        module, example=example, attn="lawcat", distil=tokens(6000), tokens=16_384, length=64, batch=4
+    )
     report = compiled.transfer
     assert report is not None and report.steps > 10
     assert all(report.after[path] < report.before[path] for path in report.before)
@@ -49,7 +51,9 @@ def test_without_distillation_the_result_says_so() -> None:
 def test_the_source_model_is_left_as_it_was() -> None:
     module, example = zoo.build("nanogpt")
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    lincompile.compile(module, example=example, attn="lawcat", quant="int6", distil=tokens(2000), tokens=2048, length=64, batch=2)
+    lincompile.compile(
+        module, example=example, attn="lawcat", quant="int6", distil=tokens(2000), tokens=2048, length=64, batch=2
+    )
     after = module.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -91,7 +95,7 @@ class Plain(nn.Module):
 
 def test_a_model_without_attention_is_refused_but_can_be_quantized() -> None:
     example = {"idx": torch.randint(0, 50, (2, 9))}
-    with pytest.raises(RefusedError, match="no softmax attention.*--attn softmax --quant int6"):
+    with pytest.raises(RefusedError, match=r"no softmax attention.*--attn softmax --quant int6"):
         lincompile.compile(Plain(), example=example, attn="lawcat")
     compiled = lincompile.compile(Plain(), example=example, attn="softmax", quant="w6a8")
     assert compiled.program.metadata["quantization"]["layers"]
@@ -99,7 +103,7 @@ def test_a_model_without_attention_is_refused_but_can_be_quantized() -> None:
 
 def test_a_model_whose_every_site_is_refused_says_why() -> None:
     module, example = zoo.build("bert")
-    with pytest.raises(RefusedError, match="no attention site can be rewritten to gla.*bidirectional"):
+    with pytest.raises(RefusedError, match=r"no attention site can be rewritten to gla.*bidirectional"):
         lincompile.compile(module, example=example, attn="gla")
 
 
