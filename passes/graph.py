@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
@@ -217,6 +217,20 @@ def fake_mode_of(graph_module: GraphModule) -> Any:
         if mode is not None:
             return mode
     raise PassError("the graph carries no fake values: capture the model with lincompile.capture first")
+
+
+def walk_up(node: Node, stop: frozenset[Node] | set[Node] = frozenset()) -> Iterator[Node]:
+    """Every ancestor of ``node`` (itself included), each once, not going past ``stop``."""
+    seen: set[Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        yield current
+        if current not in stop:
+            pending.extend(value_inputs(current))
 
 
 def value_inputs(node: Node) -> list[Node]:
