@@ -29,6 +29,7 @@ MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 GENAI_FILE = "genai_config.json"
 DEFAULT_OPSET = 21
+EMBEDDINGS = ("float", "int6")
 OPSETS = range(21, 24)  # what the bodies are written for, up to what the exporter converts to
 DEFAULT_CONTEXT = 2048  # for genai, where the model doesn't bound it
 IR_VERSION = 10  # onnxruntime ≥ 1.20 reads it; newer IR versions add nothing used here
@@ -79,6 +80,7 @@ def export_onnx(
     bodies: bool = True,
     context_length: int | None = None,
     special_tokens: Mapping[str, int | list[int]] | None = None,
+    embeddings: str = "float",
     external_data: bool | None = None,
     verify: bool = True,
 ) -> OnnxReport:
@@ -93,6 +95,8 @@ def export_onnx(
         bodies: attach portable bodies to the contrib operators (:mod:`.functions`).
         context_length: the longest sequence, for genai; by default the program's bound, or 2048.
         special_tokens: ``bos_token_id``, ``eos_token_id``, ``pad_token_id`` for genai.
+        embeddings: ``float``, or ``int6`` to round the embedding (and a head tied to it) to six bits: a smaller file
+            of a slightly different model.
         external_data: None lets the size decide.
         verify: run the file against the program before it is put into place (skipped, with a note, where onnxruntime
             isn't installed).
@@ -102,24 +106,40 @@ def export_onnx(
             the file's logits aren't the program's.
     """
     require("onnx", "onnxscript")
+    from .embeddings import lower_embeddings
     from .functions import attach_bodies
     from .genai import genai_config, genai_obstacles
     from .quantized import LAYOUTS, lower_quantized
     from .signature import Signature, bind_signature
+    from .simplify import simplify
     from .verify import verify as compare
 
     if opset not in OPSETS:
         raise LincompileError(f"opset {opset} is not supported (choose {OPSETS[0]} to {OPSETS[-1]})")
     if layout not in LAYOUTS:
         raise LincompileError(f"unknown int6 layout '{layout}' (choose from: {', '.join(LAYOUTS)})")
+    if embeddings not in EMBEDDINGS:
+        raise LincompileError(f"unknown embeddings '{embeddings}' (choose from: {', '.join(EMBEDDINGS)})")
     started = time.perf_counter()
     model = _translate(step, opset)
     quantized = lower_quantized(model, layout)
+    if embeddings == "int6":
+        lower_embeddings(model, model.graph.inputs[0], quantized)
     bound = bind_signature(model, step.states, dummy_conv=genai)
-    signature = Signature(bound, _vocabulary(model), step.max_positions, step.uniform_positions, dict(step.windows))
+    signature = Signature(
+        bound,
+        _vocabulary(model),
+        causal=step.causal,
+        max_positions=step.max_positions,
+        uniform_positions=step.uniform_positions,
+        windows=dict(step.windows),
+    )
     signature.store(model)
     _clean(model)
+    simplify(model)
+    _clean(model)
     notes = attach_bodies(model) if bodies else []
+    genai = genai and step.causal
     obstacles = genai_obstacles(bound) if genai else []
     notes += [f"onnxruntime-genai can't load this model: {reason}" for reason in obstacles]
     destination = Path(folder)
@@ -183,12 +203,12 @@ def _translate(step: StepProgram, opset: int) -> ir.Model:
         raise LincompileError(f"the step program can't be exported to ONNX: {_reason(error)}") from error
     assert exported is not None
     model = exported.model
-    _simplify(model)
+    _inline_and_fold(model)
     model.ir_version = IR_VERSION
     return model
 
 
-def _simplify(model: ir.Model) -> None:
+def _inline_and_fold(model: ir.Model) -> None:
     """Inline torch's function library and fold small constants.
 
     Not the exporter's ``optimize=True``: its rewrite rules match constants with a tolerance of 1e-8, so that "+ 1e-10"

@@ -238,6 +238,57 @@ MatMulNBits <K, N, bits, block_size, accuracy_level> (A, B, scales, zero_points)
   Y = Reshape (product, output_shape)
 }"""
 
+_GATHER_BLOCK_QUANTIZED = """
+GatherBlockQuantized <bits, block_size, gather_axis, quantize_axis> (data, indices, scales, zero_points) => (output) {
+  zero = Constant <value_ints = [0]> ()
+  one = Constant <value_ints = [1]> ()
+  rest = Constant <value_ints = [-1]> ()
+  block = Constant <value_int: int = @block_size> ()
+  block_1d = Unsqueeze (block, zero)
+  width = Constant <value_int: int = @bits> ()
+  eight = Constant <value_int = 8> ()
+  scalar_zero = Constant <value_int = 0> ()
+  shift_range = Range (scalar_zero, eight, width)
+  shifts = Cast <to = 2> (shift_range)
+  unused = Sub (eight, width)
+  unused_byte = Cast <to = 2> (unused)
+  all_ones = Constant <value = uint8 {255}> ()
+  mask = BitShift <direction = "RIGHT"> (all_ones, unused_byte)
+  flat_indices = Reshape (indices, rest)
+  count = Shape (flat_indices)
+  row_bytes = Gather <axis = 0> (data, flat_indices)
+  row_column = Unsqueeze (row_bytes, rest)
+  row_shifted = BitShift <direction = "RIGHT"> (row_column, shifts)
+  row_masked = BitwiseAnd (row_shifted, mask)
+  flat_shape = Concat <axis = 0> (count, rest)
+  codes = Reshape (row_masked, flat_shape)
+  columns = Shape <start = 1, end = 2> (codes)
+  row_scales = Gather <axis = 0> (scales, flat_indices)
+  blocks = Shape <start = 1, end = 2> (row_scales)
+  zero_bytes = Gather <axis = 0> (zero_points, flat_indices)
+  zero_column = Unsqueeze (zero_bytes, rest)
+  zero_shifted = BitShift <direction = "RIGHT"> (zero_column, shifts)
+  zero_masked = BitwiseAnd (zero_shifted, mask)
+  zero_flat = Reshape (zero_masked, flat_shape)
+  zero_used = Slice (zero_flat, zero, blocks, one)
+  wide_shape = Concat <axis = 0> (count, blocks, block_1d)
+  scale_column = Unsqueeze (row_scales, rest)
+  scale_wide = Expand (scale_column, wide_shape)
+  scale_flat = Reshape (scale_wide, flat_shape)
+  scale_used = Slice (scale_flat, zero, columns, one)
+  point_column = Unsqueeze (zero_used, rest)
+  point_wide = Expand (point_column, wide_shape)
+  point_flat = Reshape (point_wide, flat_shape)
+  point_used = Slice (point_flat, zero, columns, one)
+  codes_float = Cast <to = 1> (codes)
+  points_float = Cast <to = 1> (point_used)
+  centred = Sub (codes_float, points_float)
+  values = Mul (centred, scale_used)
+  leading = Shape (indices)
+  output_shape = Concat <axis = 0> (leading, columns)
+  output = Reshape (values, output_shape)
+}"""
+
 
 def attach_bodies(model: ir.Model) -> list[str]:
     """Add a function body for every contrib operator that the model calls; returns notes on those left without one."""
@@ -313,4 +364,5 @@ _BUILDERS: dict[str, Callable[[ir.Node], str]] = {
     "CausalConvWithState": _causal_conv,
     "GroupQueryAttention": _group_query_attention,
     "MatMulNBits": _matmul_nbits,
+    "GatherBlockQuantized": lambda node: _GATHER_BLOCK_QUANTIZED if len(node.inputs) == 4 else "",
 }

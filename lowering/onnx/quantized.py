@@ -34,16 +34,15 @@ _CONSTANT_PREFIX = "lincompile"
 
 @dataclass
 class QuantizedReport:
-    """What was lowered: how many linears, their weights, and the bytes those take in the file."""
+    """What was lowered: how many linears, their weights, and their activations."""
 
     linears: int = 0
     weights: int = 0
-    bytes: int = 0
     activations: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class _Packed:
+class Matrix:
     """One quantized matrix ``[N, K]`` as MatMulNBits inputs: ``(bits, B, scales, zero_points)`` per product."""
 
     rows: int
@@ -51,7 +50,7 @@ class _Packed:
     products: tuple[tuple[int, ir.Value, ir.Value, ir.Value], ...]
 
 
-class _Emitter:
+class Emitter:
     """Adds nodes before one node of a graph, and initializers to the graph (each constant once)."""
 
     def __init__(self, graph: ir.Graph, before: ir.Node):
@@ -90,7 +89,7 @@ def lower_quantized(model: ir.Model, layout: str = "planes") -> QuantizedReport:
     if layout not in LAYOUTS:
         raise LincompileError(f"unknown int6 layout '{layout}' (choose from: {', '.join(LAYOUTS)})")
     graph, report = model.graph, QuantizedReport()
-    packed: dict[tuple[Any, ...], _Packed] = {}
+    packed: dict[tuple[Any, ...], Matrix] = {}
     for node in [n for n in graph if n.domain == PLACEHOLDER_DOMAIN]:
         group_size, activation = node.attributes["group_size"].as_int(), node.attributes["activation"].as_string()
         if group_size < 16 or group_size & (group_size - 1):
@@ -100,7 +99,7 @@ def lower_quantized(model: ir.Model, layout: str = "planes") -> QuantizedReport:
             )
         weight_inputs = node.inputs[1:4] if node.op_type == "Int6Linear" else node.inputs[1:3]
         key = (*(value.name for value in weight_inputs if value is not None), activation == "a8")
-        emit = _Emitter(graph, node)
+        emit = Emitter(graph, node)
         if key not in packed:
             pack = _pack_int6 if node.op_type == "Int6Linear" else _pack_int8
             packed[key] = pack(emit, node, group_size, activation, layout)
@@ -131,7 +130,7 @@ def _sizes(node: ir.Node, rows: int) -> tuple[int, int]:
     return rows, columns
 
 
-def _plane(codes: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
+def plane_of_codes(codes: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
     """Codes ``[N, K]`` → bytes ``[N, ceil(K·bits/8)]``, low bits first: the order of MatMulNBits' blobs."""
     rows, columns = codes.shape
     per_byte = 8 // bits
@@ -143,48 +142,49 @@ def _plane(codes: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
     return plane
 
 
-def _full_width(emit: _Emitter, plane: ir.Value, missing: int) -> ir.Value:
+def _full_width(emit: Emitter, plane: ir.Value, missing: int) -> ir.Value:
     """Zero bytes after the last partial block (a constant when loaded; not stored)."""
     return emit("Pad", plane, emit.constant([0, 0, 0, missing])) if missing else plane
 
 
-def _zero_points(emit: _Emitter, rows: int, blocks: int, bits: int, zero: int) -> ir.Value:
+def zero_points(emit: Emitter, rows: int, blocks: int, bits: int, zero: int) -> ir.Value:
+    """The zero point of every block, packed as MatMulNBits wants them (a constant when loaded; not stored)."""
     fill = sum(zero << shift for shift in range(0, 8, bits))
     shape = emit.constant([rows, -(-blocks * bits // 8)])
     return emit("ConstantOfShape", shape, value=ir.tensor(np.array([fill], np.uint8)))
 
 
-def _pack_int6(emit: _Emitter, node: ir.Node, group_size: int, activation: str, layout: str) -> _Packed:
+def _pack_int6(emit: Emitter, node: ir.Node, group_size: int, activation: str, layout: str) -> Matrix:
     hi, lo, scale = (_constant_tensor(node, index) for index in (1, 2, 3))
     rows, columns = _sizes(node, hi.shape[0])
     codes = (unpack(hi, lo, columns, group_size).numpy().astype(np.int16) + _OFFSET).astype(np.uint8)
     name = str(node.inputs[1].name).removesuffix("weight_hi") if node.inputs[1] is not None else ""
     blocks = -(-columns // group_size)
     padded = blocks * group_size
-    hi_stored = emit.weight(f"{name}onnx_hi", _plane(codes >> 2, 4))
-    lo_stored = emit.weight(f"{name}onnx_lo", _plane(codes & 3, 2))
+    hi_stored = emit.weight(f"{name}onnx_hi", plane_of_codes(codes >> 2, 4))
+    lo_stored = emit.weight(f"{name}onnx_lo", plane_of_codes(codes & 3, 2))
     hi_plane = _full_width(emit, hi_stored, padded // 2 - (columns + 1) // 2)
     lo_plane = _full_width(emit, lo_stored, padded // 4 - (columns + 3) // 4)
     scales = emit("Cast", emit.weight(f"{name}onnx_scale", scale.numpy()), to=ir.DataType.FLOAT.value)
     if layout == "int8" and activation == "a8":
         blobs = _blobs(emit, _join_planes(emit, hi_plane, lo_plane), rows, blocks)
-        zero = _zero_points(emit, rows, blocks, 8, _OFFSET)
-        return _Packed(rows, columns, ((8, blobs, scales, zero),))
+        zero = zero_points(emit, rows, blocks, 8, _OFFSET)
+        return Matrix(rows, columns, ((8, blobs, scales, zero),))
     four = emit("Mul", scales, emit.constant(4.0, np.float32))
     low_bits = 2
     if activation != "a8":
         lo_plane, low_bits = _widen_plane(emit, lo_plane), 4
-    return _Packed(
+    return Matrix(
         rows,
         columns,
         (
-            (4, _blobs(emit, hi_plane, rows, blocks), four, _zero_points(emit, rows, blocks, 4, 8)),
-            (low_bits, _blobs(emit, lo_plane, rows, blocks), scales, _zero_points(emit, rows, blocks, low_bits, 0)),
+            (4, _blobs(emit, hi_plane, rows, blocks), four, zero_points(emit, rows, blocks, 4, 8)),
+            (low_bits, _blobs(emit, lo_plane, rows, blocks), scales, zero_points(emit, rows, blocks, low_bits, 0)),
         ),
     )
 
 
-def _pack_int8(emit: _Emitter, node: ir.Node, group_size: int, activation: str, layout: str) -> _Packed:
+def _pack_int8(emit: Emitter, node: ir.Node, group_size: int, activation: str, layout: str) -> Matrix:
     weight, scale = _constant_tensor(node, 1), _constant_tensor(node, 2)
     rows, columns = _sizes(node, weight.shape[0])
     name = str(node.inputs[1].name).removesuffix("weight") if node.inputs[1] is not None else ""
@@ -194,45 +194,45 @@ def _pack_int8(emit: _Emitter, node: ir.Node, group_size: int, activation: str, 
     scales = emit("Cast", emit.weight(f"{name}onnx_scale", scale.numpy()), to=ir.DataType.FLOAT.value)
     if activation == "a8":
         plane = _full_width(emit, emit.weight(f"{name}onnx_codes", codes), missing)
-        zero = _zero_points(emit, rows, blocks, 8, 128)
-        return _Packed(rows, columns, ((8, _blobs(emit, plane, rows, blocks), scales, zero),))
+        zero = zero_points(emit, rows, blocks, 8, 128)
+        return Matrix(rows, columns, ((8, _blobs(emit, plane, rows, blocks), scales, zero),))
     # Float activations: only the four-bit kernel is fast, so two nibble planes, 16·hi + lo − 128.
     missing = blocks * group_size // 2 - (columns + 1) // 2
-    high = _full_width(emit, emit.weight(f"{name}onnx_hi", _plane(codes >> 4, 4)), missing)
-    low = _full_width(emit, emit.weight(f"{name}onnx_lo", _plane(codes & 15, 4)), missing)
+    high = _full_width(emit, emit.weight(f"{name}onnx_hi", plane_of_codes(codes >> 4, 4)), missing)
+    low = _full_width(emit, emit.weight(f"{name}onnx_lo", plane_of_codes(codes & 15, 4)), missing)
     sixteen = emit("Mul", scales, emit.constant(16.0, np.float32))
-    return _Packed(
+    return Matrix(
         rows,
         columns,
         (
-            (4, _blobs(emit, high, rows, blocks), sixteen, _zero_points(emit, rows, blocks, 4, 8)),
-            (4, _blobs(emit, low, rows, blocks), scales, _zero_points(emit, rows, blocks, 4, 0)),
+            (4, _blobs(emit, high, rows, blocks), sixteen, zero_points(emit, rows, blocks, 4, 8)),
+            (4, _blobs(emit, low, rows, blocks), scales, zero_points(emit, rows, blocks, 4, 0)),
         ),
     )
 
 
-def _blobs(emit: _Emitter, plane: ir.Value, rows: int, blocks: int) -> ir.Value:
+def _blobs(emit: Emitter, plane: ir.Value, rows: int, blocks: int) -> ir.Value:
     return emit("Reshape", plane, emit.constant([rows, blocks, -1]))
 
 
-def _bytes(emit: _Emitter, *values: int) -> ir.Value:
+def _bytes(emit: Emitter, *values: int) -> ir.Value:
     return emit.constant(list(values) if len(values) > 1 else values[0], np.uint8)
 
 
-def _spread(emit: _Emitter, plane: ir.Value, bits: int) -> ir.Value:
+def _spread(emit: Emitter, plane: ir.Value, bits: int) -> ir.Value:
     """Packed bytes ``[N, M]`` → one code per byte ``[N, M·8/bits]``."""
     shifts = _bytes(emit, *range(0, 8, bits))
     shifted = emit("BitShift", emit("Unsqueeze", plane, emit.constant([-1])), shifts, direction="RIGHT")
     return emit("Reshape", emit("BitwiseAnd", shifted, _bytes(emit, (1 << bits) - 1)), emit.constant([0, -1]))
 
 
-def _join_planes(emit: _Emitter, hi_plane: ir.Value, lo_plane: ir.Value) -> ir.Value:
+def _join_planes(emit: Emitter, hi_plane: ir.Value, lo_plane: ir.Value) -> ir.Value:
     """The two planes → unsigned six-bit codes, one a byte."""
     high = emit("BitShift", _spread(emit, hi_plane, 4), _bytes(emit, 2), direction="LEFT")
     return emit("BitwiseOr", high, _spread(emit, lo_plane, 2))
 
 
-def _widen_plane(emit: _Emitter, lo_plane: ir.Value) -> ir.Value:
+def _widen_plane(emit: Emitter, lo_plane: ir.Value) -> ir.Value:
     """A two-bit plane ``[N, M]`` → the same codes in nibbles ``[N, 2M]``."""
     # A byte holds c0 | c1 << 2 | c2 << 4 | c3 << 6; its two nibbles become the bytes c0 | c1 << 4 and c2 | c3 << 4.
     nibbles = _spread(emit, lo_plane, 4)
@@ -241,29 +241,35 @@ def _widen_plane(emit: _Emitter, lo_plane: ir.Value) -> ir.Value:
     return emit("BitwiseOr", first, second)
 
 
-def _replace(emit: _Emitter, node: ir.Node, packed: _Packed, group_size: int, activation: str) -> None:
-    x, bias = node.inputs[0], node.inputs[-1]
-    has_bias = len(node.inputs) == (5 if node.op_type == "Int6Linear" else 4) and bias is not None
-    assert x is not None
-    if activation == "a6":
-        x = _six_bit_activations(emit, x, packed.columns, group_size)
+def matmul(emit: Emitter, x: ir.Value, matrix: Matrix, group_size: int, activation: str) -> ir.Value:
+    """``x · Wᵀ``: the sum of the matrix's products."""
     total = None
-    for bits, blobs, scales, zero_points in packed.products:
+    for bits, blobs, scales, zeros in matrix.products:
         product = emit(
             "MatMulNBits",
             x,
             blobs,
             scales,
-            zero_points,
+            zeros,
             domain=CONTRIB_DOMAIN,
-            K=packed.columns,
-            N=packed.rows,
+            K=matrix.columns,
+            N=matrix.rows,
             bits=bits,
             block_size=group_size,
             accuracy_level=_INT8_LEVEL if activation == "a8" else _FLOAT_LEVEL,
         )
         total = product if total is None else emit("Add", total, product)
     assert total is not None
+    return total
+
+
+def _replace(emit: Emitter, node: ir.Node, packed: Matrix, group_size: int, activation: str) -> None:
+    x, bias = node.inputs[0], node.inputs[-1]
+    has_bias = len(node.inputs) == (5 if node.op_type == "Int6Linear" else 4) and bias is not None
+    assert x is not None
+    if activation == "a6":
+        x = _six_bit_activations(emit, x, packed.columns, group_size)
+    total = matmul(emit, x, packed, group_size, activation)
     if has_bias:
         total = emit("Add", total, bias)
     old = node.outputs[0]
@@ -273,7 +279,7 @@ def _replace(emit: _Emitter, node: ir.Node, packed: _Packed, group_size: int, ac
     emit.graph.remove(node, safe=True)
 
 
-def _six_bit_activations(emit: _Emitter, x: ir.Value, columns: int, group_size: int) -> ir.Value:
+def _six_bit_activations(emit: Emitter, x: ir.Value, columns: int, group_size: int) -> ir.Value:
     """What x becomes in six bits per token and group: ``fake_quantize_activation(x, group_size, "a6")``."""
     assert x.shape is not None
     rank, groups = len(x.shape), -(-columns // group_size)

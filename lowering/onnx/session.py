@@ -29,7 +29,8 @@ class OnnxSession:
     Attributes:
         states: a ``StateSpec`` for each tensor that a caller carries from call to call, starting from
             :meth:`initial_states`; where softmax sites are kept the first is the past attention mask.
-        vocab_size: number of token ids.
+        vocab_size: number of token ids (the size of an encoder's output).
+        causal: False for an encoder: no states, each call is a whole sequence.
         max_positions: longest sequence the model accepts, None if unbounded.
         uniform_positions: all rows of a batch must be at the same position.
     """
@@ -69,6 +70,7 @@ class OnnxSession:
             raise ArtefactError(f"{path} can't be run as a step program: {error}") from None
         self._bound = signature.states
         self.vocab_size = signature.vocabulary
+        self.causal = signature.causal
         self.max_positions = signature.max_positions
         self.uniform_positions = signature.uniform_positions
         self._windows = signature.windows

@@ -54,7 +54,8 @@ class Signature:
 
     Attributes:
         states: in the order of the file's inputs.
-        vocabulary: number of token ids.
+        vocabulary: number of token ids (the size of an encoder's output).
+        causal: False for an encoder: no states, each call is a whole sequence.
         max_positions: longest sequence, None if unbounded.
         uniform_positions: all rows of a batch must be at the same position.
         windows: tokens that a sliding site's cache may be trimmed to, by site.
@@ -62,6 +63,7 @@ class Signature:
 
     states: list[BoundState]
     vocabulary: int
+    causal: bool = True
     max_positions: int | None = None
     uniform_positions: bool = False
     windows: dict[str, int] = field(default_factory=dict)
@@ -100,14 +102,17 @@ def bind_signature(model: ir.Model, states: Sequence[StateLike], dummy_conv: boo
             f"outputs; the exported graph has {len(graph.inputs)} and {len(graph.outputs)}"
         )
     tokens, positions, mask, *past = list(graph.inputs)
-    logits, *present = _distinct_outputs(graph)
+    logits = _distinct_outputs(graph)[0]
     _name_axes(graph, tokens, past, states)
     tokens.name, positions.name, logits.name = "input_ids", "position_ids", "logits"
     attention_mask = ir.Value(
         name="attention_mask", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "total"])
     )
+    convolutions = [node for node in graph if node.op_type == "CausalConvWithState"]
     mask_state = next((value for value, state in zip(past, states, strict=True) if state.role == "mask"), None)
-    _derive_masks(graph, tokens, attention_mask, mask, mask_state)
+    new_mask = _derive_masks(graph, tokens, attention_mask, mask, mask_state)
+    _keep_last_real_inputs(graph, convolutions, tokens, new_mask)
+    present = list(graph.outputs)[1:]
 
     sites = list(dict.fromkeys(state.site for state in states if state.role != "mask"))
     inputs: list[ir.Value] = [tokens, attention_mask, positions]
@@ -202,8 +207,11 @@ def _all_values(graph: ir.Graph) -> Iterable[ir.Value]:
 
 def _derive_masks(
     graph: ir.Graph, tokens: ir.Value, attention_mask: ir.Value, mask: ir.Value, mask_state: ir.Value | None
-) -> None:
-    """``mask`` (bool) = the last T columns of ``attention_mask``; the past mask = the columns before them."""
+) -> ir.Value:
+    """``mask`` (bool) = the last T columns of ``attention_mask``; the past mask = the columns before them.
+
+    Returns those last columns as int64.
+    """
 
     def constant(*values: int) -> ir.Node:
         return ir.node("Constant", [], {"value_ints": list(values)})
@@ -222,6 +230,47 @@ def _derive_masks(
         _take_over(old_bool.outputs[0], mask_state)
     graph.insert_before(graph[0], nodes)
     _take_over(new_bool.outputs[0], mask)
+    return new.outputs[0]
+
+
+def _keep_last_real_inputs(graph: ir.Graph, convolutions: Sequence[ir.Node], tokens: ir.Value, mask: ir.Value) -> None:
+    """Make each convolution's new state end at a row's last real token instead of at the chunk's end.
+
+    Our own loop pads on the left, where the two are the same. onnxruntime-genai pads on the right: the op itself would
+    then carry the padding's zeros into the next token.
+    """
+    if not convolutions:
+        return
+    first = convolutions[0]
+
+    def add(op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        node = ir.node(op_type, list(inputs), attributes)
+        graph.insert_before(first, node)
+        return node.outputs[0]
+
+    def constant(*values: int, scalar: bool = False) -> ir.Value:
+        return add("Constant", value_int=values[0]) if scalar else add("Constant", value_ints=list(values))
+
+    # last [B, 1]: one past the index of the row's last real token in this chunk; 0 where the chunk is all padding.
+    one = constant(1, scalar=True)
+    length = add("Squeeze", add("Shape", tokens, start=1, end=2), constant(0))
+    numbers = add("Range", one, add("Add", length, one), one)
+    last = add("ReduceMax", add("Mul", mask, numbers), constant(1), keepdims=1)
+    for node in convolutions:
+        x, weight, _, past = node.inputs
+        assert weight is not None and weight.shape is not None
+        width = weight.shape[2]
+        if past is None or not isinstance(width, int) or width == 1:
+            continue
+        # Inputs last … last + W − 2 of [past, x] along time: [B, 1, W − 1], the same for every channel.
+        columns = add("Unsqueeze", add("Add", last, constant(*range(width - 1))), constant(1))
+        index = add("Expand", columns, add("Shape", past))
+        extended = ir.node("Concat", [past, x], {"axis": 2})
+        state = ir.node("GatherElements", [extended.outputs[0], index], {"axis": 2})
+        graph.insert_after(node, [extended, state])
+        old = node.outputs[1]
+        state.outputs[0].shape, state.outputs[0].type = old.shape, old.type
+        old.replace_all_uses_with(state.outputs[0], replace_graph_outputs=True)
 
 
 def _take_over(new: ir.Value, old: ir.Value) -> None:

@@ -38,6 +38,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.softmax_attention_step.default: softmax_attention_step,
         ops.int6_linear.default: int6_linear,
         ops.int8_linear.default: int8_linear,
+        torch.ops.aten.softplus.default: softplus,
         torch.ops.aten.log_sigmoid.default: log_sigmoid,
         torch.ops.aten.log_sigmoid_forward.default: log_sigmoid_forward,
     }
@@ -66,7 +67,7 @@ def _unpack_heads(x: Any, heads: int, size: int) -> Any:
 
 
 def _append_ones(v: Any) -> Any:
-    """``[B, H, T, D]`` → ``[B, H, T, D + 1]`` with a last column of ones, whose state is the normaliser."""
+    """``[…, D]`` (4 axes) → ``[…, D + 1]`` with a last column of ones, whose state is the normaliser."""
     return op.Pad(v, _ints(0, 0, 0, 0, 0, 0, 0, 1), op.Constant(value_float=1.0))
 
 
@@ -107,17 +108,17 @@ def linear_attention(
     size = _static(v, 3, "the value size")
     out_type = v
     q, k, v, log_decay = (_as_float(x) for x in (q, k, v, log_decay))
-    if normalize:
-        v = _append_ones(v)
     columns = size + 1 if normalize else size
     if not causal:
+        v = _append_ones(v) if normalize else v
         o, state = _bidirectional(q, k, v, initial_state, heads, kv_heads, scale)
     else:
+        by_time = op.Transpose(v, perm=[0, 2, 1, 3])
         # Per-key decay keeps [B, T, Hkv·dk], per-head decay has a last axis of 1: [B, T, Hkv].
         packed, state = LinearAttention(
             _pack_heads(q),
             _pack_heads(k),
-            op.Reshape(op.Transpose(v, perm=[0, 2, 1, 3]), _ints(0, 0, kv_heads * columns)),
+            op.Reshape(_append_ones(by_time) if normalize else by_time, _ints(0, 0, kv_heads * columns)),
             initial_state,
             None if log_decay is None else _pack_heads(log_decay),
             update_rule="linear" if log_decay is None else "gated",
@@ -125,9 +126,11 @@ def linear_attention(
             kv_num_heads=kv_heads,
             scale=_nonzero_scale(scale),
         )
-        o = _unpack_heads(packed, heads, columns)
+        o = op.Reshape(packed, _ints(0, 0, heads, columns))
     if normalize:
         o = _normalise(o, size)
+    if causal:  # heads first only now: the graph usually turns them back, and the two transposes cancel
+        o = op.Transpose(o, perm=[0, 2, 1, 3])
     return _as_type_of(o, out_type), state
 
 
@@ -190,7 +193,7 @@ def softmax_attention_step(
     scale: float = 1.0,
     softcap: float = 0.0,
 ) -> tuple[Any, Any, Any]:
-    """com.microsoft.GroupQueryAttention with a growing cache; padding enters as an additive bias.
+    """com.microsoft.GroupQueryAttention with a growing or a shared cache; padding enters as an additive bias.
 
     Left padding can't be said through ``seqlens_k`` (that is right padding), hence the bias. ``query_seqlens`` is given
     because without it the kernel refuses a chunk of several tokens after a past in a batch.
@@ -200,6 +203,10 @@ def softmax_attention_step(
     if kind not in ("causal", "sliding"):
         raise LincompileError(f"a stateful softmax attention is causal or sliding, got '{kind}'")
     total = op.Add(op.Shape(k_cache, start=2, end=3), op.Shape(q, start=2, end=3))
+    if key_padding is not None:
+        # A cache may be a shared buffer, longer than what it holds (then the mask counts), or trimmed to a sliding
+        # window (then the cache does).
+        total = op.Min(total, op.Shape(key_padding, start=1, end=2))
     if size != value_size or size % _GQA_HEAD_MULTIPLE:
         return _plain_attention_step(q, k, v, k_cache, v_cache, key_padding, kind, window, scale, softcap, total)
     batch, time = op.Shape(q, start=0, end=1), op.Shape(q, start=2, end=3)
@@ -337,6 +344,14 @@ def int8_linear(
 ) -> Any:
     """A placeholder node, as for :func:`int6_linear`."""
     return Int8Linear(x, weight, weight_scale, bias, group_size=group_size, activation=activation)
+
+
+def softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    """One node; torch's switch to the identity above ``threshold`` changes nothing that float32 can hold at 20."""
+    if beta == 1.0:
+        return op.Softplus(x)
+    factor = op.Constant(value_float=float(beta))
+    return op.Div(op.Softplus(op.Mul(x, factor)), factor)
 
 
 def log_sigmoid(x: Any) -> Any:

@@ -20,7 +20,7 @@ _CHUNKS = (5, 1, 3)
 
 
 def verify(step: StepProgram, file: Path, quantized: bool) -> dict[str, Any]:
-    """Compare logits and states over a padded batch in three chunks (prefill, one token, continuation).
+    """Compare logits over a padded batch in three chunks (prefill, one token, continuation); an encoder's at once.
 
     Returns:
         ``max_error`` and ``rms_error`` of the logits, relative to the largest logit.
@@ -41,8 +41,9 @@ def verify(step: StepProgram, file: Path, quantized: bool) -> dict[str, Any]:
     expected, actual = [], []
     torch_states, onnx_states = step.initial_states(2), session.initial_states(2)
     start = 0
+    chunks = _CHUNKS if step.causal else (length,)
     with torch.no_grad():
-        for size in _CHUNKS:
+        for size in chunks:
             part = slice(start, min(start + size, length))
             if part.start < part.stop:
                 inputs = tokens[:, part], positions[:, part], mask[:, part]

@@ -126,6 +126,23 @@ def test_a_padded_batch_equals_single_runs(exported: Callable[[str], Exported], 
         assert float(difference.median() if name == "int6" else difference.max()) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["hybrid", "delta-a6"])
+def test_padding_on_the_right_of_a_chunk(exported: Callable[[str], Exported], name: str) -> None:
+    """As onnxruntime-genai pads a batch: the next token must see each row's last real tokens, not the padding."""
+    session = exported(name).session
+    tokens = torch.randint(3, zoo.VOCAB, (2, 9), generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    positions = torch.arange(5) * mask
+    _, states = session(tokens[:, :5], positions, mask, session.initial_states(2))
+    after = torch.tensor([[5, 6, 7, 8], [2, 3, 4, 5]])
+    together, _ = session(tokens[:, 5:], after, torch.ones(2, 4, dtype=torch.bool), states)
+    for row, length in enumerate((5, 2)):
+        kept = torch.cat([tokens[row, :length], tokens[row, 5:]])[None]
+        every = torch.arange(length + 4)[None]
+        alone, _ = session(kept, every, torch.ones_like(kept, dtype=torch.bool), session.initial_states(1))
+        torch.testing.assert_close(together[row], alone[0, length:], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_tokens_equal_torch(exported: Callable[[str], Exported], name: str) -> None:
     case = exported(name)
@@ -291,3 +308,12 @@ def test_importing_the_exporter_is_cheap() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", ["hybrid", "int6"])
+def test_the_loop_in_the_documentation(exported: Callable[[str], Exported], name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "onnx.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    case = exported(name)
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=case.folder)
+    assert json.loads(shown.stdout) == generate(case.session, [[5, 6, 7, 8, 9]], 24).tokens[0]
