@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--every", type=int, default=1, help="measure every n-th group alone for the correlation")
     parser.add_argument("--methods", default="rtn", help="comma-separated weight methods")
+    parser.add_argument("--plans", default="", help="comma-separated names of the plans to run (default: all)")
     arguments = parser.parse_args()
 
     from transformers import AutoTokenizer
@@ -129,7 +130,12 @@ def main() -> None:
     for method in arguments.methods.split(","):
         if method != "rtn":
             plans |= {f"{name} {method}": Quantize(name, method=method, calibration=data) for name in ("w6a8", "int6")}
+    wanted = [name for name in arguments.plans.split(",") if name]
+    if unknown := set(wanted) - set(plans):
+        parser.error(f"no plan called {', '.join(sorted(unknown))}; the plans are {', '.join(plans)}")
     for name, item in plans.items():
+        if wanted and name not in wanted:
+            continue
         record: dict[str, Any] = {}
         try:
             quantized = program.clone()

@@ -24,10 +24,18 @@ _HOMES = {
     "Quantize": "passes.quantize",
     "SequenceParallel": "passes.shard",
     "quantize_": "passes.quantize_module",
+    "W6A6": "passes.quantize_module",
+    "W6A8": "passes.quantize_module",
+    "W6A16": "passes.quantize_module",
+    "W8A8": "passes.quantize_module",
     "make_stateful": "passes.stateful",
     "LincompileError": "passes.errors",
 }
 __all__ = [
+    "W6A6",
+    "W6A8",
+    "W6A16",
+    "W8A8",
     "AttentionSite",
     "Canonicalize",
     "Compiled",
@@ -65,6 +73,10 @@ if TYPE_CHECKING:
     from .passes.program import AttentionSite as AttentionSite
     from .passes.program import Program as Program
     from .passes.quantize import Quantize as Quantize
+    from .passes.quantize_module import W6A6 as W6A6
+    from .passes.quantize_module import W6A8 as W6A8
+    from .passes.quantize_module import W6A16 as W6A16
+    from .passes.quantize_module import W8A8 as W8A8
     from .passes.quantize_module import quantize_ as quantize_
     from .passes.shard import SequenceParallel as SequenceParallel
     from .passes.stateful import make_stateful as make_stateful

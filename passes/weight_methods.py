@@ -94,8 +94,9 @@ class WeightRounder:
         with frozen(self._program), torch.no_grad():
             for batch in self._calibration:
                 run(self._program, batch, layers, on_linear)
-        return [
-            total / max(count, 1) if total is not None else torch.eye(group[0].in_features)
+        device = layers[0].matrix(self._program.graph_module).device
+        return [  # inputs that no batch reached leave nothing to weigh by
+            total / max(count, 1) if total is not None else torch.eye(group[0].in_features, device=device)
             for total, count, group in zip(sums, counts, chunk, strict=True)
         ]
 

@@ -19,7 +19,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "docs/getting_started.md", "docs/cli.md"]
 # Pages whose code a test of their own runs.
-ELSEWHERE = {"docs/onnx.md": "tests/lowering/test_onnx_export.py"}
+ELSEWHERE = {
+    "docs/onnx.md": "tests/lowering/test_onnx_export.py",
+    "docs/quantization.md": "tests/passes/test_quantize_docs.py",
+}
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
