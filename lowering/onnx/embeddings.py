@@ -52,8 +52,6 @@ def lower_embeddings(model: ir.Model, tokens: ir.Value, report: QuantizedReport)
     parts = []
     for plane, bits, factor, zero in zip(planes, (4, 2), (four, scales), (8, 0), strict=True):
         parts.append((bits, plane, factor, zero_points(emit, rows, blocks, bits, zero)))
-    for node in lookups:
-        _replace_lookup(graph, node, parts)
     heads = _heads_of(graph, table)
     if heads:
         missing = blocks * GROUP_SIZE - columns
@@ -64,6 +62,8 @@ def lower_embeddings(model: ir.Model, tokens: ir.Value, report: QuantizedReport)
         matrix = Matrix(rows, columns, tuple(products))
         for head in heads:
             _replace_head(graph, head, matrix)
+    for node in lookups:
+        _replace_lookup(graph, node, parts)
     report.linears += len(heads)
     report.weights += rows * columns
     if heads:

@@ -159,3 +159,67 @@ def test_refusals_say_what_and_where() -> None:
         lower_quantized(model)
     with pytest.raises(LincompileError, match="unknown int6 layout 'int5'"):
         lower_quantized(placeholder_model(weights(8, 128, 6), 128, 8, "a8"), "int5")
+
+
+def embedding_model(table: Tensor) -> ir.Model:
+    """ids [B, T] → the table's rows, and their products with the table (a tied head)."""
+    ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["B", "T"]))
+    stored = ir.Value(name="embed.weight", const_value=ir.tensor(table.numpy(), name="embed.weight"))
+    stored.shape, stored.type = ir.Shape(table.shape), ir.TensorType(ir.DataType.FLOAT)
+    gather = ir.node("Gather", [stored, ids], {"axis": 0})
+    turn = ir.node("Transpose", [stored], {"perm": [1, 0]})
+    product = ir.node("MatMul", [gather.outputs[0], turn.outputs[0]])
+    for node, name, width in ((gather, "rows", table.shape[1]), (product, "logits", table.shape[0])):
+        node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(ir.DataType.FLOAT)
+        node.outputs[0].shape = ir.Shape(["B", "T", width])
+    outputs = [gather.outputs[0], product.outputs[0]]
+    graph = ir.Graph(
+        [ids], outputs, nodes=[gather, turn, product], initializers=[stored], opset_imports={"": 21}, name="g"
+    )
+    return ir.Model(graph, ir_version=10)
+
+
+def test_embeddings_in_six_bits() -> None:
+    """The look-up reads the rounded table, the tied head multiplies with it; the planes are stored once."""
+    import onnx_ir.passes.common as common
+    from onnx.reference import ReferenceEvaluator
+
+    from lincompile.kernels.int6_linear.codes import dequantize
+    from lincompile.lowering.onnx.embeddings import lower_embeddings
+    from lincompile.lowering.onnx.quantized import QuantizedReport
+
+    torch.manual_seed(0)
+    table = torch.randn(50, 200)
+    model, report = embedding_model(table), QuantizedReport()
+    lower_embeddings(model, model.graph.inputs[0], report)
+    common.RemoveUnusedNodesPass()(model)
+    assert attach_bodies(model) == []
+    common.NameFixPass()(model)
+    proto = ir.serde.serialize_model(model)
+    onnx.checker.check_model(proto)
+    assert (report.linears, report.weights) == (1, 50 * 200)
+    stored = sum(len(item.raw_data) for item in proto.graph.initializer)
+    assert stored < 50 * 200 * 0.8 + 400  # the float table is gone
+
+    codes, scale = quantize_weight(table)
+    ids = torch.tensor([[3, 49, 0], [7, 7, 12]])
+    rows = dequantize(codes, scale)[ids]
+    logits = ops.int6_linear(rows, *pack(codes), scale, None, 128, "a8")
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for read, product in (
+        session.run(None, {"ids": ids.numpy()}),
+        ReferenceEvaluator(proto).run(None, {"ids": ids.numpy()}),
+    ):
+        np.testing.assert_allclose(read, rows.numpy(), atol=1e-6)
+        np.testing.assert_allclose(product, logits.numpy(), atol=1e-4)
+
+
+def test_an_embedding_that_six_bits_cannot_hold_is_refused() -> None:
+    from lincompile.lowering.onnx.embeddings import lower_embeddings
+    from lincompile.lowering.onnx.quantized import QuantizedReport
+
+    table = torch.randn(50, 200)
+    table[4, 4] = float("nan")
+    model = embedding_model(table)
+    with pytest.raises(LincompileError, match=r"'embed.weight' can't be quantized: .*NaN.*row 4"):
+        lower_embeddings(model, model.graph.inputs[0], QuantizedReport())
