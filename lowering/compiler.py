@@ -166,7 +166,11 @@ class Compiled:
             if self.options.target == "onnx":
                 from .onnx.export import export_onnx
 
-                export_onnx(self.step, folder / "onnx")
+                ends = list(self.loaded.eos_token_ids)
+                report = export_onnx(
+                    self.step, folder / "onnx", special_tokens={"eos_token_id": ends} if ends else None
+                )
+                self.notes += report.notes
             if extra:
                 extra(folder)
 
