@@ -324,10 +324,14 @@ def _vocabulary(model: ir.Model) -> int:
 
 
 def _float_weights(model: ir.Model) -> list[ir.Value]:
+    """Stored weights that aren't quantized (single numbers and the scales of quantized ones left out)."""
     return [
-        v
-        for v in model.graph.initializers.values()
-        if v.dtype is not None and v.dtype.is_floating_point() and _elements(v) > 1
+        value
+        for name, value in model.graph.initializers.items()
+        if value.dtype is not None
+        and value.dtype.is_floating_point()
+        and _elements(value) > 1
+        and "onnx_scale" not in name
     ]
 
 
