@@ -144,7 +144,8 @@ def expression(dim: int | torch.SymInt) -> sympy.Expr:
 
 def same_dim(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Whether two sizes are equal as expressions (no guard is added, unlike ``a == b``)."""
-    return bool(sympy.simplify(expression(a) - expression(b)) == 0)
+    difference = expression(a) - expression(b)
+    return bool(difference == 0 if difference.is_Integer or difference.is_Symbol else sympy.simplify(difference) == 0)
 
 
 def module_path(node: Node) -> str:

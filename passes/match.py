@@ -67,6 +67,7 @@ ELEMENTWISE = frozenset(
         aten.minimum.default,
         aten.clamp.default,
         aten.clamp_min.default,
+        aten.neg.default,
         aten.tanh.default,
         aten.relu.default,
         aten.sigmoid.default,

@@ -104,8 +104,15 @@ def read(module: GraphModule, roots: Iterable[Node], raw: Iterable[Node], roles:
         Unstable: something in it can't be proved at any set of lengths.
     """
     reader = _Reader(module, set(raw), roles)
-    for root in roots:
-        form = reader.visit(root)
+    try:
+        forms = {root: reader.visit(root) for root in roots}
+    except Unstable as error:
+        if reader.learned and error.kind == "unprovable":
+            raise reader.learned_bias() from error
+        raise
+    if reader.learned:
+        raise reader.learned_bias()
+    for root, form in forms.items():
         if form.affine:
             form = Form(irregular=f"'{root.name}'")
         reader.reading.lines |= form.lines
@@ -242,6 +249,7 @@ class _Reader:
     def __init__(self, module: GraphModule, raw: set[Node], roles: Mapping[str, str]) -> None:
         self.module, self.raw, self.roles = module, raw, roles
         self.reading = Reading()
+        self.learned = ""
         self.forms: dict[Node, Form] = {}
 
     def visit(self, root: Node) -> Form:
@@ -257,6 +265,9 @@ class _Reader:
                 form = Form(from_scores=True) if node in self.raw else self.form(node)
                 self.forms[node] = form
         return self.forms[root]
+
+    def learned_bias(self) -> Unstable:
+        return Unstable("learned", f"the parameter '{self.learned}' changes the scores (a learned bias or scale)")
 
     def of(self, item: Any) -> Form:
         """The form of an argument: a node, or a number."""
@@ -333,7 +344,7 @@ class _Reader:
         reading_mask = (
             target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and self.of(node.args[1]).from_scores
         )
-        scored = [item for item in value_inputs(node) if self.forms[item].from_scores]
+        scored = [item for item in _operands(node) if isinstance(item, Node) and self.of(item).from_scores]
         allowed = target in ELEMENTWISE_OF_SCORES or target in CASTS or target in SAME or target in LAYOUTS
         if (
             not allowed
@@ -354,7 +365,8 @@ class _Reader:
         if not isinstance(value, Tensor):
             return Form()
         if isinstance(value, torch.nn.Parameter):
-            raise Unstable("learned", f"the parameter '{node.target}' changes the scores (a learned bias or scale)")
+            self.learned = self.learned or str(node.target)
+            return Form(irregular=f"the parameter '{node.target}'")
         if any(is_mutation(user) for user in node.users):
             raise Unstable("data-dependent", f"the mask reads '{node.target}', which the model changes as it runs")
         if value.is_meta:
@@ -384,8 +396,9 @@ class _Reader:
             raise Unstable(
                 "length-dependent", f"'{node.name}' counts from a number that depends on the sequence length"
             )
-        if same_dim(tensor_of(node).shape[0], 1):
-            return Form(offsets=(float(start),))
+        length = expression(tensor_of(node).shape[0])
+        if length.is_Integer and int(length) <= MAX_VALUES:  # an index over heads: a few known numbers
+            return Form(offsets=tuple(sorted(float(start + step * i) for i in range(int(length)))))
         form = Form(slopes=((-1, step),), offsets=(float(start),))
         self.reading.sources[node] = form
         return self.exact(node, form)
