@@ -57,7 +57,7 @@ def linear_attention(
     """Linear attention with optional decay; returns ``o [B, H, T, Dv]`` (v's dtype), final state (float32/64)."""
     _check_linear(q, k, v, log_decay, initial_state, causal, normalize)
     kernels = backend("linear_attention", q)
-    if kernels is not None and kernels.supports(q, k, v, log_decay, causal):
+    if kernels is not None and kernels.supports(q, k, v, log_decay, initial_state, causal):
         o, state = kernels.chunkwise(q, k, v, log_decay, initial_state, scale, causal, normalize)
         return o, state
     return reference.chunkwise(q, k, v, log_decay, initial_state, scale, causal, normalize)
@@ -101,7 +101,7 @@ def linear_attention_backward(
     """Gradients of ``linear_attention`` for its five tensors (empty where absent); ``o`` when it was normalised."""
     inputs = (q, k, v, log_decay, initial_state, scale, causal, normalize)
     kernels = backend("linear_attention", q)
-    if kernels is not None and kernels.supports(q, k, v, log_decay, causal):
+    if kernels is not None and kernels.supports(q, k, v, log_decay, initial_state, causal):
         grads = kernels.chunkwise_backward(grad_o, grad_state, o, *inputs)
     else:
         grads = reference.chunkwise_backward(grad_o, grad_state, *inputs)

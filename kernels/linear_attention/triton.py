@@ -4,23 +4,48 @@ One configuration per head size, chosen by rule, no autotuning. bfloat16 inputs 
 float32 accumulation and state; other float inputs run in float32. Which of the two ways to spread decays is used
 (see ``triton_blocks.py``) is decided on the device, per problem, without a synchronisation.
 
-Heads wider than one block are cut: outputs are sums over blocks of keys, and columns over blocks of values.
+The chunk kernels run on heads exactly one block wide. Other heads are cut (outputs are sums over blocks of keys, and
+columns over blocks of values) and padded with zeros. Blocks are never narrower than 64 columns: there, Triton 3.6
+generates wrong code for Hopper's matrix unit (seen in dv with 32 value columns).
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from .triton_blocks import INTERPRETED
 from .triton_launch import Grads, backward, forward
 
 NORMALIZER_EPS = 1e-10
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, causal: bool) -> bool:
-    """Whether these kernels can serve a call: causal, no float64, at least one token."""
-    wide = any(x is not None and x.dtype == torch.float64 for x in (q, k, v, log_decay))
-    return causal and not wide and k.shape[2] > 0 and min(k.shape[3], v.shape[3]) > 0
+# Per block of threads. The largest kernel (float32 gradients) takes 194 KiB: Hopper has 227, A100 163.
+SHARED_MEMORY = 200 * 1024
+
+
+@functools.cache
+def _roomy(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return bool(INTERPRETED.value)
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0)) >= SHARED_MEMORY
+
+
+def supports(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, causal: bool
+) -> bool:
+    """Whether these kernels serve a call: causal, at least one token, no float64, a chip with enough shared memory.
+
+    The reference serves the others, on the same device.
+    """
+    wide = any(x is not None and x.dtype == torch.float64 for x in (q, k, v, log_decay, initial_state))
+    return causal and not wide and k.shape[2] > 0 and min(k.shape[3], v.shape[3]) > 0 and _roomy(q.device)
 
 
 def chunkwise(
@@ -34,8 +59,8 @@ def chunkwise(
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
     """Forward; see ``reference.chunkwise`` for shapes."""
-    assert supports(q, k, v, log_decay, causal)
-    if max(k.shape[3], v.shape[3]) <= _limit(q, k, v):
+    assert supports(q, k, v, log_decay, initial_state, causal)
+    if k.shape[2] == 1 or _fits(q, k, v):
         return forward(q, k, v, log_decay, initial_state, scale, normalize, v.dtype)
     out, state = _wide_forward(q, k, _augment(v, normalize), log_decay, initial_state, scale)
     if normalize:
@@ -57,8 +82,8 @@ def chunkwise_backward(
     normalize: bool,
 ) -> Grads:
     """Gradients for q, k, v, log_decay, initial_state; states are recomputed from the inputs."""
-    assert supports(q, k, v, log_decay, causal)
-    if max(k.shape[3], v.shape[3]) <= _limit(q, k, v):
+    assert supports(q, k, v, log_decay, initial_state, causal)
+    if _fits(q, k, v):
         return backward(grad_o, grad_state, o, q, k, v, log_decay, initial_state, scale, normalize, None)
     values = _augment(v, normalize)
     grad = grad_o
@@ -78,23 +103,63 @@ def chunkwise_backward(
     )
 
 
-def _limit(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """Widest block: float32 tiles take twice the shared memory."""
-    return 128 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else 64
+def _widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Block widths that these dtypes run at: float32 tiles take twice the shared memory."""
+    if INTERPRETED.value:
+        return (16, 32, 64)
+    return (64, 128) if q.dtype == k.dtype == v.dtype == torch.bfloat16 else (64,)
+
+
+def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    widths = _widths(q, k, v)
+    return k.shape[3] in widths and v.shape[3] in widths
+
+
+def _pad(x: Tensor, *sizes: int) -> Tensor:
+    """Zeros after the last axes, up to ``sizes`` (last axis first)."""
+    amounts = [amount for i, size in enumerate(sizes) for amount in (0, size - x.shape[-1 - i])]
+    return torch.nn.functional.pad(x, amounts) if any(amounts) else x
 
 
 def _augment(v: Tensor, normalize: bool) -> Tensor:
     return torch.nn.functional.pad(v, (0, 1), value=1.0) if normalize else v
 
 
-def _pieces(k: Tensor, v: Tensor, limit: int) -> list[tuple[slice, slice]]:
-    keys = [slice(i, min(i + limit, k.shape[3])) for i in range(0, k.shape[3], limit)]
-    values = [slice(i, min(i + limit, v.shape[3])) for i in range(0, v.shape[3], limit)]
-    return [(a, b) for a in keys for b in values]
+@dataclass(frozen=True)
+class _Piece:
+    """One block of keys against one block of values, padded to block widths."""
+
+    keys: slice
+    values: slice
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+    def cut_state(self, state: Tensor) -> Tensor:
+        """This piece's part of a padded state's leading block."""
+        return state[..., : self.keys.stop - self.keys.start, : self.values.stop - self.values.start]
 
 
-def _part(log_decay: Tensor | None, keys: slice) -> Tensor | None:
-    return log_decay if log_decay is None or log_decay.shape[-1] == 1 else log_decay[..., keys]
+def _pieces(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None
+) -> Iterator[tuple[_Piece, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    """Every piece, with functions that pad values and states to its widths."""
+    widths = _widths(q, k, v)
+    for i, j in itertools.product(range(0, k.shape[3], widths[-1]), range(0, v.shape[3], widths[-1])):
+        keys, values = slice(i, min(i + widths[-1], k.shape[3])), slice(j, min(j + widths[-1], v.shape[3]))
+        wide_k = next(width for width in widths if width >= keys.stop - i)
+        wide_v = next(width for width in widths if width >= values.stop - j)
+
+        def pad_value(x: Tensor, values: slice = values, width: int = wide_v) -> Tensor:
+            return _pad(x[..., values], width)
+
+        def pad_state(
+            x: Tensor, keys: slice = keys, values: slice = values, sizes: tuple[int, int] = (wide_v, wide_k)
+        ) -> Tensor:
+            return _pad(x[..., keys, values], *sizes)
+
+        gates = g if g is None or g.shape[-1] == 1 else _pad(g[..., keys], wide_k)
+        start = None if state is None else pad_state(state)
+        tensors = (_pad(q[..., keys], wide_k), _pad(k[..., keys], wide_k), pad_value(v), gates, start)
+        yield _Piece(keys, values, tensors), pad_value, pad_state
 
 
 def _wide_forward(
@@ -102,13 +167,10 @@ def _wide_forward(
 ) -> tuple[Tensor, Tensor]:
     out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=torch.float32, device=q.device)
     state = torch.empty((*k.shape[:2], k.shape[3], v.shape[3]), dtype=torch.float32, device=q.device)
-    for keys, values in _pieces(k, v, _limit(q, k, v)):
-        start = None if initial is None else initial[:, :, keys, values]
-        part, end = forward(
-            q[..., keys], k[..., keys], v[..., values], _part(g, keys), start, scale, False, torch.float32
-        )
-        out[..., values] += part
-        state[:, :, keys, values] = end
+    for piece, _, _ in _pieces(q, k, v, g, initial):
+        part, end = forward(*piece.tensors, scale, False, torch.float32)
+        out[..., piece.values] += part[..., : out[..., piece.values].shape[-1]]
+        state[:, :, piece.keys, piece.values] = piece.cut_state(end)
     return out, state
 
 
@@ -125,21 +187,18 @@ def _wide_backward(
     def zeros(x: Tensor) -> Tensor:
         return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
 
+    def add(total: Tensor, part: Tensor) -> None:
+        total += part[..., : total.shape[-1]]
+
     d_q, d_k, d_v = zeros(q), zeros(k), zeros(v)
     d_g, d_initial = None if g is None else zeros(g), None if initial is None else zeros(initial)
-    for keys, values in _pieces(k, v, _limit(q, k, v)):
-        start = None if initial is None else initial[:, :, keys, values]
-        pieces = q[..., keys], k[..., keys], v[..., values], _part(g, keys), start
-        part = grad[..., values]
-        end = grad_state[:, :, keys, values]
-        e_q, e_k, e_v, e_g, e_initial = backward(part, end, None, *pieces, scale, False, torch.float32)
-        d_q[..., keys] += e_q
-        d_k[..., keys] += e_k
-        d_v[..., values] += e_v
-        if d_g is not None and e_g is not None:
-            target = _part(d_g, keys)
-            assert target is not None
-            target += e_g
-        if d_initial is not None and e_initial is not None:
-            d_initial[:, :, keys, values] = e_initial
+    for piece, pad_value, pad_state in _pieces(q, k, v, g, initial):
+        parts = backward(pad_value(grad), pad_state(grad_state), None, *piece.tensors, scale, False, torch.float32)
+        add(d_q[..., piece.keys], parts[0])
+        add(d_k[..., piece.keys], parts[1])
+        add(d_v[..., piece.values], parts[2])
+        if d_g is not None and parts[3] is not None:
+            add(d_g if d_g.shape[-1] == 1 else d_g[..., piece.keys], parts[3])
+        if d_initial is not None and parts[4] is not None:
+            d_initial[:, :, piece.keys, piece.values] = piece.cut_state(parts[4])
     return d_q, d_k, d_v, d_g, d_initial

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """Backward kernels: the normaliser's gradient rows, and one kernel per chunk for q, k, v and log_decay together.
 
 The state before each chunk and the gradient of the state after it come from ``triton_forward.states``, run forwards
@@ -233,7 +234,7 @@ def key_gradients(
         if WIDE:
             d_k += d_plain
         i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-        d_g = mix((j >= i).to(tl.float32), moved) + crossing[None, :]
+        d_g = mix((j >= i).to(tl.float32), moved, PRECISION != "ieee") + crossing[None, :]
         if PER_KEY:
             store_rows(dg + problem * T * D + column, D, first, T, width, d_g, BT, SLICE)
         else:

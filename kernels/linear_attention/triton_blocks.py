@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """Building blocks of the linear-attention kernels: tiles, running decays, scores.
 
 A chunk's log-decays ``g [BT, BK]`` become running sums through one matrix product with a 0/±1 matrix, which is exact
@@ -55,8 +56,8 @@ def load_decay(base, stride, first, length, width, PER_KEY: tl.constexpr, BT: tl
 
 
 @triton.jit
-def mix(weights, g):
-    """``weights @ g`` in float32 for 0/±1 weights, to float32's precision whatever g's dtype."""
+def mix(weights, g, EXACT: tl.constexpr):
+    """``weights @ g`` for 0/±1 weights, summed in float32; g is cut into bfloat16 parts: 16 bits of it, 24 if EXACT."""
     if INTERPRETED:
         return tl.dot(weights, g.to(tl.float32))
     w = weights.to(tl.bfloat16)
@@ -66,8 +67,10 @@ def mix(weights, g):
     high = x.to(tl.bfloat16)
     x = x - high.to(tl.float32)
     middle = x.to(tl.bfloat16)
-    low = (x - middle.to(tl.float32)).to(tl.bfloat16)
-    return tl.dot(w, low, acc=tl.dot(w, middle, acc=tl.dot(w, high)))
+    total = tl.dot(w, middle, acc=tl.dot(w, high))
+    if EXACT:
+        total = tl.dot(w, (x - middle.to(tl.float32)).to(tl.bfloat16), acc=total)
+    return total
 
 
 @triton.jit
@@ -80,21 +83,21 @@ def bounded(g):
 def from_middle(g, BT: tl.constexpr):
     """Δ_i: the log-decay from the chunk's middle to row i (positive before the middle)."""
     i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    return mix((j <= i).to(tl.float32) - (j < BT // 2).to(tl.float32), g) * LOG2E
+    return mix((j <= i).to(tl.float32) - (j < BT // 2).to(tl.float32), g, True) * LOG2E
 
 
 @triton.jit
 def from_start(g, BT: tl.constexpr):
     """Log-decay from before the chunk to row i, row i's own included."""
     i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    return mix((j <= i).to(tl.float32), g) * LOG2E
+    return mix((j <= i).to(tl.float32), g, True) * LOG2E
 
 
 @triton.jit
 def to_end(g, BT: tl.constexpr):
     """Log-decay from row i (its own excluded) to the chunk's end."""
     i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    return mix((j > i).to(tl.float32), g) * LOG2E
+    return mix((j > i).to(tl.float32), g, True) * LOG2E
 
 
 @triton.jit
@@ -107,7 +110,7 @@ def halving(g, shift, BT: tl.constexpr):
     middle = ((i >> shift) << shift) + (1 << (shift - 1))
     late = i >= middle
     inside = (late & (j <= i) & (j >= middle)) | ((i < middle) & (j > i) & (j < middle))
-    return tl.exp2(mix(inside.to(tl.float32), g) * LOG2E), late
+    return tl.exp2(mix(inside.to(tl.float32), g, True) * LOG2E), late
 
 
 @triton.jit

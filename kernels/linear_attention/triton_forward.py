@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """Forward kernels: chunk decays, segment states, their scan, the fused output, the normaliser, one decode step.
 
 The sequence is cut into segments so that a few long sequences still fill the chip. With one segment a single fused

@@ -93,6 +93,8 @@ class Plan:
         """Warps and pipelining depth, by kernel and size."""
         large = self.blocks[0] * self.blocks[1] > 64 * 64
         deep = self.group == 1 and self.precision == "ieee"
+        if kernel == "keys":
+            return {"num_warps": 4}
         return {"num_warps": 8 if large and kernel == "states" else 4, "STAGES": 2 if deep else 1}
 
     def decays(self) -> Decays:
@@ -105,7 +107,7 @@ class Plan:
         halves = torch.empty((2, *shape), dtype=torch.float32, device=g.device)
         chunk_decays[(self.chunks, self.problems)](
             g, halves[0], halves[1], wide, *_strides(g), length, width, k.shape[1], self.chunks, LIMIT,
-            PER_KEY=g.shape[-1] > 1, BT=CHUNK, BK=self.blocks[0], num_warps=4,
+            PER_KEY=g.shape[-1] > 1, BT=CHUNK, BK=self.blocks[0], num_warps=1,
         )  # fmt: skip
         return halves[0], halves[1], wide, (False, True)
 
@@ -116,7 +118,8 @@ class Plan:
 
 
 def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    """Block width: see ``triton.py`` for why none is narrower than 64."""
+    return max(16 if INTERPRETED.value else 64, 1 << (size - 1).bit_length())
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:
@@ -159,11 +162,10 @@ def _run_states(
         options["GROUP"] = 1
     chunk_states = chunk_sums = None
     if store:
-        shape = (plan.problems, plan.chunks, block_v, block_k)
-        chunk_states = torch.empty(shape, dtype=q.dtype, device=q.device)
+        slots = (plan.problems, plan.chunks)
+        chunk_states = torch.empty((*slots, block_v, block_k), dtype=q.dtype, device=q.device)
         if plan.normalize:
-            shape = (plan.problems, plan.chunks, block_k)
-            chunk_sums = torch.empty(shape, dtype=torch.float32, device=q.device)
+            chunk_sums = torch.empty((*slots, block_k), dtype=torch.float32, device=q.device)
 
     def launch(start: Tensor | None, keep: bool, total: Tensor | None) -> None:
         for variant in variants:
@@ -299,7 +301,7 @@ def backward(
             q, k, v, g, grad, weight, wide, chunk_states, chunk_sums, state_slopes, sum_slopes, d_q, d_k, slice_g,
             *_strides(q), *_strides(k), *_strides(v), *_strides(g), *_strides(grad),
             first, second, length, scale, width, columns, k.shape[1], plan.chunks,
-            WIDE=variant, num_warps=4, **options,
+            WIDE=variant, **plan.tuning("keys"), **options,
         )  # fmt: skip
     if d_g is not None and slice_g is not None and slice_g is not d_g:
         d_g.copy_(slice_g.sum(0))

@@ -26,18 +26,27 @@ needs_kernels = pytest.mark.skipif(
 # decay, normalise, initial state, T, D, Dv
 CASES = [
     ("none", False, False, 70, 16, 16),
-    ("none", True, True, 600, 16, 16),
-    ("key", False, True, 130, 16, 20),
-    ("key", True, True, 520, 16, 16),
+    ("none", True, True, 140, 16, 16),
+    ("key", False, True, 70, 16, 20),
+    ("key", True, True, 200, 16, 16),
     ("key", False, True, 3, 16, 16),
     ("key", True, True, 1, 16, 40),
     ("key", False, False, 1, 16, 16),
     ("head", True, False, 64, 24, 16),
     ("key strong", True, True, 130, 16, 16),
-    ("head strong", False, True, 70, 80, 16),
-    ("key -inf", False, True, 600, 16, 16),
-    ("key", True, True, 70, 80, 70),
+    ("head strong", False, True, 70, 24, 16),
+    ("key -inf", False, True, 140, 16, 16),
+    ("key", True, True, 33, 80, 70),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut short sequences into segments too."""
+    if INTERPRETED or torch.cuda.is_available():
+        from lincompile.kernels.linear_attention import triton_launch
+
+        monkeypatch.setattr(triton_launch, "MIN_SEGMENT_CHUNKS", 1)
 
 
 def make(decay: str, normalize: bool, state: bool, length: int, head_dim: int, value_dim: int) -> list[Tensor | None]:
@@ -99,12 +108,13 @@ def test_the_future_does_not_leak(decay: str) -> None:
 def test_what_is_left_to_the_reference() -> None:
     from lincompile.kernels.linear_attention import triton as kernels
 
-    q, k, v, g, _ = make("key", False, False, 5, 16, 16)
-    assert q is not None and k is not None and v is not None and g is not None
-    assert kernels.supports(q, k, v, g, True)
-    assert not kernels.supports(q, k, v, None, False)
-    assert not kernels.supports(q.double(), k, v, g, True)
-    assert not kernels.supports(q[:, :, :0], k[:, :, :0], v[:, :, :0], g[:, :, :0], True)
+    q, k, v, g, state = make("key", False, True, 5, 16, 16)
+    assert q is not None and k is not None and v is not None and g is not None and state is not None
+    assert kernels.supports(q, k, v, g, state, True)
+    assert not kernels.supports(q, k, v, None, state, False)
+    assert not kernels.supports(q.double(), k, v, g, None, True)
+    assert not kernels.supports(q, k, v, g, state.double(), True)
+    assert not kernels.supports(q[:, :, :0], k[:, :, :0], v[:, :, :0], g[:, :, :0], None, True)
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the cases run in this process")
