@@ -83,6 +83,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "hf":  # a module, which needs transformers
+        import importlib
+
+        return importlib.import_module(".hf", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'lincompile' has no attribute '{name}'")
     import importlib

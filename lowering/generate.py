@@ -105,6 +105,12 @@ class Session:
         self, tokens: Tensor, positions: Tensor, mask: Tensor, states: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """Runs one chunk; see :class:`StepSession`. The given states are not modified."""
+        return self.advance(tokens, positions, mask, states)
+
+    def advance(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, states: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """:meth:`step`, with gradients where they are enabled."""
         on = self.device
         logits, new = self.program(tokens.to(on), positions.to(on), mask.to(on), states)
         return logits, [self._trim(spec, state) for spec, state in zip(self.states, new, strict=True)]

@@ -1,0 +1,194 @@
+"""An artefact as a transformers model: ``generate`` with beams, sampling, streaming, batches padded on the left.
+
+The model is the step program itself, so what ships is what runs. transformers' loop hands the states through as its
+cache (``past_key_values``): passing them back in continues a conversation without reading it again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..passes.errors import ArtefactError, LincompileError
+from .generate import PREFILL_CHUNK
+from .package import Artefact, open_artefact
+
+try:
+    from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+except ImportError as error:
+    raise LincompileError("lincompile.hf needs transformers: pip install 'lincompile[hf]'") from error
+
+
+class LincompileConfig(PretrainedConfig):  # type: ignore[misc]
+    """What transformers wants to know: sizes and special tokens, from the manifest."""
+
+    model_type = "lincompile"
+
+    def __init__(self, vocab_size: int = 0, max_positions: int | None = None, **kwargs: Any) -> None:
+        self.vocab_size = vocab_size
+        self.max_position_embeddings = max_positions
+        super().__init__(**kwargs)
+
+
+class StateCache:
+    """The states of a batch, in the place of a KV cache.
+
+    Attributes:
+        states: one tensor per state of the step program, batch first.
+        lengths: int64 ``[B]``, real tokens read per row.
+        columns: tokens read per row with padding, which is what transformers counts.
+    """
+
+    is_compileable = False
+
+    def __init__(self, states: list[Tensor], lengths: Tensor, columns: int = 0) -> None:
+        self.states, self.lengths, self.columns = states, lengths, columns
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far, padding included."""
+        return self.columns
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows follow the beams that were chosen."""
+        self.states = [state.index_select(0, beam_idx.to(state.device)) for state in self.states]
+        self.lengths = self.lengths.index_select(0, beam_idx.to(self.lengths.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row ``repeats`` times, side by side."""
+        self.states = [state.repeat_interleave(repeats, 0) for state in self.states]
+        self.lengths = self.lengths.repeat_interleave(repeats, 0)
+
+
+class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A step program behind transformers' interface; made by :func:`from_pretrained`."""
+
+    config_class = LincompileConfig
+    main_input_name = "input_ids"
+    _is_stateful = True  # states can't be cropped, so no assisted decoding
+
+    def __init__(self, artefact: Artefact) -> None:
+        if not artefact.states:
+            raise LincompileError(f"{artefact.directory} runs whole sequences, without states: it can't generate")
+        eos = artefact.eos_ids
+        config = LincompileConfig(
+            vocab_size=artefact.manifest["vocab_size"],
+            max_positions=artefact.manifest["max_positions"],
+            eos_token_id=eos or None,
+        )
+        super().__init__(config)
+        self.artefact = artefact
+        self.session = artefact.session
+        self.program = artefact.step.graph_module
+        self.generation_config = GenerationConfig(eos_token_id=eos or None, pad_token_id=eos[0] if eos else 0)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the new tokens.
+
+        Args:
+            input_ids: int64 ``[B, T]``: the new tokens, or the whole sequence, of which the unread end is used.
+            attention_mask: ``[B, read + T]``, 0 = padding (on the left).
+            past_key_values: what an earlier call returned.
+            labels: int64 ``[B, T]``, −100 = not predicted; adds ``loss``.
+            logits_to_keep: compute only the last so many positions' logits (0 = all).
+
+        Returns:
+            ``logits`` float ``[B, T or logits_to_keep, V]``, ``past_key_values``, ``loss``.
+
+        Raises:
+            LincompileError: states of another batch size, or more tokens than the model has positions.
+        """
+        cache = past_key_values if past_key_values is not None else self._fresh(input_ids)
+        if cache.lengths.shape[0] != input_ids.shape[0]:
+            raise LincompileError(f"the states hold {cache.lengths.shape[0]} rows, the input has {input_ids.shape[0]}")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if attention_mask is not None and past_key_values is not None:
+            new = min(input_ids.shape[1], attention_mask.shape[1] - cache.columns)
+            input_ids, mask = input_ids[:, -new:], attention_mask[:, -new:]
+        mask = mask.bool()
+        positions = (cache.lengths[:, None] + mask.long().cumsum(-1) - 1).clamp(min=0)
+        lengths = cache.lengths + mask.sum(-1)
+        limit = self.session.max_positions
+        if limit is not None and int(lengths.max()) > limit:
+            raise LincompileError(f"{int(lengths.max())} tokens: the model accepts at most {limit} positions")
+        if self.session.uniform_positions and not bool((lengths == lengths[0]).all()):
+            raise LincompileError("this model counts positions itself: the rows of a batch must have equal lengths")
+        logits, states = self._read(input_ids, positions, mask, cache.states, logits_to_keep)
+        columns = cache.columns + input_ids.shape[1]
+        loss = None
+        if labels is not None:
+            flat = logits[:, :-1].float().flatten(0, 1)
+            loss = functional.cross_entropy(flat, labels[:, -logits.shape[1] :][:, 1:].flatten(), ignore_index=-100)
+        kept = None if use_cache is False else StateCache(states, lengths, columns)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept)
+
+    def _fresh(self, input_ids: Tensor) -> StateCache:
+        batch = input_ids.shape[0]
+        return StateCache(self.session.initial_states(batch), torch.zeros(batch, dtype=torch.int64, device=self.device))
+
+    def _read(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, states: list[Tensor], keep: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs the program: at once while training or when every logit is wanted, else in chunks."""
+        chunk = PREFILL_CHUNK if keep and not torch.is_grad_enabled() else tokens.shape[1]
+        parts: list[Tensor] = []
+        for start in range(0, tokens.shape[1], chunk):
+            part = slice(start, start + chunk)
+            logits, states = self.session.advance(tokens[:, part], positions[:, part], mask[:, part], states)
+            parts = [*parts, logits] if not keep else [*parts, logits][-(-(-keep // chunk) + 1) :]
+        whole = torch.cat(parts, 1)
+        return (whole[:, -keep:] if keep else whole), states
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Copies the artefact folder; ``from_pretrained`` opens the copy.
+
+        Raises:
+            ArtefactError: the folder exists and isn't empty.
+        """
+        target = Path(save_directory)
+        if target.exists() and any(target.iterdir()):
+            raise ArtefactError(f"{target} isn't empty: save to a new folder")
+        shutil.copytree(self.artefact.directory, target, dirs_exist_ok=True)
+
+
+def from_pretrained(
+    directory: str | Path, *, device: str | torch.device = "cpu", **unknown: Any
+) -> LincompileForCausalLM:
+    """Opens an artefact folder as a transformers model.
+
+    Args:
+        directory: what ``lincompile MODEL -o DIR`` wrote.
+        device: where the weights and states go.
+
+    Raises:
+        ArtefactError: not an artefact, or a damaged one.
+        LincompileError: an artefact that can't generate, or an option that doesn't exist.
+    """
+    _refuse(unknown)
+    model = LincompileForCausalLM(open_artefact(directory, device=device))
+    model.eval()
+    return model
+
+
+def _refuse(unknown: Mapping[str, Any]) -> None:
+    if unknown:
+        raise LincompileError(f"from_pretrained has no option '{next(iter(unknown))}'; it takes a folder and device=")
