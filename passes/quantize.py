@@ -118,7 +118,9 @@ class Quantize:
         free = [layer for layer in layers if layer.name not in fixed]
         if not free:
             return fixed, {"note": "every layer's scheme was given"}
-        options = PlanOptions(self.group_size, self.metric, self.activation_bits, self.tolerance, self.scores)
+        options = PlanOptions(
+            self.group_size, self.metric, self.method, self.activation_bits, self.tolerance, self.scores
+        )
         chosen, record = choose(program, free, spec, self.calibration, options, codes_of)
         if self.plan_file is not None:
             save_plan(self.plan_file, fixed | chosen)

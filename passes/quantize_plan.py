@@ -28,6 +28,7 @@ class PlanOptions:
 
     group_size: int
     metric: str
+    method: str
     activation_bits: float | None
     tolerance: float
     scores: str | None
@@ -62,6 +63,8 @@ def choose(
     scored = [SCHEMES[name] for name in names if name != "float"]
     scores = measure(
         program, layers, scored, calibration,
+        codes_of=codes_of,
+        method=options.method,
         metric=options.metric, group_size=options.group_size, path=options.scores,
     )  # fmt: skip
     groups = groups_of(layers)

@@ -88,9 +88,11 @@ def measure(
     group_size: int = 128,
     seed: int = 0,
     path: str | os.PathLike[str] | None = None,
+    codes_of: CodesOf | None = None,
+    method: str = "rtn",
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """Scores of every layer under every scheme, by round-to-nearest codes.
+    """Scores of every layer under every scheme.
 
     Args:
         program: a captured program whose ``layers`` (from ``find_linears``) are still in float.
@@ -99,6 +101,7 @@ def measure(
         metric: ``fisher`` or ``kl``.
         path: a JSON file: scores are saved there after every batch, and a file of the same model, schemes and batches
             is resumed.
+        codes_of: the weight codes to score (default: round to nearest, afresh each time), made by ``method``.
         progress: called with (batches done, batches) after every batch.
 
     Raises:
@@ -109,7 +112,9 @@ def measure(
         raise LincompileError(f"quantize: unknown sensitivity metric '{metric}'; the choices are {', '.join(METRICS)}")
     if not calibration:
         raise LincompileError("quantize: the calibration set is empty: give at least one batch of the model's inputs")
-    fingerprint = _fingerprint(program, layers, schemes, calibration, metric, group_size, seed)
+    options = repr((metric, method, group_size, seed, [scheme.name for scheme in schemes]))
+    fingerprint = _fingerprint(program, layers, calibration, options)
+    codes_of = codes_of or rtn_codes(program, group_size)
     scores = Scores(metric, fingerprint)
     if path is not None and Path(path).exists():
         scores = Scores.load(path)
@@ -121,7 +126,9 @@ def measure(
     step = _fisher_batch if metric == "fisher" else _kl_batch
     for index in range(scores.batches, len(calibration)):
         with frozen(program):
-            scores.tokens += step(program, layers, schemes, calibration[index], group_size, seed + index, scores)
+            scores.tokens += step(
+                program, layers, schemes, calibration[index], codes_of, group_size, seed + index, scores
+            )
         scores.batches = index + 1
         if path is not None:
             scores.save(path)
@@ -228,12 +235,12 @@ def _fisher_batch(
     layers: Sequence[LinearLayer],
     schemes: Sequence[Scheme],
     batch: Batch,
+    codes_of: CodesOf,
     group_size: int,
     seed: int,
     scores: Scores,
 ) -> int:
     roots: list[Tensor] = []
-    codes_of = rtn_codes(program, group_size)
     module = program.graph_module
 
     def replay(layer: LinearLayer, x: Tensor, grad: Tensor) -> None:
@@ -278,11 +285,11 @@ def _kl_batch(
     layers: Sequence[LinearLayer],
     schemes: Sequence[Scheme],
     batch: Batch,
+    codes_of: CodesOf,
     group_size: int,
     seed: int,
     scores: Scores,
 ) -> int:
-    codes_of = rtn_codes(program, group_size)
     with torch.no_grad():
         reference = run(program, batch, [], _float)
         for group in groups_of(layers):
@@ -327,16 +334,8 @@ def _real_tokens(program: Program, batch: Batch, output: Tensor) -> Tensor:
     return torch.ones(shape, dtype=torch.float64, device=output.device)
 
 
-def _fingerprint(
-    program: Program,
-    layers: Sequence[LinearLayer],
-    schemes: Sequence[Scheme],
-    calibration: Sequence[Batch],
-    metric: str,
-    group_size: int,
-    seed: int,
-) -> str:
-    digest = hashlib.sha256(repr((metric, group_size, seed, [s.name for s in schemes])).encode())
+def _fingerprint(program: Program, layers: Sequence[LinearLayer], calibration: Sequence[Batch], options: str) -> str:
+    digest = hashlib.sha256(options.encode())
     for layer in layers:
         sample = layer.matrix(program.graph_module).flatten()[:: max(1, layer.weights // 64)].float().cpu()
         digest.update(repr((layer.name, layer.out_features, layer.in_features)).encode() + sample.numpy().tobytes())

@@ -27,7 +27,10 @@ _HESSIAN_BYTES = 512 << 20
 
 
 class WeightRounder:
-    """Codes and scales of a layer by a method; computed once per layer and number of bits, kept as int8.
+    """Codes and scales of a layer by a method.
+
+    With calibration batches the codes are asked for again and again (scores, measured divergence, packing): they are
+    computed once per layer and number of bits and kept, one byte per weight.
 
     Inputs are collected on the float graph for a few layers at a time, so that their ``E[xxᵀ]`` never take more than
     half a gigabyte.
@@ -58,14 +61,17 @@ class WeightRounder:
     def __call__(self, layer: LinearLayer, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """int8 codes ``[N, K]`` and float16 scales ``[N, groups]``."""
         bits = scheme.weight_bits
+        if (layer.name, bits) in self._cache:
+            return self._cache[layer.name, bits]
         if self._method == "rtn":
-            return quantize_weight(layer.matrix(self._program.graph_module), self._group_size, bits=bits)
-        if (layer.name, bits) not in self._cache:
-            chunk = next(chunk for chunk in self._chunks if any(layer in group for group in chunk))
-            moments = self._collect(chunk)
-            for group, moment in zip(chunk, moments, strict=True):
-                for member in group:
-                    self._cache[member.name, bits] = self._round(member, moment, bits)
+            found = quantize_weight(layer.matrix(self._program.graph_module), self._group_size, bits=bits)
+            if self._calibration:
+                self._cache[layer.name, bits] = found
+            return found
+        chunk = next(chunk for chunk in self._chunks if any(layer in group for group in chunk))
+        for group, moment in zip(chunk, self._collect(chunk), strict=True):
+            for member in group:
+                self._cache[member.name, bits] = self._round(member, moment, bits)
         return self._cache[layer.name, bits]
 
     def _round(self, layer: LinearLayer, moment: Tensor, bits: int) -> tuple[Tensor, Tensor]:
