@@ -146,3 +146,14 @@ def test_importing_the_ops_needs_torch_only() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_compiles_as_one_graph_with_gradients() -> None:
+    module = AllOps()
+    inputs = [x.requires_grad_() if x.is_floating_point() else x for x in all_inputs(2, 6)]
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    leaves = [x for x in inputs if x.requires_grad]
+    have = torch.autograd.grad(sum(x.square().sum() for x in compiled(*inputs)), leaves)
+    want = torch.autograd.grad(sum(x.square().sum() for x in module(*inputs)), leaves)
+    for x, y in zip(have, want, strict=True):
+        torch.testing.assert_close(x, y)
