@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
-from ...kernels.int6_linear.codes import quantize_weight
+from ...kernels.int6_linear.codes import dequantize, quantize_weight
 from ...passes.errors import LincompileError
 from .quantized import Emitter, Matrix, QuantizedReport, matmul, plane_of_codes, zero_points
 from .schemas import CONTRIB_DOMAIN
@@ -18,8 +19,11 @@ from .schemas import CONTRIB_DOMAIN
 GROUP_SIZE = 128
 
 
-def lower_embeddings(model: ir.Model, tokens: ir.Value, report: QuantizedReport) -> None:
+def lower_embeddings(model: ir.Model, tokens: ir.Value, report: QuantizedReport) -> tuple[Tensor, Tensor]:
     """Quantize the table that ``tokens`` index, and the head where it is the same table, in place.
+
+    Returns:
+        The table (the module's own tensor where the graph still refers to it) and what it was rounded to.
 
     Raises:
         LincompileError: no look-up of a stored table by the tokens, a width that isn't a multiple of 4, or weights that
@@ -68,6 +72,8 @@ def lower_embeddings(model: ir.Model, tokens: ir.Value, report: QuantizedReport)
     report.weights += rows * columns
     if heads:
         report.activations["a8"] = report.activations.get("a8", 0) + len(heads)
+    own = getattr(table.const_value, "raw", None)
+    return own if isinstance(own, Tensor) else weight, dequantize(codes, scale)
 
 
 def _replace_lookup(graph: ir.Graph, node: ir.Node, parts: list[tuple[int, ir.Value, ir.Value, ir.Value]]) -> None:

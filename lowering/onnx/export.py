@@ -9,6 +9,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,6 +113,7 @@ def export_onnx(
     from .quantized import LAYOUTS, lower_quantized
     from .signature import Signature, bind_signature
     from .simplify import simplify
+    from .verify import holding
     from .verify import verify as compare
 
     if opset not in OPSETS:
@@ -123,8 +125,7 @@ def export_onnx(
     started = time.perf_counter()
     model = _translate(step, opset)
     quantized = lower_quantized(model, layout)
-    if embeddings == "int6":
-        lower_embeddings(model, model.graph.inputs[0], quantized)
+    rounded = lower_embeddings(model, model.graph.inputs[0], quantized) if embeddings == "int6" else None
     bound = bind_signature(model, step.states, dummy_conv=genai)
     signature = Signature(
         bound,
@@ -152,7 +153,8 @@ def export_onnx(
         if find_spec("onnxruntime") is None:
             notes.append("not run against the program: onnxruntime isn't installed")
             return
-        measured.update(compare(step, file, quantized.linears > 0))
+        with holding(*rounded) if rounded else nullcontext():
+            measured.update(compare(step, file, quantized.linears > 0))
 
     size = _save(model, destination, external_data, check)
     if genai and not obstacles:
@@ -218,7 +220,8 @@ def _inline_and_fold(model: ir.Model) -> None:
     from onnxscript import optimizer
 
     common.InlinePass()(model)
-    optimizer.fold_constants(model)
+    # A transposed weight stays a node (onnxruntime folds it when it loads): a tied table is then stored once.
+    optimizer.fold_constants(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
     common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ...passes.errors import LincompileError
 
@@ -17,6 +20,18 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-3
 QUANTIZED_TOLERANCE = 5e-2
 _CHUNKS = (5, 1, 3)
+
+
+@contextmanager
+def holding(tensor: Tensor, values: Tensor) -> Iterator[None]:
+    """``tensor`` holds ``values`` for a while: the program with its embedding rounded as the file's is."""
+    before = tensor.detach().clone()
+    with torch.no_grad():
+        tensor.copy_(values)
+        try:
+            yield
+        finally:
+            tensor.copy_(before)
 
 
 def verify(step: StepProgram, file: Path, quantized: bool) -> dict[str, Any]:

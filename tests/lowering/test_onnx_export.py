@@ -257,6 +257,19 @@ def test_strong_decay_and_external_data(tmp_path: Path) -> None:
         OnnxSession(tmp_path)
 
 
+def test_six_bit_embeddings_are_verified_against_the_rounded_program(tmp_path: Path) -> None:
+    step = tiny_step()
+    table = step.graph_module.embed.weight
+    before = table.clone()  # type: ignore[operator]
+    report = export_onnx(step, tmp_path, embeddings="int6", genai=False)
+    assert torch.equal(table, before)  # type: ignore[arg-type]  # the program itself is left alone
+    assert report.operators["com.microsoft.GatherBlockQuantized"] == 2
+    assert report.operators["com.microsoft.MatMulNBits"] == 2
+    assert report.verified["rms_error"] < 0.02
+    with pytest.raises(LincompileError, match="unknown embeddings 'int5'"):
+        export_onnx(step, tmp_path, embeddings="int5")
+
+
 def test_files_that_are_no_model(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="no ONNX model at"):
         OnnxSession(tmp_path)
