@@ -78,7 +78,7 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
     "--keep-softmax",
     metavar="N|auto:N|I,J,…",
     callback=keep_option,
-    help="Sites that stay softmax: a number of evenly spaced ones, or their indices.",
+    help="Sites that stay softmax: a number of evenly spaced ones, as many chosen by KL (auto:N), or their indices.",
 )
 @click.option("--rewrite-sliding", is_flag=True, help="Also rewrite sliding-window sites.")
 @click.option(
@@ -95,6 +95,11 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @click.option("--distil", metavar="FILE|hf:NAME", help="Text to distil on (.txt, .jsonl, .parquet, .npy of ids).")
 @click.option("--tokens", type=common.count, help="Distil on so many tokens, such as 20M.")
 @click.option("--time", "seconds", type=common.duration, help="Distil for so long, such as 10m.")
+@click.option(
+    "--train",
+    metavar="none|full|lora:R",
+    help="What learns the teacher's logits after attention transfer. [default: full on a GPU, none on a CPU]",
+)
 @click.option("--length", type=common.count, help="Tokens per training window.")
 @click.option("--batch", type=common.count, help="Training windows per step.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="File to save distillation to and resume from.")
@@ -137,10 +142,12 @@ def command(
     from ..lowering.package import check_output
     from .reporter import BarReporter
 
-    refuse_unbuilt(window=window, adapter=adapter, shard=shard)
+    refuse_unbuilt(window=window, shard=shard)
     if options["target"] == "triton" and device == "cpu":
         raise click.UsageError("--target triton needs --device cuda")
-    asked = Options(**options, time=seconds, device=device, dtype=dtype)
+    asked = Options(
+        **options, time=seconds, device=device, dtype=dtype, adapter=None if adapter is None else str(adapter)
+    )
     asked.check()
     common.check_device(device)
     if plan:
@@ -209,6 +216,12 @@ def print_summary(compiled: Compiled, folder: Path) -> None:
         out.print(
             f"distilled on {compiled.transfer.tokens:,} tokens in {compiled.transfer.seconds:.0f} s: "
             f"relative error per layer {before:.3f} → {after:.3f}"
+        )
+    logits = compiled.distilled.logits if compiled.distilled else None
+    if logits is not None:
+        out.print(
+            f"then on {logits.tokens:,} tokens in {logits.seconds:.0f} s: KL to the teacher "
+            f"{logits.before:.3f} → {logits.after:.3f} nats per token"
         )
     if compiled.step.states:
         out.print(f"state per sequence at 32,768 tokens: {human_bytes(compiled.step.state_bytes(1, 32768))}")

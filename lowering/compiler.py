@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time as clock
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ..passes.canonicalize import Canonicalize
 from ..passes.capture import capture, from_exported
-from ..passes.distil.data import TokenWindows
+from ..passes.distil.adapter import apply_adapter
 from ..passes.distil.instrument import model_inputs
-from ..passes.distil.transfer import Transfer, TransferReport, transfer
+from ..passes.distil.recipe import Distilled, Listener, Recipe, run_recipe
+from ..passes.distil.transfer import Transfer, TransferReport
 from ..passes.errors import LincompileError, RefusedError
 from ..passes.formats.load import load_model
 from ..passes.formats.loaded import LoadedModel, check_finite
@@ -62,6 +63,7 @@ class Options:
     length: int | None = None
     batch: int | None = None
     adapter: str | None = None
+    train: str | None = None
     target: str = "eager"
     device: str = "cpu"
     dtype: str = "float32"
@@ -72,14 +74,23 @@ class Options:
         if self.attn not in (*METHODS, "softmax"):
             method_class(self.attn)
         parse_plan(self.quant)
-        if self.keep_softmax is not None and parse_keep(self.keep_softmax)[2]:
-            raise RefusedError(
-                "--keep-softmax auto:N isn't built yet: name the sites (0,5,9) or a number of evenly spaced ones (6)"
+        if self.keep_softmax is not None and parse_keep(self.keep_softmax)[2] and self.distil is None:
+            raise LincompileError(
+                "--keep-softmax auto:N chooses layers by what they are worth after training: add --distil FILE"
             )
+        if self.train is not None:
+            Recipe(train=self.train)
         if self.target not in TARGETS:
             raise LincompileError(f"--target {self.target}: the targets are {', '.join(TARGETS)}")
         if self.attn == "softmax" and self.distil is not None:
             raise LincompileError("--distil trains linear attention; with --attn softmax there is nothing to train")
+        if self.adapter is not None:
+            if self.attn == "softmax":
+                raise LincompileError("--adapter holds linear attention; with --attn softmax there is nothing to apply")
+            if self.tokens or self.time or self.train:
+                raise LincompileError("--adapter takes the place of training: leave out --tokens, --time and --train")
+            if self.keep_softmax is not None and parse_keep(self.keep_softmax)[2]:
+                raise LincompileError("--adapter goes with sites already chosen: name them in --keep-softmax")
 
     def record(self) -> dict[str, Any]:
         """JSON-able."""
@@ -101,7 +112,7 @@ class Compiled:
         teacher: the proved softmax program it came from (its weights are the source model's).
         step: the stateful form, ``step(tokens, positions, mask, *states)``; for bidirectional models the
             whole-sequence form without states.
-        transfer: what distillation did (None where it wasn't asked for).
+        distilled: what distillation did, stage by stage (None where it wasn't asked for, or an adapter was applied).
         notes: remarks, the honest ones included.
     """
 
@@ -110,11 +121,16 @@ class Compiled:
     step: StepProgram
     loaded: LoadedModel
     options: Options
-    transfer: TransferReport | None = None
+    distilled: Distilled | None = None
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     _artefact: Artefact | None = field(default=None, repr=False)
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    @property
+    def transfer(self) -> TransferReport | None:
+        """What attention transfer did (None where nothing was distilled)."""
+        return self.distilled.transfer if self.distilled else None
 
     @property
     def sites(self) -> list[Any]:
@@ -139,7 +155,7 @@ class Compiled:
             "passes": self.program.history,
             "sites": [site.record() for site in self.program.sites],
             "quantization": self.program.metadata.get("quantization"),
-            "distillation": asdict(self.transfer) if self.transfer else None,
+            "distillation": self.distilled.record() if self.distilled else None,
             "metrics": {"step_max_error": self.step.max_error, "seconds": self.seconds},
             "parameters": self.teacher.parameters,
             "config": self.loaded.config,
@@ -211,8 +227,8 @@ def compile(
         trust: allow code that the model file brings along to run.
         checkpoint: file that distillation saves itself to and resumes from.
         options: ``attn``, ``quant``, ``keep_softmax``, ``distil`` (a text file, token ids, or ``hf:name``),
-            ``tokens``, ``time`` (seconds), ``length``, ``batch``, ``target``, ``device``, ``dtype``, ``seed``: as in
-            the CLI.
+            ``tokens``, ``time`` (seconds), ``train``, ``adapter``, ``length``, ``batch``, ``target``, ``device``,
+            ``dtype``, ``seed``: as in the CLI. With an adapter, ``distil`` only calibrates quantization.
 
     Raises:
         LincompileError: anything that can't be done as asked; nothing is ever done silently instead.
@@ -242,14 +258,15 @@ def compile(
     with _timed(say, times, "rewrite"):
         student = rewrite(teacher, asked)
     with _timed(say, times, "distil"):
-        report, ids = distil(teacher, student, loaded, asked, say, transfer_options, checkpoint)
+        student, distilled, ids = distil(teacher, student, loaded, asked, say, transfer_options, checkpoint)
+        report = distilled.transfer if distilled else None
         if report is not None:
             for site in student.sites:
                 site.details |= {
                     "error_before": report.before.get(site.path),
                     "error_after": report.after.get(site.path),
                 }
-        elif any(site.method != "softmax" for site in student.sites):
+        elif asked.adapter is None and any(site.method != "softmax" for site in student.sites):
             notes.append("not distilled: linear attention without training is far from the teacher; add --distil FILE")
     with _timed(say, times, "make stateful"):
         step = deployable(student, notes)
@@ -259,7 +276,7 @@ def compile(
             step = redeployed(student, step)
     for remark in notes:
         say.note(remark)
-    return Compiled(student, teacher, step, loaded, asked, report, notes, times)
+    return Compiled(student, teacher, step, loaded, asked, distilled, notes, times)
 
 
 def capture_loaded(loaded: LoadedModel) -> Program:
@@ -307,26 +324,44 @@ def distil(
     say: Reporter,
     transfer_options: Transfer | None,
     checkpoint: Path | None,
-) -> tuple[TransferReport | None, Tensor | None]:
-    """Attention transfer on the text asked for; returns its report and the text's token ids."""
-    if asked.distil is None:
-        return None, None
+) -> tuple[Program, Distilled | None, Tensor | None]:
+    """Trains the student on the text asked for, or applies an adapter.
+
+    Returns:
+        The student (another one where layers were chosen), what was done, and the text's token ids.
+    """
+    ids = None if asked.distil is None else read_tokens(asked.distil, loaded.tokenizer)
+    if asked.adapter is not None:
+        apply_adapter(Path(asked.adapter), teacher, student, source_hash=loaded.source_hash)
+        return student, None, ids
+    if ids is None:
+        return student, None, None
     on_gpu = asked.device != "cpu"
     limit = teacher.max_positions or 1 << 30
-    length = min(asked.length or (1024 if on_gpu else 256), limit)
-    batch = asked.batch or (16 if on_gpu else 1)
-    ids = read_tokens(asked.distil, loaded.tokenizer)
-    data = TokenWindows(ids, length, batch, asked.seed)
-    steps = max(1, asked.tokens // (batch * length)) if asked.tokens else (transfer_options or Transfer()).steps
-    if asked.time and not asked.tokens:
-        steps = 1 << 30
-    base = transfer_options or Transfer()
-    chosen = Transfer(**{**vars(base), "steps": steps, "seconds": asked.time or base.seconds})
+    recipe = Recipe(
+        train=asked.train or ("full" if on_gpu else "none"),
+        keep=parse_keep(asked.keep_softmax)[2] if asked.keep_softmax else 0,
+        tokens=asked.tokens,
+        seconds=asked.time,
+        length=min(asked.length or (1024 if on_gpu else 256), limit),
+        batch=asked.batch or (16 if on_gpu else 1),
+        seed=asked.seed,
+        transfer=transfer_options or Transfer(),
+    )
 
-    def progress(step: int, total: int, loss: float, rate: float) -> None:
-        say.advance(step, total, f"relative error {loss:.3f}, {rate:,.0f} tokens/s")
+    def relinearize(kept: tuple[int, ...]) -> Program:
+        return rewrite(teacher, replace(asked, keep_softmax=",".join(map(str, kept)) + ","))
 
-    return transfer(teacher, student, data, chosen, checkpoint=checkpoint, progress=progress), ids
+    done = run_recipe(
+        teacher,
+        student,
+        ids,
+        recipe,
+        relinearize=relinearize,
+        checkpoint=checkpoint,
+        listener=Listener(say.stage, say.advance, say.note),
+    )
+    return done.student, done, ids
 
 
 def quantize(student: Program, asked: Options, ids: Tensor | None) -> Program:

@@ -206,7 +206,8 @@ def trace_method(method: LinearMethod, padded: bool) -> Trace:
         torch.zeros(batch, shape.kv_heads, length, shape.value_dim, dtype=dtype),
         torch.zeros(batch, length, shape.hidden, dtype=dtype),
     ]
-    b, t = torch.export.Dim("batch"), torch.export.Dim("sequence")
+    # AUTO, not named axes: torch 2.11 refuses those over a guard it can't decide (min(128 t, 384 t) == 128 t)
+    b = t = torch.export.Dim.AUTO
     shapes: list[Any] = [{0: b, 2: t}, {0: b, 2: t}, {0: b, 2: t}, {0: b, 1: t}]
     if padded:
         example.append(torch.ones(batch, length, dtype=torch.bool))

@@ -81,6 +81,11 @@ def keep_real(value: Tensor, mask: Tensor | None, head_axis: bool) -> Tensor:
     return value * (weight[:, None, :, None] if head_axis else weight[:, :, None])
 
 
+def like(value: Tensor, v: Tensor) -> Tensor:
+    """``value`` in v's dtype: autocast makes softmax float32, and the kernels are fastest when q, k and v agree."""
+    return value if value.dtype == v.dtype else value.to(v.dtype)
+
+
 class DecayGate(nn.Module):
     """log α = logsigmoid(x W₁ W₂ + b) / 16, per key feature (GLA's low-rank gate).
 
@@ -96,7 +101,7 @@ class DecayGate(nn.Module):
         self.bias = nn.Parameter(half_life_bias(features).repeat(kv_heads))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x ``[B, T, hidden]`` → log_decay ``[B, Hkv, T, features]``, 0 at padded tokens."""
+        """X ``[B, T, hidden]`` → log_decay ``[B, Hkv, T, features]``, 0 at padded tokens."""
         logits = functional.linear(functional.linear(x, self.down), self.up, self.bias)
         # −softplus(−x) is logsigmoid written so that no exporter turns it into log(sigmoid(x)), which is −inf at −20
         log_decay = -functional.softplus(-logits) / GATE_TEMPERATURE
@@ -180,8 +185,9 @@ class Hedgehog(LinearMethod):
         self.map_k = HedgehogMap(shape.kv_heads, shape.head_dim)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        features_k = keep_real(self.map_k(k), mask, head_axis=True)
-        out, _ = torch.ops.lincompile.linear_attention(self.map_q(q), features_k, v, None, None, 1.0, self.shape.causal, True)
+        features_k = like(keep_real(self.map_k(k), mask, head_axis=True), v)
+        features_q = like(self.map_q(q), v)
+        out, _ = torch.ops.lincompile.linear_attention(features_q, features_k, v, None, None, 1.0, self.shape.causal, True)
         return out
 
     @property
@@ -206,6 +212,7 @@ class Lawcat(LinearMethod):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         features_q = self.map.grouped(self.conv_q(q, mask), self.shape.groups)
         features_k = keep_real(self.map(self.conv_k(k, mask)), mask, head_axis=True)
+        features_q, features_k = like(features_q, v), like(features_k, v)
         out, _ = torch.ops.lincompile.linear_attention(features_q, features_k, v, self.gate(x, mask), None, 1.0, True, True)
         return out
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,22 +28,22 @@ class Transfer(LoopOptions):
     """Options of attention transfer, beside those of every stage.
 
     Args:
-        rate: peak learning rate of feature maps and output scales.
-        slow_rate: peak learning rate of convolutions and of the gates' projections.
-        bias_rate: peak learning rate of the gates' biases, which set half-lives.
+        rate: peak learning rate of feature maps, convolutions and output scales.
+        gate_rate: peak learning rate of the gates' projections.
+        bias_rate: peak learning rate of the gates' biases, which set half-lives and have far to go.
         compile: compile the attention modules with ``torch.compile`` (worth its minute on a GPU).
     """
 
     rate: float = 1e-2
-    slow_rate: float = 1e-2
-    bias_rate: float = 1e-1
+    gate_rate: float = 3e-2
+    bias_rate: float = 3e-1
     compile: bool = False
 
     def rate_of(self, name: str) -> float:
         """Peak rate of a parameter, by its name within its attention module."""
         if name.endswith("gate.bias"):
             return self.bias_rate
-        return self.slow_rate if name.startswith(("conv", "gate", "beta")) else self.rate
+        return self.gate_rate if name.startswith(("gate", "beta")) else self.rate
 
 
 @dataclass
@@ -138,7 +139,7 @@ def transfer(
     ]
     held_out = data.measure(measure_windows)
     report = TransferReport()
-    identity = {"stage": "transfer", "data": data.fingerprint()}
+    identity: dict[str, Any] = {"stage": "transfer", "data": data.fingerprint()}
     if checkpoint is not None:
         identity["model"] = weights_checksum(teacher)
     if checkpoint is None or not checkpoint.exists():

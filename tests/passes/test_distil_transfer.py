@@ -9,59 +9,23 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from distil_models import LENGTH, equal, linear, proved, text, trained, windows
 from torch import Tensor, nn
 
 from lincompile.passes.canonicalize import Canonicalize
 from lincompile.passes.capture import capture
-from lincompile.passes.distil.data import TokenWindows
 from lincompile.passes.distil.instrument import instead
 from lincompile.passes.distil.loop import LoopOptions, Masters, Part, schedule, train
 from lincompile.passes.distil.transfer import Transfer, TransferReport, transfer
 from lincompile.passes.errors import LincompileError
 from lincompile.passes.identity import ProveAttention
-from lincompile.passes.linearize import LinearizeAttention
 from lincompile.passes.pipeline import Pipeline
 from lincompile.passes.program import Program
-
-LENGTH = 24
-
-
-def proved() -> Program:
-    torch.manual_seed(0)
-    module = zoo.build("nanogpt-gqa-flag")[0]
-    with torch.no_grad():  # larger scores than a fresh model's, so that attention isn't uniform
-        for block in module.h:
-            block.attn.c_attn.weight.mul_(8)
-    return Pipeline([Canonicalize(), ProveAttention()])(capture(module, {"idx": zoo.tokens()}))
 
 
 @pytest.fixture(scope="module")
 def teacher() -> Program:
     return proved()
-
-
-def linear(teacher: Program, attn: str = "lawcat", **options: Any) -> Program:
-    return Pipeline([LinearizeAttention(attn, **options)])(teacher.clone())
-
-
-def text(count: int = 2400, seed: int = 5) -> Tensor:
-    return torch.randint(3, zoo.VOCAB, (count,), generator=torch.Generator().manual_seed(seed))
-
-
-def windows(**options: Any) -> TokenWindows:
-    return TokenWindows(**({"ids": text(), "length": LENGTH, "batch": 4} | options))
-
-
-def trained(program: Program) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in program.graph_module.named_parameters() if n.startswith("lincompile_")}
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def mean(errors: dict[str, float]) -> float:
-    return sum(errors.values()) / len(errors)
 
 
 @pytest.mark.parametrize("attn", ["gla", "hedgehog", "lawcat", "gated-delta"])
@@ -175,7 +139,7 @@ def test_a_damaged_checkpoint_is_refused(teacher: Program, tmp_path: Path, conte
 
 def test_divergence_stops_names_the_site_and_keeps_the_checkpoint(teacher: Program, tmp_path: Path) -> None:
     student, file = linear(teacher), tmp_path / "run.ckpt"
-    options = Transfer(steps=40, rate=1e38, slow_rate=1e38, bias_rate=1e38, save_every=1)
+    options = Transfer(steps=40, rate=1e38, gate_rate=1e38, bias_rate=1e38, save_every=1)
     with pytest.raises(LincompileError, match=r"diverged at step \d+: the (loss|gradient) at 'h\.[01]\.attn'"):
         transfer(teacher, student, windows(), options, checkpoint=file)
     assert torch.load(file, weights_only=True)["report"]["steps"] >= 1

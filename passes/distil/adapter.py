@@ -1,0 +1,154 @@
+"""Adapters: the trained parts of a student in one small file, applied to a fresh conversion of the same teacher.
+
+A safetensors file with the attention modules, the vectors (norms, biases) and the low-rank factors, in float16, and
+in its metadata what it fits: the method, the sites, and hashes of the teacher's weights and of its source file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import LincompileError
+from ..graph import get_attribute, parent_of
+from ..linearize import MODULE_PREFIX
+from ..program import Program
+from .logits import own_parameters
+from .lora import PREFIX, Addition, merge_lora
+
+FORMAT = "lincompile-adapter-1"
+
+
+def weights_hash(program: Program) -> str:
+    """SHA-256 of the parameters' names and bytes."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(program.graph_module.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sites(student: Program) -> dict[str, str]:
+    return {site.path: site.method for site in student.sites}
+
+
+def save_adapter(
+    path: Path,
+    teacher: Program,
+    student: Program,
+    *,
+    source_hash: str | None = None,
+    record: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Writes what training changed: attention modules, vectors, and low-rank factors.
+
+    Args:
+        source_hash: SHA-256 of the file the teacher was loaded from.
+        record: how it was trained (JSON-able).
+
+    Raises:
+        LincompileError: a matrix was trained whole (``--train full``), which no small file can hold, or a value
+            doesn't fit ``dtype``.
+    """
+    additions: list[Addition] = student.metadata.get("low_rank", [])
+    own = dict(teacher.graph_module.named_parameters(remove_duplicate=False))
+    explained = {addition.name for addition in additions}
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in student.graph_module.named_parameters():
+        if name.startswith(MODULE_PREFIX) or (parameter.dim() == 1 and not torch.equal(parameter, own[name])):
+            tensors[name] = parameter
+        elif name not in explained and not torch.equal(parameter, own[name]):
+            raise LincompileError(f"no adapter: '{name}' was trained whole; train with --train lora:R")
+    for addition in additions:
+        tensors[f"{PREFIX}/{addition.name}/up"] = addition.up
+        tensors[f"{PREFIX}/{addition.name}/down"] = addition.down
+    stored = {name: value.detach().cpu().to(dtype).contiguous() for name, value in tensors.items()}
+    if bad := [name for name, value in stored.items() if not value.isfinite().all()]:
+        raise LincompileError(f"no adapter: '{bad[0]}' doesn't fit {dtype}")
+    metadata = {
+        "format": FORMAT,
+        "sites": json.dumps(_sites(student)),
+        "teacher": weights_hash(teacher),
+        "source": source_hash or "",
+        "record": json.dumps(record or {}),
+    }
+    save_file(stored, str(path), metadata)
+
+
+def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash: str | None = None) -> dict[str, Any]:
+    """Applies an adapter to a freshly rewritten student, in place; returns its training record.
+
+    Raises:
+        LincompileError: the file is missing, damaged or no adapter, was trained for another teacher (told by hash),
+            or for other sites or another method.
+    """
+    tensors, metadata = _read(path)
+    if weights_hash(teacher) != metadata["teacher"] and (not source_hash or source_hash != metadata["source"]):
+        raise LincompileError(f"the adapter {path} was trained for another model: its teacher's hash differs")
+    sites = json.loads(metadata["sites"])
+    if sites != _sites(student):
+        methods = sorted(set(sites.values()))
+        kept = sum(method == "softmax" for method in sites.values())
+        raise LincompileError(
+            f"the adapter {path} is for {len(sites)} sites with {', '.join(methods)} ({kept} softmax): "
+            "give the same --attn and --keep-softmax"
+        )
+    own_parameters(student, teacher)
+    parameters = dict(student.graph_module.named_parameters(remove_duplicate=False))
+    factors: dict[str, dict[str, Tensor]] = {}
+    seen: set[str] = set()
+    with torch.no_grad():
+        for name, value in tensors.items():
+            if name.startswith(PREFIX + "/"):
+                _, target, part = name.split("/")
+                factors.setdefault(target, {})[part] = value
+                continue
+            if name not in parameters or parameters[name].shape != value.shape:
+                raise LincompileError(f"the adapter {path} holds '{name}', which this model hasn't")
+            parameters[name].copy_(value)
+            seen.add(name)
+    if missing := [n for n in parameters if n.startswith(MODULE_PREFIX) and n not in seen]:
+        raise LincompileError(f"the adapter {path} lacks '{missing[0]}'")
+    merge_lora(student, [_addition(path, student, name, pair) for name, pair in factors.items()])
+    record: dict[str, Any] = json.loads(metadata["record"])
+    return record
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise LincompileError(f"the adapter {path} doesn't exist")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise LincompileError(f"the adapter {path} is damaged or isn't a safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise LincompileError(f"{path} isn't an adapter of this version ({FORMAT})")
+    return tensors, metadata
+
+
+def _addition(path: Path, student: Program, name: str, pair: dict[str, Tensor]) -> Addition:
+    parent, leaf = parent_of(student.graph_module, name) if _has(student, name) else (None, "")
+    weight = getattr(parent, leaf, None)
+    fits = isinstance(weight, Tensor) and pair.keys() == {"up", "down"}
+    if not fits or weight.shape != (pair["up"].shape[0], pair["down"].shape[1]):  # type: ignore[union-attr]
+        raise LincompileError(f"the adapter {path} holds factors for '{name}', which this model hasn't")
+    device = weight.device  # type: ignore[union-attr]
+    return Addition(name, nn.Parameter(pair["up"].float().to(device)), nn.Parameter(pair["down"].float().to(device)))
+
+
+def _has(student: Program, name: str) -> bool:
+    try:
+        get_attribute(student.graph_module, name)
+    except AttributeError:
+        return False
+    return True

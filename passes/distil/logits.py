@@ -1,0 +1,284 @@
+"""Logit distillation: the whole student learns the teacher's next-token distribution.
+
+The loss is the forward KL divergence KL(teacher ‖ student) at temperature 1, averaged over tokens, on windows that both
+models run from the start. All of the student's parameters may learn, or low-rank additions to its linear layers
+(LoRA, arXiv 2106.09685) together with its attention modules. Weights and optimizer states stay float32; on a GPU the
+matrix products run in bfloat16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint as recompute
+
+from ..errors import LincompileError
+from ..graph import finish, set_tensor
+from ..linearize import MODULE_PREFIX
+from ..methods import LinearMethod
+from ..program import Program
+from .data import TokenWindows
+from .instrument import Compiled, TrainingGraph, instead, unpadded, weights_checksum
+from .loop import LoopOptions, LoopReport, Part, Progress, train
+from .lora import PREFIX as LORA_PREFIX
+from .lora import add_lora, merge_lora
+
+ROWS = 2048
+
+
+@dataclass(frozen=True)
+class LogitDistillation(LoopOptions):
+    """Options of logit distillation, beside those of every stage.
+
+    Args:
+        rate: peak learning rate of the model's own weights.
+        lora_rate: peak learning rate of low-rank additions.
+        attention_rate: peak learning rate of the attention modules.
+        train: "full", or "lora:R" for low-rank additions of rank R to every linear layer; vectors (norms, biases)
+            and the attention modules learn whole either way.
+        recompute: keep no activations of the attention modules, compute them again in the backward pass.
+        compile: compile the attention modules with ``torch.compile`` (worth its minute on a GPU).
+    """
+
+    rate: float = 3e-4
+    lora_rate: float = 2e-3
+    attention_rate: float = 1e-3
+    train: str = "full"
+    recompute: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lora_rank(self.train)
+
+    def rate_of(self, name: str) -> float:
+        """Peak rate of a parameter, by its name in the training graph."""
+        if name.startswith(MODULE_PREFIX):
+            return self.attention_rate
+        return self.lora_rate if name.startswith(LORA_PREFIX) else self.rate
+
+
+def lora_rank(text: str) -> int:
+    """0 for "full", R for "lora:R".
+
+    Raises:
+        LincompileError: anything else.
+    """
+    if text == "full":
+        return 0
+    rank = text.removeprefix("lora:")
+    if text.startswith("lora:") and rank.isdigit() and int(rank) > 0:
+        return int(rank)
+    raise LincompileError(f"--train {text}: write 'full' or 'lora:R' with a rank such as lora:8")
+
+
+@dataclass
+class LogitReport(LoopReport):
+    """What a run did. ``before`` and ``after`` are KL divergences in nats per token on held-out windows."""
+
+    before: float = 0.0
+    after: float = 0.0
+    micro_batch: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+class _Divergence(torch.autograd.Function):
+    """Mean KL(teacher ‖ student) over tokens; the gradient is computed with it, a few rows at a time.
+
+    A vocabulary's worth of float32 per token is what fills a GPU: only blocks of ``ROWS`` tokens are ever held in it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, want_gradient: bool) -> Tensor:
+        flat, wanted = student.flatten(0, -2), teacher.flatten(0, -2)
+        gradient = torch.empty_like(flat) if want_gradient else None
+        total = torch.zeros((), dtype=torch.float64, device=student.device)
+        for start in range(0, flat.shape[0], ROWS):
+            rows = slice(start, start + ROWS)
+            log_student = functional.log_softmax(flat[rows].float(), -1)
+            log_teacher = functional.log_softmax(wanted[rows].float(), -1)
+            probabilities = log_teacher.exp()
+            total += (probabilities * (log_teacher - log_student)).sum().double()
+            if gradient is not None:
+                gradient[rows] = (log_student.exp_().sub_(probabilities) / flat.shape[0]).to(flat.dtype)
+        if gradient is not None:
+            ctx.save_for_backward(gradient.view_as(student))
+        return (total / flat.shape[0]).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].to(gradient.dtype), None, None
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean KL(teacher ‖ student) in nats per token, of logits ``[..., V]``; differentiable in the student's."""
+    return _Divergence.apply(student, teacher, student.requires_grad)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def logits_of(graph: TrainingGraph, tokens: Tensor) -> Tensor:
+    """The logits ``[B, T, V]`` of a graph.
+
+    Raises:
+        LincompileError: the graph returns something else.
+    """
+    result = graph(tokens)
+    first = result[0] if isinstance(result, (tuple, list)) else result
+    if not isinstance(first, Tensor) or first.dim() != 3 or first.shape[:2] != tokens.shape:
+        raise LincompileError("logit distillation needs a model that returns logits for every token; this one doesn't")
+    return first
+
+
+class Distiller:
+    """Teacher and student side by side: divergences and gradients of token windows."""
+
+    def __init__(self, teacher: Program, student: Program, options: LogitDistillation) -> None:
+        def wrap(path: str, branch: LinearMethod) -> nn.Module:
+            module: nn.Module = Compiled(branch) if options.compile else branch
+            return Recomputed(module) if options.recompute else module
+
+        self.teacher = unpadded(teacher)
+        self.student = instead(teacher, student, wrap)
+
+    @torch.no_grad()
+    def measure(self, windows: Tensor) -> float:
+        """KL in nats per token, window by window."""
+        values = []
+        for window in windows:
+            tokens = window[None].to(self.teacher.device)
+            values.append(float(divergence(logits_of(self.student, tokens), logits_of(self.teacher, tokens))))
+        return sum(values) / len(values)
+
+    def learn(self, tokens: Tensor, share: float) -> Tensor:
+        """Adds ``share`` times the KL's gradient; returns the KL."""
+        tokens = tokens.to(self.teacher.device)
+        with torch.no_grad():
+            wanted = logits_of(self.teacher, tokens)
+        loss = divergence(logits_of(self.student, tokens), wanted)
+        del wanted
+        (loss * share).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+
+class Recomputed(nn.Module):
+    """A module whose activations aren't kept for the backward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *operands: Tensor) -> Tensor:
+        return recompute(self.module, *operands, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def distil_logits(
+    teacher: Program,
+    student: Program,
+    data: TokenWindows,
+    options: LogitDistillation = LogitDistillation(),
+    *,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+    measure_windows: int = 8,
+    note: Callable[[str], None] = lambda text: None,
+) -> LogitReport:
+    """Trains the student in place. Parameters it shared with the teacher are copied first: the teacher stays as it is.
+
+    Args:
+        teacher: the proved program, all sites softmax (the student was made from it).
+        student: the rewritten program, usually after attention transfer.
+        note: told when memory runs out and the windows of a step are taken in smaller groups.
+
+    Returns:
+        A report with the KL on held-out windows before and after.
+
+    Raises:
+        LincompileError: nothing to distil, no logits, a loss that isn't finite, or a checkpoint of another run.
+    """
+    own_parameters(student, teacher)
+    before = {p: p.requires_grad for p in student.graph_module.parameters()}
+    for parameter in before:
+        parameter.requires_grad_(False)  # the loop switches on what it trains
+    try:
+        return _distil(teacher, student, data, options, checkpoint, progress, measure_windows, note)
+    finally:
+        for parameter, wanted in before.items():
+            parameter.requires_grad_(wanted)
+
+
+def _distil(
+    teacher: Program,
+    student: Program,
+    data: TokenWindows,
+    options: LogitDistillation,
+    checkpoint: Path | None,
+    progress: Progress | None,
+    measure_windows: int,
+    note: Callable[[str], None],
+) -> LogitReport:
+    distiller = Distiller(teacher, student, options)
+    rank = lora_rank(options.train)
+    additions = add_lora(distiller.student.graph_module, rank) if rank else []
+    trained = {
+        name: parameter
+        for name, parameter in student.graph_module.named_parameters()
+        if parameter.is_floating_point() and (not rank or parameter.dim() == 1 or name.startswith(MODULE_PREFIX))
+    }
+    trained |= {f"{LORA_PREFIX}.{a.name}.{part}": p for a in additions for part, p in (("up", a.up), ("down", a.down))}
+    rates = {name: options.rate_of(name) for name in trained}
+    held_out = data.measure(measure_windows)
+    report = LogitReport(micro_batch=len(data.step(0)))
+    identity: dict[str, Any] = {"stage": "logits", "data": data.fingerprint()}
+    if checkpoint is not None:
+        identity["model"] = weights_checksum(teacher)
+    if checkpoint is None or not checkpoint.exists():
+        report.before = distiller.measure(held_out)
+        if not math.isfinite(report.before):
+            raise LincompileError("the divergence isn't finite before any training: the weights hold NaN or inf")
+
+    def losses_of(step: int) -> tuple[Tensor, int]:
+        tokens = data.step(step)
+        while True:
+            try:
+                loss = torch.zeros((), dtype=torch.float64)
+                for piece in torch.split(tokens, report.micro_batch):
+                    share = len(piece) / len(tokens)
+                    loss += distiller.learn(piece, share).double().cpu() * share
+                return loss[None], tokens.numel()
+            except torch.OutOfMemoryError:
+                if report.micro_batch == 1:
+                    raise LincompileError(
+                        f"one window of {data.length} tokens doesn't fit into the GPU's memory: give a shorter --length"
+                    ) from None
+            report.micro_batch = (report.micro_batch + 1) // 2
+            for parameter in trained.values():
+                parameter.grad = None
+            torch.cuda.empty_cache()
+            report.notes.append(f"out of memory at step {step}: now {report.micro_batch} windows at a time")
+            note(report.notes[-1])
+
+    parts = [Part("the logits", trained, rates)]
+    train(parts, losses_of, options, checkpoint=checkpoint, identity=identity, report=report, progress=progress)
+    report.after = distiller.measure(held_out)
+    merge_lora(student, additions)
+    student.metadata["low_rank"] = additions
+    return report
+
+
+def own_parameters(student: Program, teacher: Program) -> None:
+    """Replaces every parameter the student shares with the teacher by a copy; ties within the student stay ties."""
+    shared = {id(parameter) for parameter in teacher.graph_module.parameters()}
+    copies: dict[int, nn.Parameter] = {}
+    for name, parameter in list(student.graph_module.named_parameters(remove_duplicate=False)):
+        if id(parameter) in shared:
+            if id(parameter) not in copies:
+                copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            set_tensor(student.graph_module, name, copies[id(parameter)])
+    finish(student.graph_module)
