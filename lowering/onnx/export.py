@@ -50,7 +50,8 @@ class OnnxReport:
         operators: how many nodes of each operator, contrib ones with their domain.
         states: name, role and shape (batch left out) of each state.
         quantized: linears lowered from six or eight bits, their weights and activations.
-        verified: largest and root mean square difference of the logits from the program's, relative.
+        verified: largest and root mean square difference of the logits from the program's, relative; ``sensitivity``
+            is how far the program's own move with the last bits of its weights (quantized activations only).
         notes: what a user should know (no portable body, genai can't load it …).
     """
 
