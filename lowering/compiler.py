@@ -91,6 +91,8 @@ class Options:
                 raise LincompileError("--adapter takes the place of training: leave out --tokens, --time and --train")
             if self.keep_softmax is not None and parse_keep(self.keep_softmax)[2]:
                 raise LincompileError("--adapter goes with sites already chosen: name them in --keep-softmax")
+            if not Path(self.adapter).is_file():
+                raise LincompileError(f"the adapter {self.adapter} doesn't exist")
 
     def record(self) -> dict[str, Any]:
         """JSON-able."""

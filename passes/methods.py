@@ -101,7 +101,7 @@ class DecayGate(nn.Module):
         self.bias = nn.Parameter(half_life_bias(features).repeat(kv_heads))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """X ``[B, T, hidden]`` → log_decay ``[B, Hkv, T, features]``, 0 at padded tokens."""
+        """Hidden states ``x [B, T, hidden]`` → log_decay ``[B, Hkv, T, features]``, 0 at padded tokens."""
         logits = functional.linear(functional.linear(x, self.down), self.up, self.bias)
         # −softplus(−x) is logsigmoid written so that no exporter turns it into log(sigmoid(x)), which is −inf at −20
         log_decay = -functional.softplus(-logits) / GATE_TEMPERATURE

@@ -31,7 +31,6 @@ from .conftest import Run
         (["m", "--dtype", "int3"], "'int3' is not one of"),
         (["m", "--window", "64"], "--window isn't built yet"),
         (["m", "--shard", "sp"], "--shard isn't built yet"),
-        (["m", "--adapter", "x"], "--adapter isn't built yet"),
         (["m", "n"], "unexpected extra argument"),
         (["m", "--target", "triton"], "needs --device cuda"),
         (["inspect"], "Missing argument 'MODEL'"),
