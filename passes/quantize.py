@@ -97,6 +97,8 @@ class Quantize:
         report = {"plan": self.plan, "method": self.method, "group_size": self.group_size}
         report |= {"already_quantized_calls": done} | quantize_graph(module, layers, chosen, codes_of, self.group_size)
         report |= {"choice": record} if record else {}
+        if not report["layers"] and not done and not any(scheme.is_float for scheme in chosen.values()):
+            raise RefusedError(f"quantize: no layer of the model can be quantized to {self.plan}: {_reasons(layers)}")
         program.metadata["quantization"] = report
         return PassResult(program, modified=bool(report["layers"]), report=report)
 
@@ -164,7 +166,8 @@ def quantize_graph(
         try:
             codes, scale = codes_of(layer, scheme)
         except ValueError as error:
-            skipped.append(_record(layer) | {"reason": str(error)})
+            layer.reason = str(error)
+            skipped.append(_record(layer) | {"reason": layer.reason})
             continue
         quality = sqnr_db(weight, dequantize(codes, scale, group_size))
         buffers = _buffers(codes, scale, scheme, group_size)

@@ -267,6 +267,11 @@ def test_non_finite_weights_are_named_and_nothing_is_changed(bad: float) -> None
 def test_a_model_with_nothing_to_quantize_is_refused_with_the_reasons() -> None:
     with pytest.raises(RefusedError, match=r"no layer of the model can be quantized to w6a8: 0: K = 8 is below 32"):
         Quantize("w6a8").run(capture(nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 3, 8)))
+    tiny = nn.Sequential(nn.Linear(64, 64)).eval()
+    nn.init.normal_(tiny[0].weight, std=1e-8)
+    for data in (None, [{"input": torch.randn(2, 3, 64)}]):
+        with pytest.raises(RefusedError, match="can be quantized to int6: 0: row 0 is too small for float16 scales"):
+            Quantize("int6", calibration=data).run(capture(tiny, torch.randn(2, 3, 64)))
     with pytest.raises(RefusedError, match="no linear layer with a parameter"):
         Quantize("int6").run(capture(nn.Sequential(nn.LayerNorm(8)), torch.randn(2, 3, 8)))
 
