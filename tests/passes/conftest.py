@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import zoo
 
 BUILDERS = """
 import torch, zoo
@@ -43,3 +45,25 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delitem(sys.modules, "builders", raising=False)
     yield tmp_path
     sys.modules.pop("builders", None)
+
+
+@pytest.fixture(scope="session")
+def proved() -> Callable[[str], SimpleNamespace]:
+    """``proved(name)``: a zoo model captured and proved, once a session: name, module, example, program (not to be changed)."""
+    from lincompile.passes.canonicalize import Canonicalize
+    from lincompile.passes.capture import capture
+    from lincompile.passes.identity import ProveAttention
+    from lincompile.passes.pipeline import Pipeline
+
+    cache: dict[str, SimpleNamespace] = {}
+
+    def get(name: str) -> SimpleNamespace:
+        if name not in cache:
+            if name in zoo.HUGGINGFACE:
+                pytest.importorskip("transformers")
+            module, example = zoo.build(name)
+            program = Pipeline([Canonicalize(), ProveAttention()])(capture(module, example))
+            cache[name] = SimpleNamespace(name=name, module=module, example=example, program=program)
+        return cache[name]
+
+    return get

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import zoo
-from torch import Tensor, nn
+from torch import Tensor
 
 from lincompile.passes.canonicalize import Canonicalize
-from lincompile.passes.capture import capture
 from lincompile.passes.identity import ProveAttention
 from lincompile.passes.pipeline import Pipeline
-from lincompile.passes.program import Program
 
 # (kind of every site, or the pair of alternating kinds; window; query heads; KV heads; head_dim)
 KINDS: dict[str, str] = {
@@ -37,32 +35,6 @@ KINDS: dict[str, str] = {
 KV_HEADS = {name: 2 for name in ("llama", "llama-eager", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")}
 KV_HEADS |= {name: 2 for name in zoo.NANOGPT if "gqa" in name} | {"llama-gqa": 3}
 SHAPES = [(1, 1), (3, 1), (3, 19)]
-
-
-@dataclass
-class Model:
-    """A zoo model and its proved program (parameters shared)."""
-
-    name: str
-    module: nn.Module
-    example: dict[str, Tensor]
-    program: Program
-
-
-@pytest.fixture(scope="session")
-def proved() -> Callable[[str], Model]:
-    cache: dict[str, Model] = {}
-
-    def get(name: str) -> Model:
-        if name not in cache:
-            if name in zoo.HUGGINGFACE:
-                pytest.importorskip("transformers")
-            module, example = zoo.build(name)
-            program = capture(module, example)
-            cache[name] = Model(name, module, example, Pipeline([Canonicalize(), ProveAttention()])(program))
-        return cache[name]
-
-    return get
 
 
 def resized(example: dict[str, Tensor], batch: int, length: int) -> dict[str, Tensor]:
@@ -103,7 +75,7 @@ def run(model: Callable[..., Any], given: dict[str, Tensor], parameters: list[Te
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
-def test_every_site_is_found_and_named(proved: Callable[[str], Model], name: str) -> None:
+def test_every_site_is_found_and_named(proved: Callable[[str], SimpleNamespace], name: str) -> None:
     model = proved(name)
     kinds = KINDS.get(name, "causal").split()
     sites = model.program.sites
@@ -125,7 +97,7 @@ def _scale(name: str) -> float:
     return 1.0 if name in ("t5", "nanogpt-einsum-bhtd") else 0.25 if name.startswith("gemma") else 8**-0.5
 
 
-def test_t5_refuses_its_learned_bias_and_proves_the_rest(proved: Callable[[str], Model]) -> None:
+def test_t5_refuses_its_learned_bias_and_proves_the_rest(proved: Callable[[str], SimpleNamespace]) -> None:
     sites = proved("t5").program.sites
     assert {s.kind for s in sites if "SelfAttention" in s.path} == {"learned"}
     assert {s.kind for s in sites if "EncDecAttention" in s.path} == {"full"}
@@ -133,7 +105,7 @@ def test_t5_refuses_its_learned_bias_and_proves_the_rest(proved: Callable[[str],
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
-def test_outputs_and_gradients_at_shapes_never_seen(proved: Callable[[str], Model], name: str) -> None:
+def test_outputs_and_gradients_at_shapes_never_seen(proved: Callable[[str], SimpleNamespace], name: str) -> None:
     model = proved(name)
     parameters = [p for p in model.module.parameters() if p.requires_grad]
     for batch, length in SHAPES:
@@ -152,7 +124,7 @@ def test_outputs_and_gradients_at_shapes_never_seen(proved: Callable[[str], Mode
                 torch.testing.assert_close(b, a, rtol=1e-5, atol=2e-6 * max(1.0, largest))
 
 
-def test_proving_twice_changes_nothing(proved: Callable[[str], Model]) -> None:
+def test_proving_twice_changes_nothing(proved: Callable[[str], SimpleNamespace]) -> None:
     program = proved("llama").program.clone()
     before, records = str(program.graph_module.graph), [site.record() for site in program.sites]
     again = Pipeline([Canonicalize(), ProveAttention()])(program)
