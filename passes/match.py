@@ -6,18 +6,15 @@ The walk knows ops, not models: any chain of elementwise and layout ops may stan
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .graph import (
     argument,
     aten,
-    get_attribute,
     is_symbolic,
     same_dim,
     symbols_in,
@@ -139,9 +136,9 @@ def data_nodes(module: GraphModule) -> set[Node]:
     """Nodes whose values depend on the model's inputs (parameters, buffers and sizes alone don't count)."""
     dependent: set[Node] = set()
     for node in module.graph.nodes:
-        if node.op == "placeholder" or any(item in dependent for item in value_inputs(node)):
-            if node.op == "placeholder" or not is_symbolic(value_of(node)):
-                dependent.add(node)
+        reads_data = not is_symbolic(value_of(node)) and any(item in dependent for item in value_inputs(node))
+        if node.op == "placeholder" or reads_data:
+            dependent.add(node)
     return dependent
 
 
@@ -213,7 +210,7 @@ def operands(node: Node) -> tuple[Node, Node]:
 
 
 def _around_softmax(softmax: Node, data: set[Node]) -> Candidate | None:
-    above = chain_above(softmax.args[0], data, MAX_CHAIN)  # type: ignore[arg-type]
+    above = chain_above(softmax.args[0], data, MAX_CHAIN)
     if above is None:
         return None
     scores = above[-1]
@@ -396,9 +393,3 @@ def _is_score_shaped(scores: Node, product: Node) -> bool:
     return (
         bool(symbols_in(tensor_of(scores).shape[-1])) and tensor_of(scores).dim() >= 3 and tensor_of(product).dim() >= 3
     )
-
-
-def parameters_of(module: GraphModule, names: set[str]) -> Iterator[str]:
-    for name in sorted(names):
-        if isinstance(get_attribute(module, name), torch.nn.Parameter):
-            yield name

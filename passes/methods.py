@@ -105,7 +105,9 @@ class DecayGate(nn.Module):
         logits = functional.linear(functional.linear(x, self.down), self.up, self.bias)
         # −softplus(−x) is logsigmoid written so that no exporter turns it into log(sigmoid(x)), which is −inf at −20
         log_decay = -functional.softplus(-logits) / GATE_TEMPERATURE
-        return keep_real(log_decay.unflatten(-1, (self.kv_heads, self.features)).transpose(1, 2), mask, head_axis=True)
+        return keep_real(
+            torch.unflatten(log_decay, -1, (self.kv_heads, self.features)).transpose(1, 2), mask, head_axis=True
+        )
 
 
 def half_life_bias(features: int) -> Tensor:
@@ -130,7 +132,7 @@ class HedgehogMap(nn.Module):
 
     def grouped(self, x: Tensor, groups: int) -> Tensor:
         """``[B, heads·groups, T, D]`` with one map for each group of query heads → ``[B, heads·groups, T, 2·D]``."""
-        y = x.unflatten(1, (-1, groups)) @ self.weight[:, None] + self.bias[:, None]
+        y = torch.unflatten(x, 1, (-1, groups)) @ self.weight[:, None] + self.bias[:, None]
         return torch.cat([torch.softmax(y, -1), torch.softmax(-y, -1)], -1).flatten(1, 2)
 
 
@@ -146,8 +148,8 @@ class ShortConv(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """``[B, heads, T, D]`` → the same shape; padded tokens count as zeros."""
         flat = keep_real(x.transpose(1, 2).flatten(2), mask, head_axis=False)
-        mixed, _ = torch.ops.lincompile.short_conv(flat, self.weight, None)
-        return mixed.unflatten(-1, (x.shape[1], x.shape[3])).transpose(1, 2)
+        mixed: Tensor = torch.ops.lincompile.short_conv(flat, self.weight, None)[0]
+        return torch.unflatten(mixed, -1, (x.shape[1], x.shape[3])).transpose(1, 2)
 
 
 class GLA(LinearMethod):
@@ -169,7 +171,7 @@ class GLA(LinearMethod):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         log_decay = self.gate(x, mask)
         k = keep_real(k, mask, head_axis=True)
-        out, _ = torch.ops.lincompile.linear_attention(q, k, v, log_decay, None, self.shape.scale, True, False)
+        out: Tensor = torch.ops.lincompile.linear_attention(q, k, v, log_decay, None, self.shape.scale, True, False)[0]
         return out * self.out_scale
 
 
@@ -187,7 +189,9 @@ class Hedgehog(LinearMethod):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         features_k = like(keep_real(self.map_k(k), mask, head_axis=True), v)
         features_q = like(self.map_q(q), v)
-        out, _ = torch.ops.lincompile.linear_attention(features_q, features_k, v, None, None, 1.0, self.shape.causal, True)
+        out: Tensor = torch.ops.lincompile.linear_attention(
+            features_q, features_k, v, None, None, 1.0, self.shape.causal, True
+        )[0]
         return out
 
     @property
@@ -213,7 +217,9 @@ class Lawcat(LinearMethod):
         features_q = self.map.grouped(self.conv_q(q, mask), self.shape.groups)
         features_k = keep_real(self.map(self.conv_k(k, mask)), mask, head_axis=True)
         features_q, features_k = like(features_q, v), like(features_k, v)
-        out, _ = torch.ops.lincompile.linear_attention(features_q, features_k, v, self.gate(x, mask), None, 1.0, True, True)
+        out: Tensor = torch.ops.lincompile.linear_attention(
+            features_q, features_k, v, self.gate(x, mask), None, 1.0, True, True
+        )[0]
         return out
 
     @property
@@ -243,7 +249,7 @@ class GatedDelta(LinearMethod):
         beta = torch.sigmoid(functional.linear(x, self.beta_weight, self.beta_bias)).transpose(1, 2)
         if mask is not None:
             beta = beta * mask.to(beta.dtype)[:, None, :]
-        out, _ = torch.ops.lincompile.gated_delta(unit_q, unit_k, v, beta, self.gate(x, mask), None, 1.0)
+        out: Tensor = torch.ops.lincompile.gated_delta(unit_q, unit_k, v, beta, self.gate(x, mask), None, 1.0)[0]
         return out * self.out_scale
 
 

@@ -288,7 +288,7 @@ class _Reader:
             if role == "positions":
                 raise Unstable(
                     "packed",
-                    f"the mask compares the positions in '{node.name}' (packed sequences?); the canonical mask counts rows",
+                    f"the mask compares the positions in '{node.name}' (packed sequences?); canonical masks count rows",
                 )
             if role != "mask":
                 raise Opaque(f"reads the input '{node.name}'")
@@ -391,7 +391,7 @@ class _Reader:
             step = argument(node, 2, "step", 1)
         if isinstance(start, Node):
             start = value_of(start)
-            start = int(expression(start)) if expression(start).is_Integer else None  # type: ignore[arg-type, assignment]
+            start = int(expression(start)) if expression(start).is_Integer else None  # type: ignore[assignment]
         if not isinstance(start, int) or not isinstance(step, int):
             raise Unstable(
                 "length-dependent", f"'{node.name}' counts from a number that depends on the sequence length"
@@ -601,11 +601,8 @@ def _permute(reader: _Reader, node: Node) -> Form:
         order = [int(axis) % rank for axis in node.args[1]]  # type: ignore[union-attr, arg-type]
     else:
         order = list(range(rank))
-        a, b = (
-            (0, 1)
-            if target_of(node) in (aten.t.default, aten.numpy_T.default)
-            else (int(axis) % rank for axis in node.args[1:3])
-        )  # type: ignore[arg-type]
+        swapped: Any = (0, 1) if target_of(node) in (aten.t.default, aten.numpy_T.default) else node.args[1:3]
+        a, b = (int(axis) % rank for axis in swapped)
         if rank >= 2:
             order[a], order[b] = order[b], order[a]
     return _moved(reader.of(node.args[0]), lambda axis: order.index(axis + rank) - rank)

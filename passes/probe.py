@@ -79,7 +79,7 @@ class Probe:
         self.static = not symbols_in(self.rows) and not symbols_in(self.columns)
 
     def sizes(self, length: int, batch: int = 2, other: int = 2) -> Sizes:
-        """Binds the symbols: the row axis to ``length``, other sequence axes to ``length + other``, the rest to ``batch``."""
+        """Binds the symbols: rows to ``length``, other sequences to ``length + other``, the rest to ``batch``."""
         binding: dict[str, int] = {}
         row_symbols = symbols_in(self.rows) or symbols_in(self.columns)
         for item in self.program.inputs:
@@ -158,7 +158,7 @@ class Probe:
             return [candidate.mask] if candidate.mask is not None else []
         ends = [candidate.softmax.args[0], candidate.weights]
         if candidate.scores is not None and target_of(candidate.scores) is aten.baddbmm.default:
-            ends.append(candidate.scores.args[0])  # type: ignore[arg-type]
+            ends.append(candidate.scores.args[0])
         return [node for node in ends if isinstance(node, Node)]
 
     def slice_nodes(self) -> list[Node]:
@@ -198,7 +198,7 @@ def observe(probe: Probe, view: View, response: Response, record: Evaluation) ->
     """Looks at every pair of the view's positions.
 
     Raises:
-        Unstable: the scores answer otherwise than ``response`` somewhere, or the probabilities are changed after softmax.
+        Unstable: the scores answer otherwise than ``response`` somewhere, or probabilities change after softmax.
     """
     full = probe.raw_shape(view.sizes)
     shape = [1, 1, *full[2:]] if len(full) == 4 and full[-1] * full[-2] > 1 << 14 else full
