@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..kernels.int6_linear.codes import ACTIVATIONS
+from ..kernels.int6_linear.pack import group_count, plane_bytes
 from .graph import argument, expression, same_dim, target_of, value_of
 from .program import Program
 
@@ -93,9 +95,34 @@ def _short_conv(node: Node) -> str | None:
     )
 
 
+def _int6(node: Node) -> str | None:
+    x, hi, lo, scale = (_shape(node.args[i]) for i in range(4))
+    if len(hi) != 2 or len(lo) != 2 or len(scale) != 2 or not x:
+        return f"weight_hi {hi}, weight_lo {lo} and weight_scale {scale} must have two axes"
+    columns = (*plane_bytes(int(x[-1])), group_count(int(x[-1]), argument(node, 5, "group_size")))
+    if (hi[1], lo[1], scale[1]) != columns or not hi[0] == lo[0] == scale[0]:
+        return f"weight_hi {hi}, weight_lo {lo} and weight_scale {scale} don't fit an input of {x[-1]} features"
+    return _activation(argument(node, 6, "activation"))
+
+
+def _int8(node: Node) -> str | None:
+    x, weight, scale = (_shape(node.args[i]) for i in range(3))
+    if len(weight) != 2 or not x or not same_dim(x[-1], weight[1]):
+        return f"weight {weight} doesn't fit x {x}"
+    if scale != (weight[0], group_count(int(weight[1]), argument(node, 4, "group_size"))):
+        return f"weight_scale {scale} doesn't fit weight {weight}"
+    return _activation(argument(node, 5, "activation"))
+
+
+def _activation(value: str) -> str | None:
+    return None if value in ACTIVATIONS else f"activation '{value}' isn't one of {', '.join(ACTIVATIONS)}"
+
+
 CONTRACTS: dict[str, Rule] = {
     "softmax_attention": _softmax,
     "linear_attention": _linear,
     "gated_delta": _heads,
     "short_conv": _short_conv,
+    "int6_linear": _int6,
+    "int8_linear": _int8,
 }

@@ -205,7 +205,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(build()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
         _log.info("int6_linear: no compiled CPU kernel (%s); using the reference", error)
         return None
     library.quantize.restype = library.int6_rows.restype = None
@@ -219,7 +219,8 @@ def build(folder: Path | None = None) -> Path:
     """Compile the kernel into ``folder`` (default: the user's cache) unless it is there; the path of the library.
 
     Raises:
-        FileNotFoundError: no C compiler. OSError, subprocess.SubprocessError: the folder or the compiler failed.
+        FileNotFoundError: no C compiler. PermissionError: the library there is another user's. OSError,
+            subprocess.SubprocessError: the folder or the compiler failed.
     """
     compiler = next((found for name in _compilers() if (found := shutil.which(name))), None)
     if compiler is None:
@@ -230,6 +231,8 @@ def build(folder: Path | None = None) -> Path:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lincompile"
     target = folder / f"int6_{key}.so"
     if target.exists():
+        if hasattr(os, "getuid") and target.stat().st_uid != os.getuid():
+            raise PermissionError(f"{target} belongs to another user")
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from lincompile.passes.linear_layers import find_linears
 from lincompile.passes.pipeline import Pipeline, format_pass
 from lincompile.passes.program import Program
 from lincompile.passes.quantize import FLOAT, SCHEMES, Quantize, parse_plan
+from lincompile.passes.verify import verify
 
 
 class Spellings(nn.Module):
@@ -366,3 +368,23 @@ def test_schemes_count_their_bytes() -> None:
     assert SCHEMES["w6a8"].weight_bytes(192, 576) == 192 * (288 + 144 + 10)
     assert SCHEMES["w8a8"].weight_bytes(192, 576) == 192 * (576 + 10)
     assert FLOAT.weight_bytes(192, 576) == 192 * 576 * 2
+
+
+@pytest.mark.parametrize(
+    ("plan", "position", "value", "message"),
+    [
+        ("w6a8", 6, "a4", "activation 'a4' isn't one of a6, a8, a16"),
+        ("w6a8", 5, 32, "don't fit an input of 64 features"),
+        ("w8a8", 5, "a4", "activation 'a4' isn't one of a6, a8, a16"),
+        ("w8a8", 4, 32, r"weight_scale \(96, 1\) doesn't fit weight \(96, 64\)"),
+    ],
+)
+def test_a_broken_quantized_node_is_caught_between_passes(
+    plan: str, position: int, value: object, message: str
+) -> None:
+    program = capture(nn.Sequential(nn.Linear(64, 96)).eval(), features())
+    Quantize(plan).run(program)
+    assert verify(program) is None
+    node = next(n for n in program.graph_module.graph.nodes if "lincompile" in str(n.target))
+    node.update_arg(position, value)
+    assert re.search(message, verify(program) or "")
