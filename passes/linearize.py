@@ -11,13 +11,27 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .errors import LincompileError, RefusedError
-from .graph import Builder, aten, expression, finish, is_symbolic, same_dim, symbols_in, target_of, tensor_of, value_inputs, value_of
+from .graph import (
+    Builder,
+    aten,
+    expression,
+    finish,
+    is_symbolic,
+    same_dim,
+    symbols_in,
+    target_of,
+    tensor_of,
+    value_inputs,
+    value_of,
+)
 from .methods import LinearMethod, SiteShape, method_class
 from .pipeline import PassResult, register
 from .program import AttentionSite, Program
 
 MODULE_PREFIX = "lincompile_attention"
-PROJECTIONS = frozenset({aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default, torch.ops.aten.conv1d.default})
+PROJECTIONS = frozenset(
+    {aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default, torch.ops.aten.conv1d.default}
+)
 # Ops a rotary embedding is made of; anything else above q or k (a projection, a norm) ends the search.
 ROTARY_OPS = frozenset(
     {
@@ -62,7 +76,7 @@ class LinearizeAttention:
         attn: gla, hedgehog, lawcat, gated-delta, or softmax (rewrite nothing).
         keep: sites that stay softmax, by index (0 = the first); or one number as a count, see ``count``.
         count: keep this many sites softmax, evenly spaced (0 = none).
-        sliding: also rewrite sliding-window sites (by default they keep their window, which is already linear in length).
+        sliding: also rewrite sliding-window sites (by default they keep their window: already linear in length).
         seed: for the gates' small random weights.
 
     A site that can't be rewritten (refused by the prover, cross-attention, bidirectional with a causal method) stays
@@ -95,7 +109,11 @@ class LinearizeAttention:
                 rewritten += 1
         finish(program.graph_module)
         added = sum(p.numel() for name, p in program.graph_module.named_parameters() if name.startswith(MODULE_PREFIX))
-        report = {"rewritten": rewritten, "kept": {s.path: s.reason for s in program.sites if s.verdict != "rewrite"}, "parameters_added": added}
+        report = {
+            "rewritten": rewritten,
+            "kept": {s.path: s.reason for s in program.sites if s.verdict != "rewrite"},
+            "parameters_added": added,
+        }
         return PassResult(program, rewritten > 0, report)
 
     def kept_sites(self, program: Program) -> set[int]:
@@ -116,7 +134,9 @@ class LinearizeAttention:
         if index in kept:
             return "kept softmax on request"
         if site.kind == "sliding" and not self.sliding:
-            return f"a sliding window of {site.window} keeps constant memory as it is (rewrite it with --rewrite-sliding)"
+            return (
+                f"a sliding window of {site.window} keeps constant memory as it is (rewrite it with --rewrite-sliding)"
+            )
         if site.kind == "full" and not cls.bidirectional:
             return f"bidirectional attention; {self.attn} is causal (use --attn hedgehog)"
         q, k = tensor_of(site.node.args[0]), tensor_of(site.node.args[1])
@@ -124,7 +144,9 @@ class LinearizeAttention:
             return "cross-attention between two sequences stays softmax"
         return None
 
-    def rewrite(self, program: Program, site: AttentionSite, index: int, traces: dict[Any, Trace], content: set[Node]) -> str | None:
+    def rewrite(
+        self, program: Program, site: AttentionSite, index: int, traces: dict[Any, Trace], content: set[Node]
+    ) -> str | None:
         """Replaces one site; returns the reason if it can't be."""
         node = site.node
         assert node is not None
@@ -138,7 +160,9 @@ class LinearizeAttention:
         dtype, device = tensor_of(operands.v).dtype, tensor_of(operands.v).device
         width = int(tensor_of(hidden).shape[-1]) if hidden is not None else 1
         assert site.heads and site.kv_heads and site.head_dim and site.value_dim and site.scale
-        shape = SiteShape(site.heads, site.kv_heads, site.head_dim, site.value_dim, width, site.scale, site.kind != "full")
+        shape = SiteShape(
+            site.heads, site.kv_heads, site.head_dim, site.value_dim, width, site.scale, site.kind != "full"
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 100_003 + index)
             method = cls(shape).to(dtype)
@@ -221,7 +245,9 @@ def trace_method(method: LinearMethod, padded: bool) -> Trace:
     return Trace(traced)
 
 
-def inline(traced: Trace, operands: Sequence[Node], make: Builder, name: str, method: LinearMethod) -> tuple[Node, Node]:
+def inline(
+    traced: Trace, operands: Sequence[Node], make: Builder, name: str, method: LinearMethod
+) -> tuple[Node, Node]:
     """Copies a traced method's graph before the builder's anchor; returns (its output, its attention op node).
 
     Sites with operands of the same shapes share the fake values that the first of them computed.
@@ -239,7 +265,11 @@ def inline(traced: Trace, operands: Sequence[Node], make: Builder, name: str, me
             values[node] = value_of(mapping[node])
         elif node.op == "call_function":
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda item: mapping[item])
-            mapping[node] = make.insert(node.target, args, kwargs, values[node]) if node in values else make(node.target, *args, **kwargs)
+            mapping[node] = (
+                make.insert(node.target, args, kwargs, values[node])
+                if node in values
+                else make(node.target, *args, **kwargs)
+            )
             values[node] = value_of(mapping[node])
             if str(node.target).startswith(("lincompile.linear_attention", "lincompile.gated_delta")):
                 op = mapping[node]
@@ -263,7 +293,7 @@ def content_nodes(program: Program) -> set[Node]:
 
 
 def pre_rotary(operand: Node, make: Builder, content: set[Node]) -> Node:
-    """q or k before its rotary embedding, as ``[B, heads, T, D]``; the operand itself where there is none.
+    """Q or k before its rotary embedding, as ``[B, heads, T, D]``; the operand itself where there is none.
 
     Walks up through the ops a rotary embedding is made of, until one node carries everything that came from the
     hidden states; position tables (cos, sin) met on the way show that there was an embedding. ``content`` are the
@@ -279,7 +309,9 @@ def pre_rotary(operand: Node, make: Builder, content: set[Node]) -> Node:
             break
         frontier.remove(current)
         inputs = [item for item in current.all_input_nodes if isinstance(value_of(item), (Tensor, list, tuple))]
-        tables = [i for i in inputs if i not in content and isinstance(value_of(i), Tensor) and symbols_in(value_of(i)) & time]
+        tables = [
+            i for i in inputs if i not in content and isinstance(value_of(i), Tensor) and symbols_in(value_of(i)) & time
+        ]
         rotated = rotated or bool(tables)
         frontier |= {item for item in inputs if item in content}
         if len(frontier) == 1 and rotated:
@@ -342,7 +374,12 @@ def _batch_first(node: Node, batch: Any, time: Any, make: Builder) -> Node | Non
                 return node
             if same_dim(shape[0], time) and same_dim(shape[1], batch):
                 return make(aten.transpose.int, node, 0, 1)
-        if target_of(node) not in (aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.transpose.int):
+        if target_of(node) not in (
+            aten.reshape.default,
+            aten.view.default,
+            aten.flatten.using_ints,
+            aten.transpose.int,
+        ):
             return None
         node = node.args[0]  # type: ignore[assignment]
     return None
