@@ -70,16 +70,15 @@ class WeightRounder:
             return found
         chunk = next(chunk for chunk in self._chunks if any(layer in group for group in chunk))
         for group, moment in zip(chunk, self._collect(chunk), strict=True):
+            prepared = moment.diagonal() if self._method == "clip" else inverse_factor(moment)
             for member in group:
-                self._cache[member.name, bits] = self._round(member, moment, bits)
+                self._cache[member.name, bits] = self._round(member, prepared, bits)
         return self._cache[layer.name, bits]
 
-    def _round(self, layer: LinearLayer, moment: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    def _round(self, layer: LinearLayer, prepared: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         weight = layer.matrix(self._program.graph_module).float()
         quantize_weight(weight, self._group_size, bits=bits)  # refuses what float16 scales can't hold
-        if self._method == "clip":
-            return clip(weight, moment.diagonal(), self._group_size, bits)
-        return gptq(weight, moment, self._group_size, bits)
+        return (clip if self._method == "clip" else gptq)(weight, prepared, self._group_size, bits)
 
     def _collect(self, chunk: Sequence[Sequence[LinearLayer]]) -> list[Tensor]:
         """``E[xxᵀ]`` of each group's input over the calibration batches, float32 ``[K, K]``."""
@@ -128,16 +127,15 @@ def clip(weight: Tensor, second_moment: Tensor, group_size: int, bits: int) -> t
     return quantize_weight(weight, group_size, bits=bits, scale=best_scale)
 
 
-def gptq(weight: Tensor, moment: Tensor, group_size: int, bits: int) -> tuple[Tensor, Tensor]:
+def gptq(weight: Tensor, factor: Tensor, group_size: int, bits: int) -> tuple[Tensor, Tensor]:
     """Error feedback over input features in their order.
 
     Args:
         weight: float32 ``[N, K]``.
-        moment: ``E[xxᵀ]``, ``[K, K]``. Features that were always 0 are rounded to nearest, not dropped.
+        factor: :func:`inverse_factor` of ``E[xxᵀ]``, ``[K, K]``.
     """
     work = weight.clone()
     rows, in_features = work.shape
-    factor = _inverse_factor(moment)
     codes = torch.empty(rows, in_features, dtype=torch.int8, device=weight.device)
     scales = []
     for start in range(0, in_features, group_size):
@@ -156,8 +154,11 @@ def gptq(weight: Tensor, moment: Tensor, group_size: int, bits: int) -> tuple[Te
     return codes, torch.stack(scales, dim=1)
 
 
-def _inverse_factor(moment: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped moment matrix, float32."""
+def inverse_factor(moment: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of ``E[xxᵀ]``, damped by a hundredth of its mean diagonal, float32 ``[K, K]``.
+
+    Features that were always 0 end up uncorrelated with the rest: GPTQ then rounds them to nearest.
+    """
     matrix = moment.double()
     mean = float(matrix.diagonal().mean())
     damping = _DAMPING * mean if mean > 0 else 1.0

@@ -11,7 +11,7 @@ from lincompile.passes import weight_methods
 from lincompile.passes.capture import capture
 from lincompile.passes.errors import LincompileError
 from lincompile.passes.quantize import Quantize
-from lincompile.passes.weight_methods import clip, gptq
+from lincompile.passes.weight_methods import clip, gptq, inverse_factor
 
 
 def correlated(tokens: int, width: int) -> Tensor:
@@ -29,7 +29,7 @@ def output_error(weight: Tensor, codes: tuple[Tensor, Tensor], x: Tensor) -> flo
 def test_gptq_lowers_the_output_error_on_unseen_inputs(width: int, bits: int) -> None:
     x = correlated(4096, width)
     weight, moment = torch.randn(48, width), x[:2048].t() @ x[:2048] / 2048
-    plain, fed_back = quantize_weight(weight, bits=bits), gptq(weight, moment, 128, bits)
+    plain, fed_back = quantize_weight(weight, bits=bits), gptq(weight, inverse_factor(moment), 128, bits)
     assert output_error(weight, fed_back, x[2048:]) < 0.5 * output_error(weight, plain, x[2048:])
     assert fed_back[0].dtype == torch.int8 and int(fed_back[0].abs().max()) <= {6: 32, 8: 128}[bits]
 
@@ -37,7 +37,7 @@ def test_gptq_lowers_the_output_error_on_unseen_inputs(width: int, bits: int) ->
 def test_gptq_without_correlation_is_round_to_nearest() -> None:
     """A diagonal moment matrix leaves nothing to feed back, so both must choose the same codes."""
     weight = torch.randn(16, 256)
-    codes, scale = gptq(weight, torch.eye(256), 128, 6)
+    codes, scale = gptq(weight, inverse_factor(torch.eye(256)), 128, 6)
     expected = quantize_weight(weight)
     assert torch.equal(codes, expected[0]) and torch.equal(scale, expected[1])
 
@@ -46,9 +46,9 @@ def test_gptq_keeps_features_that_calibration_never_saw() -> None:
     moment = torch.eye(256)
     moment[5, 5] = 0
     weight = torch.randn(4, 256)
-    codes, _ = gptq(weight, moment, 128, 6)
+    codes, _ = gptq(weight, inverse_factor(moment), 128, 6)
     assert torch.equal(codes, quantize_weight(weight)[0])
-    assert torch.equal(gptq(weight, torch.zeros(256, 256), 128, 6)[0], codes)
+    assert torch.equal(gptq(weight, inverse_factor(torch.zeros(256, 256)), 128, 6)[0], codes)
 
 
 def test_clip_lowers_the_weighted_error_and_never_raises_it() -> None:
