@@ -155,7 +155,7 @@ def gptq(weight: Tensor, factor: Tensor, group_size: int, bits: int) -> tuple[Te
 
 
 def inverse_factor(moment: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of ``E[xxᵀ]``, damped by a hundredth of its mean diagonal, float32 ``[K, K]``.
+    """Upper Cholesky factor of the inverse of ``E[xxᵀ]`` damped by 1 % of its mean diagonal; float32 ``[K, K]``.
 
     Features that were always 0 end up uncorrelated with the rest: GPTQ then rounds them to nearest.
     """
