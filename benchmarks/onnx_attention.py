@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -165,7 +166,11 @@ def main() -> None:
         )
     result = {
         "benchmark": "onnx_attention",
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": options.threads},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "threads": options.threads,
+            "load_average": os.getloadavg()[0],
+        },
         "versions": {"onnxruntime": ort.__version__},
         "state_bytes": KV_HEADS * FEATURES * COLUMNS * 4,
         "cache_bytes_per_token": 2 * KV_HEADS * SIZE * 4,

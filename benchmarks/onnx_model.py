@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -146,7 +147,11 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         print(json.dumps(decode[-1]), flush=True)
     return {
         "benchmark": "onnx_model",
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": options.threads},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "threads": options.threads,
+            "load_average": os.getloadavg()[0],
+        },
         "versions": {"onnxruntime": ort.__version__, "torch": torch.__version__},
         "models": rows,
         "decode": decode,

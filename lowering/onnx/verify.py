@@ -104,10 +104,11 @@ def _difference(one: Tensor, other: Tensor) -> tuple[float, float]:
 def _sensitivity(
     step: StepProgram, wanted: Tensor, inputs: tuple[Tensor, Tensor, Tensor], chunks: Sequence[int]
 ) -> float:
-    """How far the program's logits spread when its first float matrix (an embedding, as a rule) moves by 1e-6."""
-    matrix = next((p for p in step.graph_module.parameters() if p.dim() > 1 and p.is_floating_point()), None)
-    if matrix is None:
+    """How far the program's logits spread when its largest float matrix (the embedding, as a rule) moves by 1e-6."""
+    matrices = [p for p in step.graph_module.parameters() if p.dim() > 1 and p.is_floating_point()]
+    if not matrices:
         return 0.0
+    matrix = max(matrices, key=torch.Tensor.numel)
     noise = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(6))
     with holding(matrix, matrix.detach() * (1 + _PERTURBATION * noise)):
         return _difference(_logits(step, step.initial_states(2), inputs, chunks), wanted)[1]
