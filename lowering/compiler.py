@@ -158,6 +158,7 @@ class Compiled:
             "sites": [site.record() for site in self.program.sites],
             "quantization": self.program.metadata.get("quantization"),
             "distillation": self.distilled.record() if self.distilled else None,
+            "adapter": self.program.metadata.get("adapter"),
             "metrics": {"step_max_error": self.step.max_error, "seconds": self.seconds},
             "parameters": self.teacher.parameters,
             "config": self.loaded.config,

@@ -86,6 +86,8 @@ def save_adapter(
 def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash: str | None = None) -> dict[str, Any]:
     """Applies an adapter to a freshly rewritten student, in place; returns its training record.
 
+    The record is also kept in the student's ``metadata["adapter"]``, with the file's name.
+
     Raises:
         LincompileError: the file is missing, damaged or no adapter, was trained for another teacher (told by hash),
             or for other sites or another method.
@@ -119,6 +121,7 @@ def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash
         raise LincompileError(f"the adapter {path} lacks '{missing[0]}'")
     merge_lora(student, [_addition(path, student, name, pair) for name, pair in factors.items()])
     record: dict[str, Any] = json.loads(metadata["record"])
+    student.metadata["adapter"] = {"file": path.name, **record}
     return record
 
 

@@ -1,0 +1,76 @@
+"""Distillation through ``lincompile.compile``: stages, layer choice, adapters, and what is refused before loading."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from distil_models import LENGTH, linear, proved, text, windows
+
+import lincompile
+from lincompile.lowering.compiler import Options
+from lincompile.passes.distil.adapter import save_adapter
+from lincompile.passes.distil.logits import LogitDistillation, distil_logits
+from lincompile.passes.errors import LincompileError
+
+
+def model() -> torch.nn.Module:
+    module = zoo.build("nanogpt-gqa-flag")[0]
+    with torch.no_grad():
+        for block in module.h:  # as distil_models.proved
+            block.attn.c_attn.weight.mul_(8)
+    return module
+
+
+def test_layer_choice_and_logit_distillation_reach_the_manifest(tmp_path: Path) -> None:
+    compiled = lincompile.compile(
+        model(),
+        example={"idx": zoo.tokens()},
+        distil=text(),
+        keep_softmax="auto:1",
+        train="lora:2",
+        tokens=20 * 2 * LENGTH,
+        length=LENGTH,
+        batch=2,
+    )
+    assert [site.method for site in compiled.sites].count("softmax") == 1
+    manifest = json.loads((compiled.save(tmp_path / "out") / "lincompile.json").read_text())
+    done = manifest["distillation"]
+    assert done["tokens"] == 7 * 2 * LENGTH and done["logits"]["tokens"] == 13 * 2 * LENGTH
+    assert manifest["sites"][done["choice"]["kept"][0]]["method"] == "softmax"
+    assert set(done["choice"]["restored"]) == set(done["before"]) == set(done["after"])
+
+
+def test_an_adapter_takes_the_place_of_training(tmp_path: Path) -> None:
+    teacher = proved()
+    student = linear(teacher)
+    distil_logits(teacher, student, windows(), LogitDistillation(steps=5, train="lora:2"))
+    file = tmp_path / "a.safetensors"
+    save_adapter(file, teacher, student, record={"tokens": 480})
+    compiled = lincompile.compile(model(), example={"idx": zoo.tokens()}, adapter=str(file))
+    tokens = windows().step(0)
+    with torch.no_grad():
+        trained, untrained = student(tokens), linear(teacher)(tokens)
+        assert (compiled.program(tokens) - trained).norm() < 0.05 * (untrained - trained).norm()
+    assert compiled.manifest()["adapter"] == {"file": "a.safetensors", "tokens": 480}
+    assert not any("not distilled" in note for note in compiled.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_softmax": "auto:2"}, "auto:N chooses layers by what they are worth after training: add --distil FILE"),
+        ({"train": "some"}, "--train some: write none, full, or lora:R"),
+        ({"adapter": "missing"}, "the adapter missing doesn't exist"),
+        ({"adapter": "a", "time": 5.0}, "--adapter takes the place of training"),
+        ({"adapter": "a", "attn": "softmax"}, "--adapter holds linear attention"),
+        ({"adapter": "a", "keep_softmax": "auto:1", "distil": "t"}, "--adapter goes with sites already chosen"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_loading(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LincompileError, match=message):
+        Options(**options).check()
