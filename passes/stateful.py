@@ -33,6 +33,7 @@ from .graph import (
 )
 from .offsets import continue_positions, sequence_symbol
 from .program import AttentionSite, Program
+from .tokenwise import mixing
 from .verify import op_name
 
 TOLERANCE = 1e-4
@@ -120,6 +121,9 @@ def make_stateful(program: Program, *, check: bool = True) -> StepProgram:
     tokens = program.input_with_role("tokens") or program.input_with_role("features")
     if tokens is None or "sequence" not in "".join(tokens.axes.values()):
         raise RefusedError("no step form: the model takes no token sequence with a dynamic length")
+    reason = mixing(program, sequence_symbol(program.placeholder(tokens.name)))
+    if reason is not None:
+        raise RefusedError(f"no step form: {reason}")
     twin = program.clone()
     stepper = _Stepper(twin, tokens.name)
     step = stepper.build()
