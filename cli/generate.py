@@ -70,8 +70,18 @@ def command(
         pieces.append(piece)
         emit(piece)
 
-    pieces = [shown]
-    emit(shown)
+    pieces: list[str] = []
+
+    def begin() -> None:
+        """Shows the prompt once it has been accepted: a refused one leaves stdout empty."""
+        if not pieces:
+            pieces.append(shown)
+            emit(shown)
+
+    def prefilled(done: int, total: int) -> None:
+        begin()
+        bars.update(task, completed=done, total=total)
+
     with common.progress() as bars:
         task = bars.add_task("reading the prompt", total=len(ids))
         bars.stop() if live and sys.stdout.isatty() else None
@@ -85,8 +95,9 @@ def command(
             seed=seed,
             eos_ids=artefact.eos_ids,
             stream=show,
-            on_prefill=lambda done, total: bars.update(task, completed=done, total=total),
+            on_prefill=prefilled,
         )
+    begin()
     if text is not None:
         pieces.append(text.rest())
         emit(pieces[-1])
