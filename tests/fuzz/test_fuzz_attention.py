@@ -102,7 +102,23 @@ class Spec:
 
 TEXTS = [
     *["i>=j"] * 4,
-    *"i>=j+c i-j<c j-i<c abs<c j<c i<c i!=c i-j!=c i+j<c 2i-j<c chunk stride scaled short tail".split(),
+    *[
+        "i>=j+c",
+        "i-j<c",
+        "j-i<c",
+        "abs<c",
+        "j<c",
+        "i<c",
+        "i!=c",
+        "i-j!=c",
+        "i+j<c",
+        "2i-j<c",
+        "chunk",
+        "stride",
+        "scaled",
+        "short",
+        "tail",
+    ],
 ]
 leaves = st.builds(Leaf, st.sampled_from(TEXTS), st.sampled_from(CONSTANTS)).map(
     lambda leaf: Leaf(leaf.text, 0) if leaf.text == "i>=j" else leaf
@@ -114,7 +130,9 @@ masks = st.one_of(
     leaves,
     causal_and,
     causal_and,
-    st.recursive(leaves, lambda inner: st.builds(Combine, st.sampled_from(["and", "or", "not"]), inner, inner), max_leaves=4),
+    st.recursive(
+        leaves, lambda inner: st.builds(Combine, st.sampled_from(["and", "or", "not"]), inner, inner), max_leaves=4
+    ),
 )
 specs = st.builds(
     Spec,
@@ -163,7 +181,13 @@ class Attention(nn.Module):
         allowed = None if spec.mask is None else spec.mask(i, j, length)
         if spec.layout == "sdpa":
             mask = None if allowed is None else allowed if spec.form != "additive" else self.additive(allowed)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0 if spec.scale_on == "q" else abs(scale)).transpose(1, 2).flatten(2)
+            return (
+                F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, scale=1.0 if spec.scale_on == "q" else abs(scale)
+                )
+                .transpose(1, 2)
+                .flatten(2)
+            )
         scores = self.contract(q, k, grouped)
         if spec.scale_on != "q":
             factor = torch.tensor(scale) if spec.scale_on == "tensor" else scale
@@ -290,7 +314,9 @@ def check(chosen: list[Spec], seed: int = 0) -> list[str]:
                 assert bool(known.all()), (spec, length)
             if bool(known.all()):
                 (ga,), (gb,) = (torch.autograd.grad((y * y.detach().cos()).sum(), x, retain_graph=True) for y in (a, b))
-                torch.testing.assert_close(gb, ga, rtol=1e-3, atol=2e-4, equal_nan=True, msg=f"gradient of {spec} at {batch}, {length}")
+                torch.testing.assert_close(
+                    gb, ga, rtol=1e-3, atol=2e-4, equal_nan=True, msg=f"gradient of {spec} at {batch}, {length}"
+                )
     near = {c + step for c in CONSTANTS for step in (-2, -1, 0, 1, 2)} | {2 * c + 1 for c in CONSTANTS}
     far = torch.tensor(sorted(p for p in near | {7, 511, 2048, 70_000, 250_000} if p >= 0))
     verdicts = []
@@ -303,8 +329,13 @@ def check(chosen: list[Spec], seed: int = 0) -> list[str]:
         i, j = far[:, None], far[None, :]
         for length in (250_001, 400_000):
             allowed = torch.ones(len(far), len(far), dtype=torch.bool) if spec.mask is None else spec.mask(i, j, length)
-            assert torch.equal(allowed.expand(len(far), len(far)), canonical(site.kind, site.window, i, j)), (spec, site)
-        assert site.scale is not None and math.isclose(site.scale, 1.0 if spec.scale_on == "q" else abs(spec.scale), rel_tol=1e-4)
+            assert torch.equal(allowed.expand(len(far), len(far)), canonical(site.kind, site.window, i, j)), (
+                spec,
+                site,
+            )
+        assert site.scale is not None and math.isclose(
+            site.scale, 1.0 if spec.scale_on == "q" else abs(spec.scale), rel_tol=1e-4
+        )
     return verdicts
 
 

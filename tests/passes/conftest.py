@@ -49,7 +49,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def proved() -> Callable[[str], SimpleNamespace]:
-    """``proved(name)``: a zoo model captured and proved, once a session: name, module, example, program (not to be changed)."""
+    """``proved(name)``: a zoo model proved once a session: name, module, example, program (not to be changed)."""
     from lincompile.passes.canonicalize import Canonicalize
     from lincompile.passes.capture import capture
     from lincompile.passes.identity import ProveAttention

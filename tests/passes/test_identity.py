@@ -32,7 +32,7 @@ KINDS: dict[str, str] = {
     "torch-multihead": "full",
     "torch-multihead-weights": "escapes",
 }
-KV_HEADS = {name: 2 for name in ("llama", "llama-eager", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")}
+KV_HEADS = dict.fromkeys(("llama", "llama-eager", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"), 2)
 KV_HEADS |= {name: 2 for name in zoo.NANOGPT if "gqa" in name} | {"llama-gqa": 3}
 SHAPES = [(1, 1), (3, 1), (3, 19)]
 
@@ -45,7 +45,9 @@ def resized(example: dict[str, Tensor], batch: int, length: int) -> dict[str, Te
         if value.dim() == 4:
             result[name] = torch.randn(batch, *value.shape[1:], generator=generator)
         elif value.is_floating_point():
-            result[name] = torch.randn(batch, length if name == "x" else length + 3, value.shape[2], generator=generator)
+            result[name] = torch.randn(
+                batch, length if name == "x" else length + 3, value.shape[2], generator=generator
+            )
         elif "mask" in name:
             result[name] = torch.ones(batch, length, dtype=value.dtype)
             if batch > 1 and length > 3:

@@ -121,7 +121,9 @@ def operands_at(model: SimpleNamespace, index: int, given: dict[str, Tensor]) ->
     """The operands of LAWCAT at a site (as nodes), and every node's value on ``given``."""
     program = model.program.clone()
     site = program.sites[index]
-    found = find_operands(site, method_class("lawcat"), Builder(program.graph_module, site.node), content_nodes(program))
+    found = find_operands(
+        site, method_class("lawcat"), Builder(program.graph_module, site.node), content_nodes(program)
+    )
     program.graph_module.recompile()
     interpreter = Interpreter(program.graph_module, garbage_collect_values=False)
     with torch.no_grad():

@@ -57,7 +57,9 @@ def full(program: Program, tokens: Tensor, mask: Tensor, positions: Tensor) -> T
     return result if isinstance(result, Tensor) else result[0]
 
 
-def in_chunks(step: StepProgram, tokens: Tensor, mask: Tensor, positions: Tensor, sizes: list[int], trim: bool = False) -> Tensor:
+def in_chunks(
+    step: StepProgram, tokens: Tensor, mask: Tensor, positions: Tensor, sizes: list[int], trim: bool = False
+) -> Tensor:
     states, parts, begin = step.initial_states(tokens.shape[0]), [], 0
     with torch.no_grad():
         for size in sizes:
@@ -135,7 +137,11 @@ def test_float64_steps_agree_to_1e_9(attn: str) -> None:
     assert [site.verdict for site in program.sites] == ["rewrite"]
     program = student(SimpleNamespace(program=program), attn)
     step = make_stateful(program)
-    tokens, mask, positions = torch.randint(0, 97, (2, 30)), torch.ones(2, 30, dtype=torch.bool), torch.arange(30).expand(2, 30)
+    tokens, mask, positions = (
+        torch.randint(0, 97, (2, 30)),
+        torch.ones(2, 30, dtype=torch.bool),
+        torch.arange(30).expand(2, 30),
+    )
     wanted = full(program, tokens, mask, positions)
     assert wanted.dtype == torch.float64
     got = in_chunks(step, tokens, mask, positions, [13, 1, 1, 15])
@@ -221,7 +227,9 @@ def test_dynamic_rotary_scaling_is_refused_and_a_fixed_one_is_not() -> None:
         make_stateful(prove(Rotary(True), example))
 
 
-@pytest.mark.parametrize(("name", "reason"), [("torch-encoder", "bidirectional"), ("vit", "no token sequence"), ("t5", "isn't proved")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("torch-encoder", "bidirectional"), ("vit", "no token sequence"), ("t5", "isn't proved")]
+)
 def test_models_without_a_step_form_say_why(proved: Proved, name: str, reason: str) -> None:
     with pytest.raises(RefusedError, match=reason):
         make_stateful(proved(name).program)
