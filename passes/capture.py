@@ -252,6 +252,7 @@ def _own_graph_module(exported: ExportedProgram, prefix: str) -> GraphModule:
             }
     graph = source.graph
     graph.set_codegen(torch.fx.graph.CodeGen())
+    graph._tracer_cls = None  # export's tracer needs arguments when unpickled
     graph_module = GraphModule(root, graph)
     return graph_module.eval()
 
