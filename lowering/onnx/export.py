@@ -143,6 +143,11 @@ def export_onnx(
     notes = attach_bodies(model) if bodies else []
     genai = genai and step.causal
     obstacles = genai_obstacles(bound) if genai else []
+    if genai and step.windows:
+        notes.append(
+            "onnxruntime-genai pads batches on the right, and the window of its sliding sites counts that padding: "
+            "run prompts of different lengths one by one there, or pad on the left"
+        )
     notes += [f"onnxruntime-genai can't load this model: {reason}" for reason in obstacles]
     destination = Path(folder)
     destination.mkdir(parents=True, exist_ok=True)
