@@ -24,6 +24,7 @@ from ..passes.formats.loaded import LoadedModel, check_finite
 from ..passes.identity import ProveAttention
 from ..passes.linearize import LinearizeAttention, parse_keep
 from ..passes.methods import METHODS, method_class
+from ..passes.offsets import position_limit
 from ..passes.pipeline import Pipeline
 from ..passes.program import Program
 from ..passes.quantize import Quantize, parse_plan
@@ -288,7 +289,8 @@ def capture_loaded(loaded: LoadedModel) -> Program:
         program = from_exported(loaded.exported, prefix=loaded.prefix, example=loaded.example)
     else:
         program = capture(loaded.module, loaded.example)
-    bounds = [n for n in (program.max_positions, loaded.max_positions) if n is not None]
+    limits = (program.max_positions, loaded.max_positions, position_limit(program))
+    bounds = [n for n in limits if n is not None]
     program.max_positions = min(bounds) if bounds else None
     return program
 

@@ -116,6 +116,47 @@ def position_tables(module: GraphModule, sequence: str) -> list[Node]:
     ]
 
 
+def position_limit(program: Program) -> int | None:
+    """Longest sequence that tables of learned positions allow: rows of each table that positions alone look up.
+
+    A position t reads row t + c of such a table (c is 2 in some models), so the table ends at length rows − c.
+    """
+    structural = {item.name for item in program.inputs if item.role in ("positions", "mask")}
+    content: set[Node] = set()
+    limits: list[int] = []
+    for node in program.graph_module.graph.nodes:
+        if node.op == "placeholder":
+            if node.name not in structural:
+                content.add(node)
+        elif not is_symbolic(value_of(node)) and any(item in content for item in value_inputs(node)):
+            content.add(node)
+        if target_of(node) is aten.embedding.default and node.args[1] not in content:
+            limit = _rows_left(program, node)
+            limits += [] if limit is None else [limit]
+    return min(limits, default=None)
+
+
+def _rows_left(program: Program, lookup: Node) -> int | None:
+    """Rows of a looked-up table less the row that position 0 reads; None where that can't be told."""
+    index = lookup.args[1]
+    assert isinstance(index, Node)
+    sizes = Sizes(program.bind(batch=2, sequence=3))
+
+    def leaf(node: Node) -> Tensor | None:
+        item = next(i for i in program.inputs if i.name == node.name)
+        shape = sizes.shape(tensor_of(node))
+        if item.role == "positions":
+            return torch.arange(shape[-1]).expand(shape)
+        return torch.ones(shape, dtype=torch.int64) if item.role == "mask" else None
+
+    try:
+        rows = evaluate(program.graph_module, index, sizes, leaf=leaf).reshape(-1)
+    except Opaque:
+        return None
+    counts = rows.numel() >= 3 and torch.equal(rows[:3] - rows[0], torch.arange(3, dtype=rows.dtype))
+    return int(tensor_of(lookup.args[0]).shape[0]) - int(rows[0]) if counts else None
+
+
 def _shift_counters(module: GraphModule, tables: list[Node], sequence: str, offset: Node) -> dict[Node, Node]:
     """Adds the offset to every counter above the tables; returns replacements of nodes that were tables themselves."""
     above: set[Node] = set()
