@@ -115,7 +115,7 @@ def remove_noops(module: GraphModule) -> int:
 
 
 def make_functional(module: GraphModule) -> None:
-    """Turns in-place ops on fresh tensors without views into out-of-place twins; later readers read the result."""
+    """Turns in-place ops on fresh tensors without views into out-of-place twins; later readers read those."""
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     for node in module.graph.nodes:
         base = node.args[0] if target_of(node) in FUNCTIONAL else None

@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .graph import SHAPE_ONLY, Builder, aten, get_attribute, same_dim, target_of, tensor_of, value_of
-from .positions import POINTWISE
+from .op_kinds import POINTWISE
 
 
 class _NotPointwise(Exception):

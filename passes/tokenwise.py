@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from .graph import VIEWS, argument, aten, expression, is_symbolic, symbols_in, target_of, tensor_of, value_of
 from .linearize import content_nodes
-from .positions import CASTS, COMPARISONS, OPAQUE_POINTWISE, POINTWISE, SAME
+from .op_kinds import CASTS, COMPARISONS, OPAQUE_POINTWISE, POINTWISE, SAME
 from .program import Program
 from .verify import op_name
 
@@ -145,9 +145,9 @@ def _takes_last(node: Node, sequence: str) -> bool:
     """Whether a node picks the last token (logits of the next one), or is a layout of fixed size."""
     target = target_of(node)
     if target is aten.select.int:
-        return node.args[2] == -1
+        return bool(node.args[2] == -1)
     if target is aten.slice.Tensor:
-        return argument(node, 2, "start") == -1 and argument(node, 4, "step", 1) == 1
+        return bool(argument(node, 2, "start") == -1 and argument(node, 4, "step", 1) == 1)
     if target is aten.index.Tensor:
         places = [item for item in node.args[1] if item is not None]  # type: ignore[union-attr]
         return len(places) == 1 and not isinstance(value_of(places[0]), list) and tensor_of(places[0]).numel() == 1

@@ -62,7 +62,10 @@ def test_text_round_trips(text: str) -> None:
 
 
 def test_text_builds_the_passes_it_names() -> None:
-    assert parse(" canonicalize , linearize{attn=gla, keep=-1} ") == [Canonicalize(), LinearizeAttention("gla", keep=(-1,))]
+    assert parse(" canonicalize , linearize{attn=gla, keep=-1} ") == [
+        Canonicalize(),
+        LinearizeAttention("gla", keep=(-1,)),
+    ]
     assert options_of(LinearizeAttention("gla", keep=(1, 2)))["keep"] == [1, 2]
 
 
@@ -126,9 +129,9 @@ def test_verify_sees_a_site_of_another_graph(captured: Program) -> None:
 
 
 def test_a_program_reports_wrong_inputs(captured: Program) -> None:
-    with pytest.raises(LincompileError, match="takes idx; got tokens"):
+    with pytest.raises(LincompileError, match=r"takes idx; got tokens"):
         captured(tokens=torch.zeros(1, 2).long())
     with pytest.raises(LincompileError, match="needs the input 'idx'"):
         captured()
-    with pytest.raises(LincompileError, match="no attention site 'h.9'"):
+    with pytest.raises(LincompileError, match=r"no attention site 'h\.9'"):
         captured.site("h.9")

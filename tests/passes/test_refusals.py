@@ -233,7 +233,11 @@ REFUSED: dict[str, tuple[Case, str, str]] = {
     "data-scale": (data_scale, "data-dependent", "depends on data"),
     "toeplitz": (score_case(lambda s, d: s - d.abs().float().sqrt()), "causal", "position bias .*toeplitz"),
     "alibi": (alibi, "causal", "position bias .*alibi"),
-    "prefix-lm": (mask_case(lambda d: (d >= 0) | (d + 4 > torch.arange(d.shape[0])[:, None])), "prefix-lm-4", "prefix-lm"),
+    "prefix-lm": (
+        mask_case(lambda d: (d >= 0) | (d + 4 > torch.arange(d.shape[0])[:, None])),
+        "prefix-lm-4",
+        "prefix-lm",
+    ),
     "anticausal": (mask_case(lambda d: d <= 0), "anticausal", "anticausal"),
     "strided": (mask_case(lambda d: (d >= 0) & (d % 3 == 0)), "strided-3", "strided"),
     "no-self": (mask_case(lambda d: d > 0), "no-self", "no-self"),
@@ -431,7 +435,9 @@ def test_pooling_and_routers_are_no_candidates(compiled: tuple[Many, Program]) -
 
 
 @pytest.mark.parametrize(("batch", "length", "memory"), [(1, 2, 3), (3, 9, 4), (1, 40, 7)])
-def test_the_program_still_computes_the_module(compiled: tuple[Many, Program], batch: int, length: int, memory: int) -> None:
+def test_the_program_still_computes_the_module(
+    compiled: tuple[Many, Program], batch: int, length: int, memory: int
+) -> None:
     module, program = compiled
     skipped = {"random", "dropout", "sdpa-dropout", "top-k"}
     given = inputs(batch, length, memory, seed=length)
