@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from dataclasses import dataclass
@@ -136,10 +137,12 @@ def describe(compiled: Compiled, artefact: Artefact, measured: Measured, seconds
     assert transfer is not None
     parameters = compiled.teacher.parameters
     quantization = compiled.program.metadata["quantization"]
-    contexts = plan(compiled.teacher, compiled.program, contexts=STATE_LENGTHS)["contexts"]
+    planned = plan(compiled.teacher, compiled.program, contexts=STATE_LENGTHS)
+    contexts = planned["contexts"]
     return {
         "model": model.name,
         "parameters": parameters,
+        "parameters_added": planned["parameters_added"],
         "sites": {
             "found": len(compiled.teacher.sites),
             "proved": sum(site.proved for site in compiled.teacher.sites),
@@ -192,9 +195,9 @@ def print_tables(document: dict[str, Any], output: Path, model: Path) -> None:
     table = Table(title=document["model"], box=None, title_justify="left", title_style="bold")
     for title in ("", "teacher (softmax)", "student (LAWCAT, W6A8)"):
         table.add_column(title, justify="left" if not title else "right")
-    added = document["parameters"]
+    own, added = document["parameters"], document["parameters_added"]
     sites = document["sites"]
-    table.add_row("parameters", f"{added:,}", f"{added:,} + gates, maps")
+    table.add_row("parameters", f"{own:,}", f"+ {added:,} of maps, gates, convolutions")
     table.add_row("attention sites", f"{sites['proved']} of {sites['found']} proved", f"{sites['rewritten']} linear")
     table.add_row(
         "bytes",
@@ -221,7 +224,7 @@ def print_tables(document: dict[str, Any], output: Path, model: Path) -> None:
 
     out.print("\n[bold]text from the packaged artefact (greedy, constant state)[/bold]")
     for text in document["text"].values():
-        out.print(f"  {escape(text)}", soft_wrap=True)
+        out.print(f"  {escape(re.sub(r'\s*\n+\s*', ' ⏎ ', text))}", soft_wrap=True)
 
     ratio = perplexity["student"]["perplexity"] / perplexity["teacher"]["perplexity"]
     distilled = document["distillation"]
