@@ -224,7 +224,8 @@ def print_tables(document: dict[str, Any], output: Path, model: Path) -> None:
 
     out.print("\n[bold]text from the packaged artefact (greedy, constant state)[/bold]")
     for text in document["text"].values():
-        out.print(f"  {escape(re.sub(r'\s*\n+\s*', ' ⏎ ', text))}", soft_wrap=True)
+        shown = re.sub(r"\s*\n+\s*", " ⏎ ", text)
+        out.print(f"  {escape(shown)}", soft_wrap=True)
 
     ratio = perplexity["student"]["perplexity"] / perplexity["teacher"]["perplexity"]
     distilled = document["distillation"]
