@@ -97,12 +97,25 @@ def _copy(module: GraphModule, make: Builder, function: Any, arguments: list[Any
         elif node.op == "call_function" and _is_pointwise(node):
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda item: mapping[item])
             mapping[node] = make(node.target, *args, **kwargs)
+        elif _is_lookup(node):
+            table, *places = (mapping[item] for item in node.args[3:])
+            if tensor_of(table).dim() != len(places):
+                raise _NotPointwise
+            mapping[node] = make(aten.index.Tensor, table, places)
+        elif node.op == "get_attr" and all(_is_lookup(user) for user in node.users):
+            continue  # how flat_apply packs its arguments
         elif node.op != "output":
             raise _NotPointwise
     output = next(node for node in body.graph.nodes if node.op == "output").args[0]
     result = mapping[output[0] if isinstance(output, (tuple, list)) else output]
     assert isinstance(result, Node)
     return result
+
+
+def _is_lookup(node: Node) -> bool:
+    """``table[index, …]``, which flex_attention traces as a call of its own."""
+    name = getattr(target_of(node), "__name__", "")
+    return name == "flat_apply" and len(node.args) > 3 and str(node.args[2]).endswith("ModIndex")
 
 
 def _is_pointwise(node: Node) -> bool:
