@@ -16,17 +16,15 @@ from .graph import (
     aten,
     expression,
     finish,
-    is_symbolic,
     same_dim,
     symbols_in,
     target_of,
     tensor_of,
-    value_inputs,
     value_of,
 )
 from .methods import LinearMethod, SiteShape, method_class
 from .pipeline import PassResult, register
-from .program import AttentionSite, Program
+from .program import AttentionSite, Program, content_nodes
 
 MODULE_PREFIX = "lincompile_attention"
 PROJECTIONS = frozenset(
@@ -277,19 +275,6 @@ def inline(
     result = mapping[output[0] if isinstance(output, (tuple, list)) else output]
     assert op is not None, "a method has exactly one attention op"
     return result, op
-
-
-def content_nodes(program: Program) -> set[Node]:
-    """Nodes that depend on tokens or features: not on positions, masks and sizes alone."""
-    structural = {item.name for item in program.inputs if item.role in ("positions", "mask")}
-    content: set[Node] = set()
-    for node in program.graph_module.graph.nodes:
-        if node.op == "placeholder":
-            if node.name not in structural:
-                content.add(node)
-        elif not is_symbolic(value_of(node)) and any(item in content for item in value_inputs(node)):
-            content.add(node)
-    return content
 
 
 def pre_rotary(operand: Node, make: Builder, content: set[Node]) -> Node:

@@ -27,7 +27,7 @@ from .graph import (
     value_inputs,
     value_of,
 )
-from .program import Program
+from .program import Program, content_nodes
 
 LONGEST = 12  # length of the tables compared
 
@@ -121,15 +121,9 @@ def position_limit(program: Program) -> int | None:
 
     A position t reads row t + c of such a table (c is 2 in some models), so the table ends at length rows − c.
     """
-    structural = {item.name for item in program.inputs if item.role in ("positions", "mask")}
-    content: set[Node] = set()
+    content = content_nodes(program)
     limits: list[int] = []
     for node in program.graph_module.graph.nodes:
-        if node.op == "placeholder":
-            if node.name not in structural:
-                content.add(node)
-        elif not is_symbolic(value_of(node)) and any(item in content for item in value_inputs(node)):
-            content.add(node)
         if target_of(node) is aten.embedding.default and node.args[1] not in content:
             limit = _rows_left(program, node)
             limits += [] if limit is None else [limit]

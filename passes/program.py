@@ -11,10 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .errors import LincompileError
-from .graph import is_symbolic, symbols_in, target_of, tensor_of
-
-VERDICTS = ("rewrite", "keep", "refuse")
-SITE_KINDS = ("full", "causal", "sliding")
+from .graph import is_symbolic, symbols_in, target_of, tensor_of, value_inputs, value_of
 
 
 @dataclass
@@ -240,3 +237,16 @@ def is_lincompile_op(node: Node, name: str) -> bool:
     """Whether ``node`` calls ``torch.ops.lincompile.<name>``."""
     target = target_of(node)
     return target is not None and str(target) == f"lincompile.{name}.default"
+
+
+def content_nodes(program: Program) -> set[Node]:
+    """Nodes that depend on tokens or features: not on positions, masks and sizes alone."""
+    structural = {item.name for item in program.inputs if item.role in ("positions", "mask")}
+    content: set[Node] = set()
+    for node in program.graph_module.graph.nodes:
+        if node.op == "placeholder":
+            if node.name not in structural:
+                content.add(node)
+        elif not is_symbolic(value_of(node)) and any(item in content for item in value_inputs(node)):
+            content.add(node)
+    return content

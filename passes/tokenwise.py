@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from .graph import VIEWS, argument, aten, expression, is_symbolic, symbols_in, target_of, tensor_of, value_of
-from .linearize import content_nodes
 from .op_kinds import CASTS, COMPARISONS, OPAQUE_POINTWISE, POINTWISE, SAME
-from .program import Program
+from .program import Program, content_nodes
 from .verify import op_name
 
 LAYOUT = VIEWS | frozenset({aten.stack.default, aten.repeat.default, aten.unsqueeze.default, aten.glu.default})

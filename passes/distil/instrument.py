@@ -16,9 +16,9 @@ from torch.fx import GraphModule, Node
 
 from ..errors import LincompileError
 from ..graph import Builder, aten, finish, set_tensor, tensor_of
-from ..linearize import content_nodes, find_operands
+from ..linearize import find_operands
 from ..methods import LinearMethod, method_class
-from ..program import Program, is_lincompile_op
+from ..program import Program, content_nodes, is_lincompile_op
 
 Wrap = Callable[[str, LinearMethod], nn.Module]
 
