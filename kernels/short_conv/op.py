@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..registration import Grads, gradient_fake, present, selected
+from ..registration import Grads, backend, gradient_fake, present, selected
 from ..shapes import require, require_rank, require_same_device, require_shape
 from . import reference
 
@@ -33,6 +33,10 @@ def _check_conv(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> None
 def short_conv(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     """Causal depthwise convolution; returns ``y [B, T, C]`` and the last inputs ``[B, C, W - 1]``, in x's dtype."""
     _check_conv(x, weight, initial_state)
+    kernels = backend("short_conv", x)
+    if kernels is not None and kernels.supports(x, weight, initial_state):
+        y, state = kernels.forward(x, weight, initial_state)
+        return y, state
     return reference.forward(x, weight, initial_state)
 
 
@@ -52,7 +56,9 @@ def short_conv_backward(
     grad_y: Tensor, grad_state: Tensor, x: Tensor, weight: Tensor, initial_state: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Gradients of ``short_conv`` for x, weight and initial_state (empty where absent)."""
-    return present(reference.backward(grad_y, grad_state, x, weight, initial_state), x)
+    kernels = backend("short_conv", x)
+    run = kernels if kernels is not None and kernels.supports(x, weight, initial_state) else reference
+    return present(run.backward(grad_y, grad_state, x, weight, initial_state), x)
 
 
 @short_conv_backward.register_fake

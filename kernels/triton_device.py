@@ -1,0 +1,28 @@
+"""What the Triton kernels ask of the device they run on. Imported by the kernels' files only."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+# Triton's interpreter runs kernels on CPU tensors. It multiplies bfloat16 by its bit patterns, so that kernels with
+# matrix products run in float32 there.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; under the interpreter a few, enough to exercise segments."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block may ask for (without limit under the interpreter, 0 on other CPUs)."""
+    if device.type != "cuda":
+        return 1 << 30 if INTERPRETED else 0
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))

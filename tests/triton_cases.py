@@ -1,0 +1,52 @@
+"""What the tests of Triton kernels share: the interpreter in a process of its own, and NaN in fresh memory."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton isn't installed")
+needs_kernels = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="run by test_under_the_interpreter"
+)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Every uninitialised float tensor made inside starts as NaN: what no kernel wrote shows."""
+    empty, new_empty = torch.empty, Tensor.new_empty
+
+    def spoil(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    def make(*args: Any, **kwargs: Any) -> Tensor:
+        return spoil(empty(*args, **kwargs))
+
+    def make_new(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return spoil(new_empty(self, *args, **kwargs))
+
+    torch.empty, Tensor.new_empty = make, make_new  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.empty, Tensor.new_empty = empty, new_empty  # type: ignore[method-assign]
+
+
+def run_under_the_interpreter(file: str, passed: int) -> None:
+    """Runs a test file again with Triton interpreted; ``passed`` of its cases must pass."""
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert f"{passed} passed" in done.stdout
