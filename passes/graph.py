@@ -162,8 +162,15 @@ def module_path(node: Node) -> str:
 
 def source_line(node: Node) -> str:
     """'file:line' of the innermost user frame that made the node, '' when the trace kept none."""
-    frames = re.findall(r'File "([^"<]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+    file, line, _ = innermost_frame(node)
+    return f"{file}:{line}" if file else ""
+
+
+def innermost_frame(node: Node) -> tuple[str, str, str]:
+    """(file, line number, code) of the innermost user frame that made the node; empty where the trace kept none."""
+    frames = re.findall(r'File "([^"<]+)", line (\d+), in \S+[ \t]*\n?[ \t]*(.*)', node.meta.get("stack_trace") or "")
+    frames = [frame for frame in frames if "torch/fx/" not in frame[0]]
+    return frames[-1] if frames else ("", "", "")
 
 
 def copy_origin(source: Node, destination: Node) -> None:

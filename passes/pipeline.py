@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+
 from .errors import LincompileError, PassError
 from .program import Program
 
@@ -50,7 +52,7 @@ class Pipeline:
 
     Args:
         passes: pass objects, or pipeline text such as ``"canonicalize,linearize{attn=lawcat}"``.
-        trace: keep the graph's text after every pass in ``.dumps``.
+        trace: keep the graph's text in ``.dumps``, as ("before", text) and then (pass name, text) after every pass.
         on_pass: called with (index, total, pass name) before each pass, for progress bars.
 
     Raises:
@@ -70,14 +72,17 @@ class Pipeline:
         self.dumps: list[tuple[str, str]] = []
 
     def __call__(self, program: Program) -> Program:
+        from .listing import listing
         from .verify import verify
 
+        self.dumps = [("before", "\n".join(listing(program)))] if self.trace else []
         for index, item in enumerate(self.passes):
             if self.on_pass:
                 self.on_pass(index, len(self.passes), item.name)
             started = time.monotonic()
             try:
-                result = item.run(program)
+                with torch.inference_mode(False), torch.enable_grad():  # proofs compare gradients, wherever they run
+                    result = item.run(program)
             except LincompileError:
                 raise
             except Exception as error:
@@ -96,7 +101,7 @@ class Pipeline:
                 }
             )
             if self.trace:
-                self.dumps.append((item.name, str(program.graph_module.graph)))
+                self.dumps.append((item.name, "\n".join(listing(program))))
         return program
 
     def __str__(self) -> str:

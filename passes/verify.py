@@ -24,6 +24,8 @@ def verify(program: Program) -> str | None:
     except RuntimeError as error:
         return str(error)
     for node in program.graph_module.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and "val" not in node.meta:
+            return f"node '{node.name}' ({node.target}) carries no shape: insert nodes with lincompile's Builder"
         name = op_name(node)
         if name in CONTRACTS:
             problem = CONTRACTS[name](node)

@@ -1,8 +1,8 @@
 """The documentation's commands and code, run as a reader would run them.
 
 A page is one session: its ```sh and ```python blocks run in order in one folder, which holds ``examples/nano.py`` and a
-``text.txt``. A block that starts with ``# exit code N`` must exit with N. Shell blocks take seconds each and need
-``--run-docs`` (continuous integration gives it).
+``text.txt``. A block that starts with ``# exit code N`` must exit with N; one that starts with ``# file: NAME`` is also
+written to that file. Blocks take seconds each and need ``--run-docs`` (continuous integration gives it).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "docs/getting_started.md", "docs/cli.md"]
+PAGES = ["README.md", "docs/getting_started.md", "docs/cli.md", "docs/writing_a_pass.md"]
 # Pages whose code a test of their own runs.
 ELSEWHERE = {
     "docs/onnx.md": "tests/lowering/test_onnx_export.py",
@@ -56,6 +56,8 @@ def test_page_runs(page: str, tmp_path: Path, request: pytest.FixtureRequest) ->
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for number, (language, source) in enumerate(blocks(page), 1):
         expected = int(match[1]) if (match := re.match(r"# exit code (\d+)\n", source)) else 0
+        if named := re.match(r"# file: (\w+\.py)\n", source):
+            (tmp_path / named[1]).write_text(source, encoding="utf-8")
         command = ["bash", "-euc", source] if language == "sh" else [sys.executable, "-c", source]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1000)
         assert done.returncode == expected, f"{page}, block {number}:\n{source}\n{done.stdout}\n{done.stderr}"

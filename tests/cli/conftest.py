@@ -21,9 +21,9 @@ from torch.nn import functional
 
 
 class Block(nn.Module):
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, backwards=False):
         super().__init__()
-        self.heads = heads
+        self.heads, self.backwards = heads, backwards
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.up = nn.Linear(width, 4 * width)
@@ -34,7 +34,8 @@ class Block(nn.Module):
         batch, length, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).split(width, -1)
         q, k, v = (y.view(batch, length, self.heads, -1).transpose(1, 2) for y in (q, k, v))
-        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mask = torch.ones(length, length, dtype=torch.bool).triu() if self.backwards else None
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.out(y.transpose(1, 2).reshape(batch, length, width))
         return x + self.down(functional.gelu(self.up(self.norm2(x))))
 
@@ -73,6 +74,12 @@ class Plain(nn.Module):
 def build():
     torch.manual_seed(0)
     return Model()
+
+
+def backwards():
+    model = build()
+    model.blocks[0].backwards = True
+    return model
 
 
 def plain():

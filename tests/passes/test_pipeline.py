@@ -43,6 +43,9 @@ class Break:
             node.update_arg(1, node.args[1].args[0])
         elif self.how == "graph":
             node.prepend(next(n for n in program.graph_module.graph.nodes if n.op == "output").prev)
+        elif self.how == "shape":
+            with program.graph_module.graph.inserting_before(node):
+                program.graph_module.graph.call_function(torch.ops.aten.neg.default, (node.args[0],))
         return PassResult(program, True, {})
 
 
@@ -101,6 +104,7 @@ def test_passes_are_frozen_dataclasses_with_one_method() -> None:
         ("window", "pass 'break' broke the graph: node 'softmax_attention.*sliding window of 0"),
         ("heads", "pass 'break' broke the graph: node 'softmax_attention"),
         ("graph", "pass 'break' broke the graph: "),
+        ("shape", "pass 'break' broke the graph: node 'neg_default.* carries no shape"),
         ("crash", "pass 'break' failed: KeyError"),
     ],
 )
@@ -114,8 +118,9 @@ def test_history_trace_and_progress(captured: Program) -> None:
     pipeline = Pipeline("canonicalize,prove", trace=True, on_pass=lambda i, n, name: seen.append((i, n, name)))
     program = pipeline(captured.clone())
     assert seen == [(0, 2, "canonicalize"), (1, 2, "prove")]
-    assert [name for name, _ in pipeline.dumps] == ["canonicalize", "prove"]
-    assert "softmax_attention" not in pipeline.dumps[0][1] and "softmax_attention" in pipeline.dumps[1][1]
+    assert [name for name, _ in pipeline.dumps] == ["before", "canonicalize", "prove"]
+    assert "softmax_attention" not in pipeline.dumps[1][1]
+    assert "= lincompile.softmax_attention(transpose" in pipeline.dumps[2][1]
     assert [entry["pass"] for entry in program.history] == ["canonicalize", "prove"]
     assert program.history[1]["report"]["proved"] == 2 and program.history[1]["options"] == {"tolerance": 1e-5}
     assert verify(program) is None
