@@ -9,14 +9,18 @@ Every op is opaque to tracing (``torch.export``, ``make_fx``, ``torch.compile``)
 
 from __future__ import annotations
 
+from .decay_gate.op import decay_gate
 from .gated_delta.op import gated_delta
+from .hedgehog_features.op import hedgehog_features
 from .int6_linear import op as int6_linear_op
 from .linear_attention.op import linear_attention
 from .short_conv.op import short_conv
 from .softmax_attention.op import softmax_attention, softmax_attention_step
 
 __all__ = [
+    "decay_gate",
     "gated_delta",
+    "hedgehog_features",
     "int6_linear_op",
     "linear_attention",
     "short_conv",

@@ -1,0 +1,84 @@
+"""``torch.ops.lincompile.decay_gate``: schema, checks, fake, gradient. Shapes: ``docs/architecture.md``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from ..registration import Grads, backend, gradient_fake, present, selected
+from ..shapes import require, require_rank, require_same_device, require_shape
+from . import reference
+
+_GATE_ARGS = "Tensor z, Tensor weight, Tensor bias, Tensor? mask, int kv_heads, float temperature"
+
+
+def _check_gate(
+    z: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, kv_heads: int, temperature: float
+) -> None:
+    op = "decay_gate"
+    require_rank(op, "z", z, "[B, T, R]")
+    require(z.is_floating_point(), op, f"z must be float, got {z.dtype}")
+    require_rank(op, "weight", weight, "[Hkv * F, R]")
+    require_same_device(op, z, weight=weight, bias=bias, mask=mask)
+    require(temperature > 0, op, f"temperature must be above 0, got {temperature}")
+    rows = weight.shape[0]
+    require(kv_heads > 0 and rows % kv_heads == 0, op, f"{rows} rows of weight don't divide into {kv_heads} kv heads")
+    require_shape(op, "weight", weight, "[Hkv * F, R]", (rows, z.shape[2]))
+    require_shape(op, "bias", bias, "[Hkv * F]", (rows,))
+    if mask is not None:
+        require_shape(op, "mask", mask, "[B, T]", z.shape[:2])
+        require(mask.dtype == torch.bool, op, f"mask must be bool (True = real token), got {mask.dtype}")
+
+
+@custom_op("lincompile::decay_gate", mutates_args=(), schema=f"({_GATE_ARGS}) -> Tensor")
+def decay_gate(
+    z: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, kv_heads: int, temperature: float
+) -> Tensor:
+    """``log_decay [B, Hkv, T, F]`` of the low-rank gate, in z's dtype; 0 at padded tokens."""
+    _check_gate(z, weight, bias, mask, kv_heads, temperature)
+    kernels = backend("decay_gate", z)
+    run = kernels if kernels is not None and kernels.supports(z, weight, bias) else reference
+    out: Tensor = run.forward(z, weight, bias, mask, kv_heads, temperature)
+    return out.contiguous()
+
+
+@decay_gate.register_fake
+def _(z: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, kv_heads: int, temperature: float) -> Tensor:
+    _check_gate(z, weight, bias, mask, kv_heads, temperature)
+    return z.new_empty(z.shape[0], kv_heads, z.shape[1], weight.shape[0] // kv_heads)
+
+
+@custom_op(
+    "lincompile::decay_gate_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_GATE_ARGS}) -> (Tensor, Tensor, Tensor)",
+)
+def decay_gate_backward(
+    grad: Tensor, z: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, kv_heads: int, temperature: float
+) -> tuple[Tensor, ...]:
+    """Gradients of ``decay_gate`` for z, weight and bias."""
+    kernels = backend("decay_gate", z)
+    run = kernels if kernels is not None and kernels.supports(z, weight, bias) else reference
+    return present(run.backward(grad, z, weight, bias, mask, kv_heads, temperature), z)
+
+
+@decay_gate_backward.register_fake
+def _(
+    grad: Tensor, z: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, kv_heads: int, temperature: float
+) -> tuple[Tensor, ...]:
+    return gradient_fake(z, weight, bias)
+
+
+def _gate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _gate_backward(ctx: Any, grad: Tensor) -> Grads:
+    return selected(decay_gate_backward(grad, *ctx.saved_tensors, *ctx.options), ctx.needs_input_grad)
+
+
+decay_gate.register_autograd(_gate_backward, setup_context=_gate_setup)
