@@ -132,7 +132,6 @@ def command(
     dtype: str,
     seconds: float | None,
     checkpoint: Path | None,
-    window: int | None,
     adapter: Path | None,
     shard: str | None,
     **options: Any,
@@ -142,7 +141,7 @@ def command(
     from ..lowering.package import check_output
     from .reporter import BarReporter
 
-    refuse_unbuilt(window=window, shard=shard)
+    refuse_unbuilt(shard=shard)
     if options["target"] == "triton" and device == "cpu":
         raise click.UsageError("--target triton needs --device cuda")
     asked = Options(

@@ -72,6 +72,7 @@ def cli() -> None:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 1 refused or failed, 2 usage, 130 interrupted."""
     signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)  # also where a background shell started us with SIGINT ignored
     sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
 
 
@@ -120,5 +121,5 @@ def _fail(message: str, code: int) -> int:
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM ends like Ctrl-C, so that temporary folders are cleaned up."""
+    """SIGTERM and SIGINT end alike, so that temporary folders are cleaned up."""
     raise KeyboardInterrupt

@@ -58,6 +58,7 @@ class Options:
     quant: str = "none"
     keep_softmax: str | None = None
     rewrite_sliding: bool = False
+    window: int | None = None
     distil: Any = None
     tokens: int | None = None
     time: float | None = None
@@ -83,6 +84,8 @@ class Options:
             Recipe(train=self.train)
         if self.target not in TARGETS:
             raise LincompileError(f"--target {self.target}: the targets are {', '.join(TARGETS)}")
+        if self.attn == "softmax" and self.window:
+            raise LincompileError("--window stands beside linear attention; with --attn softmax there is none")
         if self.attn == "softmax" and self.distil is not None:
             raise LincompileError("--distil trains linear attention; with --attn softmax there is nothing to train")
         if self.adapter is not None:
@@ -230,7 +233,7 @@ def compile(
         builder: ``module:function`` that builds the module of a bare state dict.
         trust: allow code that the model file brings along to run.
         checkpoint: file that distillation saves itself to and resumes from.
-        options: ``attn``, ``quant``, ``keep_softmax``, ``distil`` (a text file, token ids, or ``hf:name``),
+        options: ``attn``, ``quant``, ``keep_softmax``, ``window``, ``distil`` (a text file, token ids, or ``hf:name``),
             ``tokens``, ``time`` (seconds), ``train``, ``adapter``, ``length``, ``batch``, ``target``, ``device``,
             ``dtype``, ``seed``: as in the CLI. With an adapter, ``distil`` only calibrates quantization.
 
@@ -306,7 +309,14 @@ def rewrite(teacher: Program, asked: Options) -> Program:
             "quantize it alone with --attn softmax --quant int6"
         )
     indices, count, _ = parse_keep(asked.keep_softmax) if asked.keep_softmax else ((), 0, 0)
-    pass_ = LinearizeAttention(asked.attn, keep=indices, count=count, sliding=asked.rewrite_sliding, seed=asked.seed)
+    pass_ = LinearizeAttention(
+        asked.attn,
+        keep=indices,
+        count=count,
+        sliding=asked.rewrite_sliding,
+        window=asked.window or 0,
+        seed=asked.seed,
+    )
     student = Pipeline([pass_])(student)
     if not any(site.method != "softmax" for site in student.sites):
         first = student.sites[0]

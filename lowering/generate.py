@@ -113,14 +113,7 @@ class Session:
         """:meth:`step`, with gradients where they are enabled."""
         on = self.device
         logits, new = self.program(tokens.to(on), positions.to(on), mask.to(on), states)
-        return logits, [self._trim(spec, state) for spec, state in zip(self.states, new, strict=True)]
-
-    def _trim(self, spec: StateSpec, state: Tensor) -> Tensor:
-        """Drops cached keys and values that no later query of a sliding site can see."""
-        window = self.program.windows.get(spec.site)
-        if window is None or spec.role not in ("key", "value") or state.shape[2] <= window:
-            return state
-        return state[:, :, state.shape[2] - window :]
+        return logits, [self.program.trim(spec, state) for spec, state in zip(self.states, new, strict=True)]
 
 
 def positions_of(mask: Tensor) -> Tensor:
@@ -145,6 +138,7 @@ def prefill(
     after: Prefilled | None = None,
     chunk: int = PREFILL_CHUNK,
     on_chunk: Callable[[int, int], None] | None = None,
+    on_state: Callable[[Prefilled], None] | None = None,
     collect: Callable[[int, Tensor], None] | None = None,
 ) -> Prefilled:
     """Reads ``tokens [B, T]`` in chunks, from fresh states or ``after`` an earlier prefill.
@@ -153,11 +147,12 @@ def prefill(
         mask: bool ``[B, T]``, True = real token. Padding must be on the left of each row.
         after: what an earlier call returned, to continue its sequences.
         on_chunk: called with (tokens read, tokens in all) after each chunk.
+        on_state: called after each chunk with what an interrupted prefill would be resumed from.
         collect: called with (index of the chunk's first token, logits ``[B, t, V]``): all logits, for perplexity.
 
     Raises:
-        LincompileError: an empty prompt, a gap in a row's mask, an unknown token id, or more tokens than
-            ``session.max_positions``.
+        LincompileError: an empty prompt, a gap in a row's mask, an unknown token id, states of another batch size, or
+            more tokens than ``session.max_positions``.
     """
     batch, length = tokens.shape
     if length == 0:
@@ -171,6 +166,8 @@ def prefill(
         raise LincompileError(
             "this model counts positions itself, so prompts of different lengths can't share a batch: run them alone"
         )
+    if after is not None:
+        _check_continuation(after, batch, mask)
     _check_vocabulary(session, tokens)
     before = torch.zeros(batch, dtype=torch.int64) if after is None else after.lengths
     total = int((before + mask.sum(-1)).max())
@@ -190,10 +187,26 @@ def prefill(
         logits, states = session.step(tokens[:, part], positions[:, part], mask[:, part], states)
         if collect:
             collect(start, logits)
+        if on_state:
+            on_state(Prefilled(logits[:, -1], states, before + mask[:, : part.stop].sum(-1)))
         if on_chunk:
             on_chunk(part.stop, length)
     assert logits is not None
     return Prefilled(logits[:, -1], states, before + mask.sum(-1))
+
+
+def _check_continuation(after: Prefilled, batch: int, mask: Tensor) -> None:
+    """Padding after tokens already read would enter convolutions and windows: refused, as are rows that don't match."""
+    rows = after.lengths.shape[0]
+    if rows != batch:
+        raise LincompileError(
+            f"the state holds {rows} sequences, the prompt {batch}: continue each row with one prompt"
+        )
+    if bool((~mask.all(-1) & (after.lengths > 0)).any()):
+        raise LincompileError(
+            "rows that continue a state must get prompts of one length (padding would stand between their tokens): "
+            "continue them one by one"
+        )
 
 
 def _check_vocabulary(session: StepSession, tokens: Tensor) -> None:
@@ -260,10 +273,13 @@ class Generation:
 
     Attributes:
         tokens: the new tokens of each row, without the prompt; an end-of-sequence token is included.
-        finish: ``"eos"``, ``"length"`` (``max_new_tokens`` reached) or ``"max_positions"`` per row.
+        finish: ``"eos"``, ``"length"`` (``max_new_tokens`` reached), ``"max_positions"`` or ``"stopped"`` (by
+            ``stream``) per row.
         prompt_tokens: real tokens of each prompt.
         prefill_seconds, decode_seconds: wall time of the two phases.
-        state: the states after the last token read, so that the conversation can continue.
+        state: the states after the last token read, so that the conversation can continue: the last new token has not
+            been read yet, so it begins the next prompt. (A row that ended early in a model with kept sliding windows
+            has padding in its window: continue such rows from a batch of their own.)
     """
 
     tokens: list[list[int]]
@@ -309,8 +325,10 @@ def generate(
     seed: int = 0,
     eos_ids: Sequence[int] = (),
     chunk: int = PREFILL_CHUNK,
-    stream: Callable[[int, int], None] | None = None,
+    after: Prefilled | None = None,
+    stream: Callable[[int, int], bool | None] | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
+    on_state: Callable[[Prefilled], None] | None = None,
 ) -> Generation:
     """Continues token sequences, one or a batch; each row gives what it would give alone.
 
@@ -320,8 +338,11 @@ def generate(
         temperature, top_k, top_p, seed: see :class:`Sampling`; row i is seeded with ``seed + i``.
         eos_ids: a row stops after any of these.
         chunk: prompt tokens per step of the prefill.
-        stream: called with (row, token) as each token is chosen.
+        after: the states of an earlier call (``Generation.state``, or a state file's): the prompts are what comes next.
+            Where nothing does, ``[[]]`` continues from its logits.
+        stream: called with (row, token) as each token is chosen; True ends the row (a stop sequence, for example).
         on_prefill: called with (tokens read, tokens in all) while the prompt is read.
+        on_state: called with the state after each chunk of the prompt.
 
     Raises:
         LincompileError: an empty or too long prompt, an unknown token id, a value out of range, logits not finite.
@@ -334,9 +355,13 @@ def generate(
         )
     sampling = Sampling(temperature, top_k, top_p, seed)
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
-    tokens, mask = left_pad(prompts)
     started = time.perf_counter()
-    state = prefill(session, tokens, mask, chunk=chunk, on_chunk=on_prefill)
+    if after is not None and not any(prompts):
+        _check_continuation(after, len(prompts), torch.ones(len(prompts), 0, dtype=torch.bool))
+        state = after
+    else:
+        tokens, mask = left_pad(prompts)
+        state = prefill(session, tokens, mask, after=after, chunk=chunk, on_chunk=on_prefill, on_state=on_state)
     prefilled = time.perf_counter()
 
     rows: list[list[int]] = [[] for _ in prompts]
@@ -347,16 +372,18 @@ def generate(
         for row in active.nonzero().flatten().tolist():
             token = int(chosen[row])
             rows[row].append(token)
-            if stream:
-                stream(row, token)
+            stop = stream is not None and stream(row, token) is True
             if token in eos_ids:
                 active[row], finish[row] = False, "eos"
+            elif stop:
+                active[row], finish[row] = False, "stopped"
             elif session.max_positions is not None and int(state.lengths[row]) >= session.max_positions:
                 active[row], finish[row] = False, "max_positions"
         if not bool(active.any()) or index == max_new_tokens - 1:
             break
         state = _decode(session, chosen, active, state)
-    return Generation(rows, finish, mask.sum(-1).tolist(), prefilled - started, time.perf_counter() - prefilled, state)
+    lengths = [len(prompt) for prompt in prompts]
+    return Generation(rows, finish, lengths, prefilled - started, time.perf_counter() - prefilled, state)
 
 
 def _decode(session: StepSession, chosen: Tensor, active: Tensor, state: Prefilled) -> Prefilled:
@@ -365,4 +392,9 @@ def _decode(session: StepSession, chosen: Tensor, active: Tensor, state: Prefill
     # A finished row stands where the furthest active one does: a valid position, and the same one where it must be.
     positions = torch.where(active, state.lengths, state.lengths[active].max())[:, None]
     logits, states = session.step(tokens, positions, active[:, None], state.states)
+    if not bool(active.all()):  # a convolution would take the padding for a token
+        states = [
+            new if None in spec.shape else torch.where(active.to(new.device).view(-1, *[1] * (new.dim() - 1)), new, old)
+            for spec, new, old in zip(session.states, states, state.states, strict=True)
+        ]
     return Prefilled(logits[:, -1], states, state.lengths + active)

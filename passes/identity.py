@@ -27,6 +27,7 @@ from .graph import (
     order_of,
     same_dim,
     source_line,
+    symbols_in,
     target_of,
     tensor_of,
     value_inputs,
@@ -235,7 +236,7 @@ def build(program: Program, candidate: Candidate, findings: Findings) -> Replace
     """Inserts the canonical op before the site's output. Raises ``Unsupported`` when the layout isn't understood."""
     make = Builder(program.graph_module, candidate.out)
     existing = set(program.graph_module.graph.nodes)
-    q, k, v, restore = canonical_operands(candidate, make)
+    q, k, v, restore = canonical_operands(program, candidate, make)
     heads = int_dim(tensor_of(q).shape[1], "query heads")
     sizes = Probe(program, candidate).sizes(5)
     folded_k, folded_v = fold_groups(program, k, heads, sizes), fold_groups(program, v, heads, sizes)
@@ -284,21 +285,25 @@ def _key_padding(program: Program, make: Builder, findings: Findings) -> Node | 
 Restore = Callable[[Node], Node]
 
 
-def canonical_operands(candidate: Candidate, make: Builder) -> tuple[Node, Node, Node, Restore]:
+def canonical_operands(
+    program: Program, candidate: Candidate, make: Builder
+) -> tuple[Node, Node, Node, Restore]:
     """Q ``[B, H, T, D]``, k ``[B, Hkv, S, D]``, v ``[B, Hkv, S, Dv]`` and the way back to the site's layout."""
     if candidate.softmax is None:
         if tensor_of(candidate.q).dim() == 4:
             return candidate.q, candidate.k, candidate.v, lambda y: y
         k, product = candidate.k, candidate.out
-        return _from_ranks(candidate.q, k, candidate.v, tensor_of(product).dim(), make)
+        return _from_ranks(program, candidate.q, k, candidate.v, tensor_of(product).dim(), make)
     assert candidate.scores is not None
     if target_of(candidate.scores) is aten.einsum.default or target_of(candidate.out) is aten.einsum.default:
         return _from_einsum(candidate, make)
     k = untransposed(candidate.k) or make(aten.transpose.int, candidate.k, -1, -2)
-    return _from_ranks(candidate.q, k, candidate.v, tensor_of(candidate.out).dim(), make)
+    return _from_ranks(program, candidate.q, k, candidate.v, tensor_of(candidate.out).dim(), make)
 
 
-def _from_ranks(q: Node, k: Node, v: Node, out_rank: int, make: Builder) -> tuple[Node, Node, Node, Restore]:
+def _from_ranks(
+    program: Program, q: Node, k: Node, v: Node, out_rank: int, make: Builder
+) -> tuple[Node, Node, Node, Restore]:
     """Matmul-like operands ``[..., T, D]`` of rank 3 (batch and heads fused), 4, or 5 (grouped heads)."""
     rank = tensor_of(q).dim()
     if rank == 5:
@@ -307,9 +312,13 @@ def _from_ranks(q: Node, k: Node, v: Node, out_rank: int, make: Builder) -> tupl
         k, v = (_drop_group_axis(x, groups, make) for x in (k, v))
         restore: Restore = lambda y: make(aten.unflatten.int, y, 1, [-1, int_dim(groups, "heads per group")])  # noqa: E731
         return q, k, v, restore
-    q, k, v = (split_heads(x, make) for x in (q, k, v))
+    orders = {fused_order(program, x) for x in (q, k, v) if tensor_of(x).dim() == 3}
+    if len(orders) > 1:
+        raise Unsupported("q, k and v fuse batch and heads into one axis in different orders")
+    heads_first = orders == {"heads first"}
+    q, k, v = (split_heads(x, heads_first, make) for x in (q, k, v))
     if out_rank == 3:
-        return q, k, v, lambda y: make(aten.flatten.using_ints, y, 0, 1)
+        return q, k, v, lambda y: make(aten.flatten.using_ints, swapped(y, heads_first, make), 0, 1)
     if out_rank == 4:
         return q, k, v, lambda y: y
     raise Unsupported(f"attention over tensors of rank {rank} isn't supported")
@@ -323,13 +332,11 @@ def _drop_group_axis(node: Node, groups: Any, make: Builder) -> Node:
     return make(aten.squeeze.dim, node, 2) if same_dim(value.shape[2], 1) else make(aten.flatten.using_ints, node, 1, 2)
 
 
-def split_heads(node: Node, make: Builder) -> Node:
-    """Rank-3 ``[B·H, T, D]`` → ``[B, H, T, D]``; rank 4 unchanged."""
+def split_heads(node: Node, heads_first: bool, make: Builder) -> Node:
+    """Rank-3 ``[B·H, T, D]`` (or ``[H·B, T, D]`` with ``heads_first``) → ``[B, H, T, D]``; rank 4 unchanged."""
     value = tensor_of(node)
     if value.dim() == 4:
         return node
-    if value.dim() != 3:
-        raise Unsupported(f"an operand of rank {value.dim()} isn't supported")
     if target_of(node) in (aten.reshape.default, aten.view.default, aten.flatten.using_ints):
         inner = node.args[0]
         assert isinstance(inner, Node)
@@ -339,12 +346,70 @@ def split_heads(node: Node, make: Builder) -> Node:
             and same_dim(source.shape[3], value.shape[2])
             and same_dim(source.shape[2], value.shape[1])
         ):
-            return inner
+            return swapped(inner, heads_first, make)
+    heads = fused_heads(node)
+    return swapped(make(aten.unflatten.int, node, 0, [heads, -1] if heads_first else [-1, heads]), heads_first, make)
+
+
+def swapped(node: Node, heads_first: bool, make: Builder) -> Node:
+    """``[H, B, ...]`` as ``[B, H, ...]`` and back, where heads come first; otherwise the node itself."""
+    return make(aten.transpose.int, node, 0, 1) if heads_first else node
+
+
+def fused_heads(node: Node) -> int:
+    """How many heads the first axis of ``[B·H, T, D]`` holds for each batch row."""
+    value = tensor_of(node)
+    if value.dim() != 3:
+        raise Unsupported(f"an operand of rank {value.dim()} isn't supported")
     expr = expression(value.shape[0])
-    heads = int(expr.as_coeff_Mul()[0]) if expr.free_symbols else 1
     if isinstance(expr, sympy.Integer):
         raise Unsupported("batch and heads are fused in one fixed axis, so they can't be told apart")
-    return make(aten.unflatten.int, node, 0, [-1, heads])
+    heads, rest = expr.as_coeff_Mul()
+    if not rest.is_Symbol or not heads.is_Integer:
+        raise Unsupported(f"batch and heads are fused in one axis of {expr} rows, which isn't heads × batch")
+    return int(heads)
+
+
+def fused_order(program: Program, node: Node) -> str:
+    """Whether the first axis of ``[B·H, T, D]`` is "batch first" or "heads first", proved by where a batch row goes.
+
+    Attention itself doesn't care, but gates, feature maps and states belong to a head and read a row's own tokens. So
+    the graph is run from the nearest values that still have a batch axis, with NaN in one of three batch rows.
+    """
+    heads = fused_heads(node)
+    batch = expression(tensor_of(node).shape[0]).as_coeff_Mul()[1]
+    rows, chosen = 3, 1
+    sources = {n: axis for n in walk_up(node) if n is not node and (axis := _axis_of(n, batch)) is not None}
+    nearest = {n: sources[n] for n in walk_up(node, frozenset(sources)) if n in sources}
+    symbols = {s for n in walk_up(node, frozenset(nearest)) for dim in _shape(n) for s in symbols_in(dim)}
+    sizes = Sizes({name: rows if name == str(batch) else 5 for name in symbols | {str(batch)}})
+    env = {}
+    for source, axis in nearest.items():
+        env[source] = torch.ones(sizes.shape(tensor_of(source)))
+        env[source].select(axis, chosen).fill_(float("nan"))
+    try:
+        reached = evaluate(program.graph_module, node, sizes, env, lambda n: torch.zeros(sizes.shape(tensor_of(n))))
+    except Opaque as error:
+        raise Unsupported(f"batch and heads are fused in one axis, in an order that can't be found: {error}") from error
+    found = reached.isnan().flatten(1)
+    at = torch.arange(rows * heads)
+    for order, wanted in (("batch first", at // heads == chosen), ("heads first", at % rows == chosen)):
+        if torch.equal(found.all(1), wanted) and torch.equal(found.any(1), wanted):
+            return order
+    raise Unsupported("batch and heads are fused in one axis in an order that is neither batch-major nor head-major")
+
+
+def _shape(node: Node) -> tuple[Any, ...]:
+    value = value_of(node)
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _axis_of(node: Node, batch: sympy.Expr) -> int | None:
+    """The axis of a floating-point value that counts exactly the batch rows."""
+    value = value_of(node)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return None
+    return next((axis for axis, dim in enumerate(value.shape) if expression(dim) == batch), None)
 
 
 def untransposed(node: Node) -> Node | None:
@@ -430,7 +495,8 @@ def fold_groups(program: Program, node: Node, heads: int, sizes: Sizes) -> Node:
         if value.dim() != 4 or not expression(value.shape[1]).is_Integer:
             continue
         few = int(expression(value.shape[1]))
-        if few >= heads or heads % few or not same_dim(value.shape[-1], tensor_of(node).shape[-1]):
+        unlike = any(not same_dim(value.shape[axis], tensor_of(node).shape[axis]) for axis in (0, 2, 3))
+        if few >= heads or heads % few or unlike:
             continue
         x = torch.randn(sizes.shape(value))
         try:

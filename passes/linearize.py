@@ -75,6 +75,7 @@ class LinearizeAttention:
         keep: sites that stay softmax, by index (0 = the first); or one number as a count, see ``count``.
         count: keep this many sites softmax, evenly spaced (0 = none).
         sliding: also rewrite sliding-window sites (by default they keep their window: already linear in length).
+        window: mix in softmax attention to this many of the nearest keys (0 = none); the keys' cache stays that long.
         seed: for the gates' small random weights.
 
     A site that can't be rewritten (refused by the prover, cross-attention, bidirectional with a causal method) stays
@@ -85,8 +86,13 @@ class LinearizeAttention:
     keep: tuple[int, ...] = ()
     count: int = 0
     sliding: bool = False
+    window: int = 0
     seed: int = 0
     name: str = field(default="linearize", init=False, metadata={"text": False})
+
+    def __post_init__(self) -> None:
+        if self.window < 0:
+            raise LincompileError(f"--window {self.window}: write a number of tokens, such as 64 (0 = none)")
 
     def run(self, program: Program) -> PassResult:
         if self.attn == "softmax":
@@ -137,6 +143,8 @@ class LinearizeAttention:
             )
         if site.kind == "full" and not cls.bidirectional:
             return f"bidirectional attention; {self.attn} is causal (use --attn hedgehog)"
+        if site.kind == "full" and self.window:
+            return "bidirectional attention; --window mixes in a causal window"
         q, k = tensor_of(site.node.args[0]), tensor_of(site.node.args[1])
         if not same_dim(q.shape[2], k.shape[2]):
             return "cross-attention between two sequences stays softmax"
@@ -151,7 +159,7 @@ class LinearizeAttention:
         cls = method_class(self.attn)
         module = program.graph_module
         make = Builder(module, node)
-        operands = find_operands(site, cls, make, content)
+        operands = find_operands(site, cls, make, content, self.window)
         if isinstance(operands, str):
             return operands
         hidden, mask = operands.hidden, operands.mask
@@ -159,7 +167,15 @@ class LinearizeAttention:
         width = int(tensor_of(hidden).shape[-1]) if hidden is not None else 1
         assert site.heads and site.kv_heads and site.head_dim and site.value_dim and site.scale
         shape = SiteShape(
-            site.heads, site.kv_heads, site.head_dim, site.value_dim, width, site.scale, site.kind != "full"
+            site.heads,
+            site.kv_heads,
+            site.head_dim,
+            site.value_dim,
+            width,
+            site.scale,
+            site.kind != "full",
+            min(self.window, site.window or self.window),
+            site.softcap or 0.0,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 100_003 + index)
@@ -170,20 +186,26 @@ class LinearizeAttention:
             traces[key] = trace_method(cls(shape).to(dtype), mask is not None)
         name = f"{MODULE_PREFIX}.{index}"
         module.add_submodule(name, method)
-        output, op = inline(traces[key], operands.arguments(), make, name, method)
+        output, op, near = inline(traces[key], operands.arguments(), make, name, method)
         node.replace_all_uses_with(output)
         module.graph.erase_node(node)
-        site.node, site.method = op, self.attn
+        site.node, site.near, site.method = op, near, self.attn
+        if shape.window:
+            site.details["window"] = shape.window
         site.details["module"] = name
         if not cls.rotary:
             site.details["rotary"] = "removed" if operands.rotated else "none found"
-        site.reason = f"softmax proved to {site.max_error:.1e}, rewritten to {self.attn}"
+        beside = f" beside a softmax window of {shape.window}" if shape.window else ""
+        site.reason = f"softmax proved to {site.max_error:.1e}, rewritten to {self.attn}{beside}"
         return None
 
 
 @dataclass(frozen=True)
 class Operands:
-    """What a method reads at one site: nodes for q, k, v, the hidden states (None if unused) and the padding mask."""
+    """What a method reads at one site: nodes for q, k, v, the hidden states (None if unused) and the padding mask.
+
+    ``near``: the site's own q and k, where softmax over a window is mixed in.
+    """
 
     q: Node
     k: Node
@@ -191,22 +213,28 @@ class Operands:
     hidden: Node | None
     mask: Node | None
     rotated: bool
+    near: tuple[Node, ...] = ()
 
     def arguments(self) -> list[Node]:
         """In the order of ``LinearMethod.forward``; v stands in for hidden states that the method doesn't read."""
-        return [self.q, self.k, self.v, self.hidden or self.v, *([self.mask] if self.mask is not None else [])]
+        mask = [self.mask] if self.mask is not None else []
+        return [self.q, self.k, self.v, self.hidden or self.v, *self.near, *mask]
 
 
-def find_operands(site: AttentionSite, cls: type[LinearMethod], make: Builder, content: set[Node]) -> Operands | str:
+def find_operands(
+    site: AttentionSite, cls: type[LinearMethod], make: Builder, content: set[Node], window: int = 0
+) -> Operands | str:
     """The operands of ``cls`` at a proved softmax site, or the reason why they can't be had."""
     assert site.node is not None
     q, k, v, mask = site.node.args[:4]
     assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
     hidden = hidden_states(k, q, make)
-    if hidden is None and cls.gated:
-        return f"{cls.method} needs the hidden states that k is projected from, and no projection was found above k"
+    if hidden is None and (cls.gated or window):
+        what = cls.method if cls.gated else "--window"
+        return f"{what} needs the hidden states that k is projected from, and no projection was found above k"
     before_q, before_k = (q, k) if cls.rotary else (pre_rotary(q, make, content), pre_rotary(k, make, content))
-    return Operands(before_q, before_k, v, hidden, mask if isinstance(mask, Node) else None, before_q is not q)
+    near = (q, k) if window else ()
+    return Operands(before_q, before_k, v, hidden, mask if isinstance(mask, Node) else None, before_q is not q, near)
 
 
 @dataclass
@@ -231,9 +259,14 @@ def trace_method(method: LinearMethod, padded: bool) -> Trace:
     # AUTO, not named axes: torch 2.11 refuses those over a guard it can't decide (min(128 t, 384 t) == 128 t)
     b = t = torch.export.Dim.AUTO
     shapes: list[Any] = [{0: b, 2: t}, {0: b, 2: t}, {0: b, 2: t}, {0: b, 1: t}]
+    rest: list[Any] = []  # the shapes of ``*rest``: a tuple of their own
+    if shape.window:
+        example += [torch.zeros_like(example[0]), torch.zeros_like(example[1])]
+        rest += shapes[:2]
     if padded:
         example.append(torch.ones(batch, length, dtype=torch.bool))
-        shapes.append({0: b, 1: t})
+        rest.append({0: b, 1: t})
+    shapes += [tuple(rest)] if rest else []
     exported = torch.export.export(method, tuple(example), dynamic_shapes=tuple(shapes), strict=False)
     traced = exported.module(check_guards=False)
     from .canonicalize import remove_noops
@@ -245,8 +278,10 @@ def trace_method(method: LinearMethod, padded: bool) -> Trace:
 
 def inline(
     traced: Trace, operands: Sequence[Node], make: Builder, name: str, method: LinearMethod
-) -> tuple[Node, Node]:
-    """Copies a traced method's graph before the builder's anchor; returns (its output, its attention op node).
+) -> tuple[Node, Node, Node | None]:
+    """Copies a traced method's graph before the builder's anchor.
+
+    Returns (its output, its linear attention's node, its softmax window's node).
 
     Sites with operands of the same shapes share the fake values that the first of them computed.
     """
@@ -254,6 +289,7 @@ def inline(
     mapping: dict[Node, Any] = {}
     inputs = iter(operands)
     op: Node | None = None
+    near: Node | None = None
     for node in traced.graph.graph.nodes:
         if node.op == "placeholder":
             mapping[node] = next(inputs)
@@ -271,10 +307,12 @@ def inline(
             values[node] = value_of(mapping[node])
             if str(node.target).startswith(("lincompile.linear_attention", "lincompile.gated_delta")):
                 op = mapping[node]
+            elif str(node.target).startswith("lincompile.softmax_attention"):
+                near = mapping[node]
     output = next(node for node in traced.graph.graph.nodes if node.op == "output").args[0]
     result = mapping[output[0] if isinstance(output, (tuple, list)) else output]
     assert op is not None, "a method has exactly one attention op"
-    return result, op
+    return result, op, near
 
 
 def pre_rotary(operand: Node, make: Builder, content: set[Node]) -> Node:

@@ -31,7 +31,10 @@ HALF_LIVES = (64.0, 256.0, 1024.0, 4096.0)
 
 @dataclass(frozen=True)
 class SiteShape:
-    """Sizes of one attention site: query and KV heads, head_dim of q and k, of v, width of the hidden states."""
+    """Sizes of one attention site: query and KV heads, head_dim of q and k, of v, width of the hidden states.
+
+    ``window``: softmax over this many of the nearest keys is mixed in (0 = linear alone), with the site's softcap.
+    """
 
     heads: int
     kv_heads: int
@@ -40,6 +43,8 @@ class SiteShape:
     hidden: int
     scale: float
     causal: bool
+    window: int = 0
+    softcap: float = 0.0
 
     @property
     def groups(self) -> int:
@@ -50,9 +55,11 @@ class SiteShape:
 class LinearMethod(nn.Module):
     """Base of the methods.
 
-    ``forward(q, k, v, x, mask)``: q ``[B, H, T, D]``, k ``[B, Hkv, T, D]``, v ``[B, Hkv, T, Dv]``,
-    x ``[B, T, hidden]``, mask ``[B, T]`` bool (True = real token) or None; returns ``[B, H, T, Dv]``.
-    ``rotary`` says whether q and k are taken after the rotary embedding (True) or before it (False).
+    ``forward(q, k, v, x, [near_q, near_k], [mask])``: q ``[B, H, T, D]``, k ``[B, Hkv, T, D]``,
+    v ``[B, Hkv, T, Dv]``, x ``[B, T, hidden]``, mask ``[B, T]`` bool (True = real token) where the model takes one;
+    returns ``[B, H, T, Dv]``. ``rotary`` says whether q and k are taken after the rotary embedding (True) or before
+    it (False). With ``shape.window`` the site's own q and k (``near_q``, ``near_k``) are given too: softmax attention
+    to the nearest keys is mixed in, by a share that each head reads from the token's hidden states.
     """
 
     method = ""
@@ -63,8 +70,30 @@ class LinearMethod(nn.Module):
     def __init__(self, shape: SiteShape) -> None:
         super().__init__()
         self.shape = shape
+        self.mix = NearShare(shape.hidden, shape.heads) if shape.window else None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *rest: Tensor | None) -> Tensor:
+        """See the class."""
+        far, near, share = self.parts(q, k, v, x, *rest)
+        return far if near is None or share is None else far + share * (near - far)
+
+    def parts(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *rest: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(linear attention alone; softmax over the window alone, its share ``[B, H, T, 1]``, or None and None)."""
+        shape = self.shape
+        near_q, near_k, mask = (*rest, None)[:3] if self.mix is not None else (None, None, *rest, None)[:3]
+        far = self.attend(q, k, v, x, mask)
+        if self.mix is None:
+            return far, None, None
+        assert near_q is not None and near_k is not None
+        near: Tensor = torch.ops.lincompile.softmax_attention(
+            near_q, near_k, v, mask, "sliding", shape.window, shape.scale, shape.softcap
+        )
+        return far, near, like(self.mix(x), v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The linear attention."""
         raise NotImplementedError  # pragma: no cover (abstract)
 
     @property
@@ -108,6 +137,19 @@ class DecayGate(nn.Module):
         return keep_real(
             torch.unflatten(log_decay, -1, (self.kv_heads, self.features)).transpose(1, 2), mask, head_axis=True
         )
+
+
+class NearShare(nn.Module):
+    """How much of each head's output comes from the window: sigmoid(x W + b), 0.7 before any training."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads, hidden))
+        self.bias = nn.Parameter(torch.full((heads,), math.log(0.7 / 0.3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Hidden states ``[B, T, hidden]`` → ``[B, heads, T, 1]``."""
+        return torch.sigmoid(functional.linear(x, self.weight, self.bias)).transpose(1, 2).unsqueeze(-1)
 
 
 def half_life_bias(features: int) -> Tensor:
@@ -168,7 +210,7 @@ class GLA(LinearMethod):
         self.gate = DecayGate(shape.hidden, shape.kv_heads, shape.head_dim)
         self.out_scale = nn.Parameter(torch.full((shape.heads, 1, 1), 1.0 / HALF_LIVES[0]))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         log_decay = self.gate(x, mask)
         k = keep_real(k, mask, head_axis=True)
         out: Tensor = torch.ops.lincompile.linear_attention(q, k, v, log_decay, None, self.shape.scale, True, False)[0]
@@ -186,7 +228,7 @@ class Hedgehog(LinearMethod):
         self.map_q = HedgehogMap(shape.heads, shape.head_dim)
         self.map_k = HedgehogMap(shape.kv_heads, shape.head_dim)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         features_k = like(keep_real(self.map_k(k), mask, head_axis=True), v)
         features_q = like(self.map_q(q), v)
         out: Tensor = torch.ops.lincompile.linear_attention(
@@ -213,7 +255,7 @@ class Lawcat(LinearMethod):
         self.map = HedgehogMap(shape.kv_heads, shape.head_dim)
         self.gate = DecayGate(shape.hidden, shape.kv_heads, 2 * shape.head_dim)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         features_q = self.map.grouped(self.conv_q(q, mask), self.shape.groups)
         features_k = keep_real(self.map(self.conv_k(k, mask)), mask, head_axis=True)
         features_q, features_k = like(features_q, v), like(features_k, v)
@@ -243,7 +285,7 @@ class GatedDelta(LinearMethod):
         self.beta_bias = nn.Parameter(torch.zeros(shape.kv_heads))
         self.out_scale = nn.Parameter(torch.ones(shape.heads, 1, 1))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         unit_q = functional.normalize(self.conv_q(q, mask), dim=-1)
         unit_k = keep_real(functional.normalize(self.conv_k(k, mask), dim=-1), mask, head_axis=True)
         beta = torch.sigmoid(functional.linear(x, self.beta_weight, self.beta_bias)).transpose(1, 2)

@@ -91,10 +91,10 @@ def plan(
         row: dict[str, Any] = {"context": context}
         for label, chosen in (("softmax", ["softmax"] * len(methods)), ("compiled", methods)):
             cache, state, decode, prefill = 0, 0, dense, dense
-            for site, method in zip(teacher.sites, chosen, strict=True):
+            for index, (site, method) in enumerate(zip(teacher.sites, chosen, strict=True)):
                 if not site.proved:
                     continue
-                width = hidden_width(student, teacher.sites.index(site))
+                width = hidden_width(student, index)
                 cost = site_cost(site, method, width, itemsize)
                 seen = min(context, site.window or context)
                 if method == "softmax":
@@ -104,9 +104,10 @@ def plan(
                         seen - seen // 2 if seen == context and site.kind != "full" else seen
                     )
                 else:
-                    state += cost.state_bytes
-                    decode += cost.linear_flops
-                    prefill += cost.linear_flops
+                    near = min(context, student.sites[index].details.get("window", 0))
+                    state += cost.state_bytes + cost.cache_bytes_per_token * near
+                    decode += cost.linear_flops + cost.softmax_flops_per_key * near
+                    prefill += cost.linear_flops + cost.softmax_flops_per_key * near
             row[label] = {
                 "kv_cache_bytes": cache,
                 "state_bytes": state,

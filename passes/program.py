@@ -57,6 +57,7 @@ class AttentionSite:
     method: str = "softmax"
     details: dict[str, Any] = field(default_factory=dict)
     node: Node | None = field(default=None, repr=False, compare=False)
+    near: Node | None = field(default=None, repr=False, compare=False)
 
     @property
     def proved(self) -> bool:
@@ -123,6 +124,10 @@ class Program:
             f"no attention site '{path}'; the sites are: {', '.join(s.path for s in self.sites) or 'none'}"
         )
 
+    def site_of_op(self) -> dict[Node, AttentionSite]:
+        """The attention ops in the graph and the sites they stand for: two at a site with a softmax window."""
+        return {node: site for site in self.sites for node in (site.node, site.near) if node is not None}
+
     def input_with_role(self, role: str) -> ProgramInput | None:
         return next((item for item in self.inputs if item.role == role), None)
 
@@ -158,6 +163,7 @@ class Program:
             twin = copy.copy(site)
             twin.details = dict(site.details)
             twin.node = nodes[site.node.name] if site.node is not None else None
+            twin.near = nodes[site.near.name] if site.near is not None else None
             sites.append(twin)
         return Program(
             module,

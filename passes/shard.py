@@ -93,7 +93,7 @@ class _Sharder:
 
     def run(self) -> dict[str, Any]:
         continue_positions(self.program, sequence_symbol(self.tokens), self._offset)
-        sites = {site.node: site for site in self.program.sites if site.node is not None}
+        sites = self.program.site_of_op()
         for node in list(self.graph.nodes):
             name = op_name(node)
             if name == "linear_attention":

@@ -100,9 +100,33 @@ class StepProgram:
     def initial_states(self, batch: int, device: torch.device | str = "cpu") -> list[Tensor]:
         return [spec.empty(batch, device) for spec in self.states]
 
+    def limit(self, spec: StateSpec) -> int | None:
+        """How many tokens of a growing state any later query can see; None: all of them."""
+        return visible_tokens(spec, self.states, self.windows)
+
+    def trim(self, spec: StateSpec, state: Tensor) -> Tensor:
+        """Drops what no later query of a sliding site can see from its cached keys, values, and their mask."""
+        return trimmed(spec.role, self.limit(spec), state)
+
     def state_bytes(self, batch: int, tokens: int) -> int:
         """Bytes of all states after ``tokens`` tokens."""
-        return sum(spec.bytes(batch, tokens, self.windows.get(spec.site)) for spec in self.states)
+        return sum(spec.bytes(batch, tokens, self.limit(spec)) for spec in self.states)
+
+
+def visible_tokens(spec: StateSpec, specs: Sequence[StateSpec], windows: dict[str, int]) -> int | None:
+    """How many tokens of the growing state ``spec`` a later query can see, given the sliding sites' ``windows``."""
+    if spec.role != "mask":
+        return windows.get(spec.site)
+    keys = {other.site for other in specs if other.role == "key"}
+    return max(windows[site] for site in keys) if keys <= windows.keys() else None
+
+
+def trimmed(role: str, limit: int | None, state: Tensor) -> Tensor:
+    """The last ``limit`` tokens of a growing state (None: all); other states as they are."""
+    axis = {"key": 2, "value": 2, "mask": 1}.get(role)
+    if axis is None or limit is None or state.shape[axis] <= limit:
+        return state
+    return state.narrow(axis, state.shape[axis] - limit, limit)
 
 
 def make_stateful(program: Program, *, check: bool = True) -> StepProgram:
@@ -168,7 +192,7 @@ class _Stepper:
         self.mask = self._input("step_mask", (batch, length), torch.bool)
         self.positions = self._input("step_positions", (batch, length), torch.int64)
         uniform = continue_positions(self.program, self.sequence, self._offset)
-        sites = {site.node: site for site in self.program.sites if site.node is not None}
+        sites = self.program.site_of_op()
         if any(op_name(node) == "softmax_attention" for node in self.graph.nodes):
             self._shared_key_mask()
         conv_site = self._site_of_convs(sites)
@@ -304,7 +328,7 @@ class _Stepper:
 
     def _shared_key_mask(self) -> None:
         first = next(node for node in self.graph.nodes if op_name(node) == "softmax_attention")
-        site = next(s for s in self.program.sites if s.node is first)
+        site = self.program.site_of_op()[first]
         batch = tensor_of(self.tokens).shape[0]
         past = self._input("key_mask", (batch, self._growing()), torch.bool)
         self.specs.append(StateSpec("key_mask", site.path, "mask", (None,), torch.bool))

@@ -72,6 +72,13 @@ def _baddbmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(score.softmax(-1), v).view(batch, heads, length, dim)
 
 
+def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    batch, heads, length, dim = q.shape
+    q, k, v = (x.transpose(0, 1).reshape(heads * batch, length, dim) for x in (q, k, v))
+    score = (torch.bmm(q, k.transpose(1, 2)) * dim**-0.5).masked_fill(~_bias(q[None]), float("-inf"))
+    return torch.bmm(score.softmax(-1), v).view(heads, batch, length, dim).transpose(0, 1)
+
+
 def _grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     batch, heads, length, dim = q.shape
     kv_heads = k.shape[1]
@@ -368,6 +375,7 @@ _NANOGPT: dict[str, Callable[[], Model]] = {
     "nanogpt-einsum-bhtd": _nanogpt(_einsum_bhtd),
     "nanogpt-einsum-bthd": _nanogpt(_einsum_bthd),
     "nanogpt-baddbmm": _nanogpt(_baddbmm),
+    "nanogpt-heads-first": _nanogpt(_heads_first),
     "nanogpt-gqa-5d": _nanogpt(_grouped, kv_heads=2),
     "nanogpt-gqa-repeat": _nanogpt(_repeat_interleave, kv_heads=2),
     "nanogpt-gqa-flag": _nanogpt(_enable_gqa, kv_heads=2),

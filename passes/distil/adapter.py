@@ -36,7 +36,9 @@ def weights_hash(program: Program) -> str:
 
 
 def _sites(student: Program) -> dict[str, str]:
-    return {site.path: site.method for site in student.sites}
+    """Site paths and methods, with the softmax window beside them: ``lawcat+64``."""
+    window = {site.path: site.details.get("window") for site in student.sites}
+    return {s.path: s.method + (f"+{window[s.path]}" if window[s.path] else "") for s in student.sites}
 
 
 def save_adapter(
@@ -101,7 +103,7 @@ def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash
         kept = sum(method == "softmax" for method in sites.values())
         raise LincompileError(
             f"the adapter {path} is for {len(sites)} sites with {', '.join(methods)} ({kept} softmax): "
-            "give the same --attn and --keep-softmax"
+            "give the same --attn, --window and --keep-softmax"
         )
     own_parameters(student, teacher)
     parameters = dict(student.graph_module.named_parameters(remove_duplicate=False))

@@ -6,9 +6,11 @@ speed and the student skips multiplications by one. (A mask that the model deriv
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +36,8 @@ class Compiled(nn.Module):
         self.module = module
         self.compiled = torch.compile(module, dynamic=False)
 
-    def forward(self, *operands: Tensor) -> Tensor:
-        run = self.compiled if torch.is_grad_enabled() else self.module
-        result: Tensor = run(*operands)
-        return result
+    def forward(self, *operands: Tensor) -> Any:
+        return (self.compiled if torch.is_grad_enabled() else self.module)(*operands)
 
 
 @dataclass
@@ -138,14 +138,16 @@ def _instrument(
         branch = student.graph_module.get_submodule(twin.details["module"])
         assert isinstance(branch, LinearMethod)
         branches[site.path] = branch
-        operands = find_operands(site, method_class(twin.method), Builder(module, site.node), content)
+        make = Builder(module, site.node)
+        operands = find_operands(site, method_class(twin.method), make, content, branch.shape.window)
         assert not isinstance(operands, str), operands
         name = twin.details["module"]
         module.add_submodule(name, wrap(site.path, branch))
         with module.graph.inserting_after(site.node):
             wanted = (site.node,) if with_softmax or not instead else ()
-            kept = [] if operands.mask is None or operands.mask not in content else [operands.mask]
-            call = module.graph.call_module(name, (*wanted, *operands.arguments()[:4], *kept))
+            if operands.mask not in content:
+                operands = dataclasses.replace(operands, mask=None)
+            call = module.graph.call_module(name, (*wanted, *operands.arguments()))
         call.meta["val"] = tensor_of(site.node)
         results.append(call)
         if instead:

@@ -22,6 +22,8 @@ from .data import TokenWindows
 from .instrument import Compiled, TrainingGraph, beside, weights_checksum
 from .loop import LoopOptions, LoopReport, Part, Progress, train
 
+ALONE = 0.3  # weight of the linear attention's own error beside a softmax window
+
 
 @dataclass(frozen=True)
 class Transfer(LoopOptions):
@@ -43,7 +45,7 @@ class Transfer(LoopOptions):
         """Peak rate of a parameter, by its name within its attention module."""
         if name.endswith("gate.bias"):
             return self.bias_rate
-        return self.gate_rate if name.startswith(("gate", "beta")) else self.rate
+        return self.gate_rate if name.startswith(("gate", "beta", "mix")) else self.rate
 
 
 @dataclass
@@ -54,20 +56,42 @@ class TransferReport(LoopReport):
     after: dict[str, float] = field(default_factory=dict)
 
 
-class _Compare(nn.Module):
-    """Computes one site's relative error; with ``train`` it also adds the error's gradients to the module's."""
+class _SiteError(nn.Module):
+    """One site's (relative error, what to minimise): the same, but beside a softmax window.
 
-    def __init__(self, branch: nn.Module) -> None:
+    There the linear attention must also give the output by itself: where only the mixture is asked for, the window
+    does all the work and the linear part learns nothing (arXiv 2510.05901).
+    """
+
+    def __init__(self, branch: LinearMethod) -> None:
         super().__init__()
         self.branch = branch
+
+    def forward(self, wanted: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor]:
+        far, near, share = self.branch.parts(*operands)
+        if near is None or share is None:
+            error = relative_error(far, wanted)
+            return error, error
+        error = relative_error(far + share * (near - far), wanted)
+        return error, error + ALONE * relative_error(far, wanted)
+
+
+class _Compare(nn.Module):
+    """Computes one site's relative error; with ``learning`` it also adds the gradients to the module's."""
+
+    def __init__(self, branch: LinearMethod, compile: bool) -> None:
+        super().__init__()
+        site: nn.Module = _SiteError(branch)
+        self.site = Compiled(site) if compile else site
         self.learning = False
 
     def forward(self, wanted: Tensor, *operands: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.learning):
-            loss = relative_error(self.branch(*operands), wanted)
+            error, loss = self.site(wanted, *operands)
             if self.learning:
-                loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+                loss.backward()
+        result: Tensor = error.detach()
+        return result
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> Tensor:
@@ -84,7 +108,7 @@ class Errors:
         self.comparisons: list[_Compare] = []
 
         def wrap(path: str, branch: LinearMethod) -> nn.Module:
-            self.comparisons.append(_Compare(Compiled(branch) if compile else branch))
+            self.comparisons.append(_Compare(branch, compile))
             return self.comparisons[-1]
 
         self.graph: TrainingGraph = beside(teacher, student, wrap)

@@ -114,6 +114,61 @@ def test_padding_is_as_if_it_were_not_there(name: str) -> None:
     torch.testing.assert_close(padded, alone, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_window_mixes_in_softmax_over_the_nearest_keys(name: str) -> None:
+    sizes = {"heads": 6, "kv_heads": 3, "head_dim": 4, "value_dim": 5, "hidden": 7, "scale": 0.5, "causal": True}
+    method = method_class(name)(SiteShape(**sizes, window=4)).double()
+    alone = method_class(name)(SiteShape(**sizes)).double()
+    for parameter in method.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    assert not alone.load_state_dict(method.state_dict(), strict=False).missing_keys
+    q, k, v, x = (torch.randn(2, *s).double() for s in ((6, 11, 4), (3, 11, 4), (3, 11, 5), (11, 7)))
+    near_q, near_k = torch.randn_like(q), torch.randn_like(k)
+    distance = torch.arange(11)[:, None] - torch.arange(11)
+    keys, values = near_k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    scores = (near_q @ keys.transpose(2, 3) * 0.5).masked_fill((distance < 0) | (distance >= 4), float("-inf"))
+    assert method.mix is not None
+    share = torch.sigmoid(x @ method.mix.weight.T + method.mix.bias).transpose(1, 2)[..., None]
+    wanted = share * (scores.softmax(-1) @ values) + (1 - share) * alone(q, k, v, x)
+    torch.testing.assert_close(method(q, k, v, x, near_q, near_k), wanted, rtol=1e-9, atol=1e-9)
+    mask = torch.arange(11)[None] >= torch.tensor([[0], [3]])
+    padded = method(q, k, v, x, near_q, near_k, mask)[1:, :, 3:]
+    cut = [t[1:, :, 3:] for t in (q, k, v)] + [x[1:, 3:]] + [t[1:, :, 3:] for t in (near_q, near_k)]
+    torch.testing.assert_close(padded, method(*cut), rtol=1e-9, atol=1e-9)
+
+
+def test_a_windowed_site_reads_its_own_q_and_k_in_the_window(proved: Proved) -> None:
+    model = proved("llama-gqa")
+    before = [site.node.args[:2] for site in model.program.sites]
+    program = rewritten(model, "lawcat", window=5)
+    for site, (q, k) in zip(program.sites, before, strict=True):
+        assert site.near is not None and site.node is not None
+        assert [n.name for n in site.near.args[:2]] == [q.name, k.name]  # after the rotary embedding
+        assert site.near.args[4:7] == ("sliding", 5, site.scale)
+        assert not {q.name, k.name} & {n.name for n in site.node.args[:2]}
+        assert site.details["window"] == 5 and "beside a softmax window of 5" in site.reason
+    twin = program.clone()
+    assert all(site.near.graph is twin.graph_module.graph for site in twin.sites)
+    with pytest.raises(LincompileError, match="--window -1"):
+        LinearizeAttention("lawcat", window=-1)
+    refused = rewritten(proved("bert"), "hedgehog", window=5)
+    assert all(s.verdict == "keep" and "--window mixes in a causal window" in s.reason for s in refused.sites)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_heads_before_batch_in_one_axis(proved: Proved, first: bool) -> None:
+    """A gate reads its own row's hidden states even where the model keeps [heads · batch] in one axis, unmasked."""
+    program = rewritten(proved("nanogpt-heads-first" if first else "nanogpt-baddbmm"), "gla")
+    assert all(site.method == "gla" and site.heads == 4 for site in program.sites)
+    tokens = torch.randint(3, 40, (3, 9))
+    with torch.no_grad():
+        for parameter in program.graph_module.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)  # or all heads' gates would be alike
+        together = program(tokens)
+        alone = torch.cat([program(row[None]) for row in tokens])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
 # ---- what the rewrite hands to a method
 
 

@@ -25,6 +25,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama-gqa", "lawcat", {}),
     ("llama-gqa", "gla", {}),
     ("llama-gqa", "gated-delta", {}),
+    ("llama-gqa", "lawcat", {"window": 5}),
+    ("gpt2", "gla", {"window": 5, "keep": (1,)}),
     ("llama", "hedgehog", {}),
     ("llama", "softmax", {}),
     ("qwen3", "lawcat", {"keep": (0,)}),
@@ -68,9 +70,7 @@ def in_chunks(
             parts.append(out)
             begin += size
             if trim:  # a sliding site needs no more than its window
-                for index, spec in enumerate(step.states):
-                    if spec.role in ("key", "value") and spec.site in step.windows:
-                        states[index] = states[index][:, :, -step.windows[spec.site] :]
+                states = [step.trim(spec, state) for spec, state in zip(step.states, states, strict=True)]
     return torch.cat(parts, 1)
 
 
@@ -101,7 +101,7 @@ def test_chunks_equal_the_full_forward(stepped: Any, name: str, attn: str, optio
         got = in_chunks(step, tokens, mask, positions, sizes, trim=True)
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
     roles = {spec.role for spec in step.states}
-    kept = any(site.method == "softmax" for site in program.sites)
+    kept = any(site.method == "softmax" or site.near for site in program.sites)
     assert ("mask" in roles) == kept == ("key" in roles)
     for spec, state in zip(step.states, step.initial_states(2), strict=True):
         assert state.shape == (2, *(0 if n is None else n for n in spec.shape)) and state.dtype == spec.dtype
@@ -125,6 +125,11 @@ def test_left_padding_equals_running_alone(stepped: Any, name: str, attn: str, o
 def test_state_stays_constant_where_nothing_is_kept(proved: Proved) -> None:
     step = make_stateful(student(proved("llama-gqa"), "lawcat"))
     assert step.state_bytes(1, 8_192) == step.state_bytes(1, 32_768) > 0
+    near = make_stateful(student(proved("llama-gqa"), "lawcat", window=5))
+    assert near.state_bytes(1, 8_192) == near.state_bytes(1, 32_768) > step.state_bytes(1, 8_192)
+    assert {near.limit(spec) for spec in near.states if None in spec.shape} == {5}
+    half = make_stateful(student(proved("llama-gqa"), "lawcat", window=5, keep=(0,)))
+    assert {half.limit(spec) for spec in half.states if spec.role == "mask"} == {None}
     kept = make_stateful(student(proved("llama-gqa"), "softmax"))
     assert kept.state_bytes(1, 32_768) == 4 * kept.state_bytes(1, 8_192)
     sliding = make_stateful(student(proved("mistral"), "softmax"))
