@@ -11,7 +11,7 @@ from . import common
 @click.argument("directory", metavar="DIR")
 @click.option("--context", type=common.count, default="1024", show_default=True, help="Prompt tokens.")
 @click.option("--new-tokens", type=common.count, default="32", show_default=True, help="Tokens to decode.")
-@click.option("--runtime", type=click.Choice(["torch", "onnx"]), default="torch", show_default=True)
+@common.runtime_option
 @common.device_option
 @common.json_option
 @common.verbose_option

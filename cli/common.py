@@ -63,6 +63,17 @@ def verbose_option(function: F) -> F:
     )
 
 
+def runtime_option(function: F) -> F:
+    """``--runtime``: what runs an artefact."""
+    return click.option(
+        "--runtime",
+        type=click.Choice(["torch", "onnx", "aot"]),
+        default="torch",
+        show_default=True,
+        help="onnx and aot need 'lincompile export' first.",
+    )(function)
+
+
 def device_option(function: F) -> F:
     """``--device``, checked when the command runs."""
     return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(function)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +14,9 @@ import click
 from . import common
 
 if TYPE_CHECKING:
-    from ..lowering.generate import StepSession
+    from ..lowering.generate import Prefilled, StepSession
     from ..lowering.package import Artefact
+    from ..lowering.state_file import SavedState
 
 
 @click.command("generate")
@@ -26,7 +30,15 @@ if TYPE_CHECKING:
 @click.option("--top-k", type=int, default=0, help="Choose among the K likeliest (0 = all).")
 @click.option("--top-p", type=float, default=1.0, help="Choose among the likeliest that make up P.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--runtime", type=click.Choice(["torch", "onnx"]), default="torch", show_default=True)
+@click.option(
+    "--save-state", type=click.Path(path_type=Path), help="File for the state after the prompt (a prompt cache)."
+)
+@click.option(
+    "--load-state",
+    type=click.Path(path_type=Path),
+    help="State to start from; the prompt is what follows, or all of it.",
+)
+@common.runtime_option
 @common.device_option
 @common.json_option
 @common.verbose_option
@@ -41,6 +53,8 @@ def command(
     top_k: int,
     top_p: float,
     seed: int,
+    save_state: Path | None,
+    load_state: Path | None,
     runtime: str,
     device: str,
     as_json: bool,
@@ -50,14 +64,19 @@ def command(
     from ..lowering.generate import Sampling, generate
     from ..lowering.tokenizer import TextStream
 
-    if sum(given is not None for given in (prompt, prompt_file, prompt_ids)) != 1:
-        raise click.UsageError("give exactly one of --prompt, --prompt-file and --prompt-ids")
+    given = sum(option is not None for option in (prompt, prompt_file, prompt_ids))
+    if given > 1 or (given == 0 and load_state is None):
+        raise click.UsageError("give exactly one of --prompt, --prompt-file and --prompt-ids (none with --load-state)")
     Sampling(temperature, top_k, top_p, seed)  # before the seconds that opening takes
     artefact = common.open_checked(directory, device)
-    ids, shown = _prompt(artefact, prompt, prompt_file, prompt_ids, chat)
     session = open_session(artefact, runtime)
+    states = StateFiles(artefact, session, runtime, load=load_state, save=save_state)
+    ids, shown = _prompt(artefact, prompt, prompt_file, prompt_ids, chat) if given else ([], "")
+    if states.loaded is not None:
+        ids = _after(states.loaded, artefact, ids, shown if given and prompt_ids is None and not chat else None)
 
-    text = None if prompt_ids is not None else TextStream(artefact.tokenizer, ids)
+    as_ids = prompt_ids is not None or (not given and not artefact.has_tokenizer)
+    text = None if as_ids else TextStream(artefact.tokenizer, ids)
     live = not as_json
 
     def emit(piece: str) -> None:
@@ -66,7 +85,11 @@ def command(
             sys.stdout.flush()
 
     def show(_: int, token: int) -> None:
-        piece = f",{token}" if text is None else "" if token in artefact.eos_ids else text.push(token)
+        begin()
+        if text is None:
+            piece = f",{token}" if any(pieces) else str(token)
+        else:
+            piece = "" if token in artefact.eos_ids else text.push(token)
         pieces.append(piece)
         emit(piece)
 
@@ -85,18 +108,21 @@ def command(
     with common.progress() as bars:
         task = bars.add_task("reading the prompt", total=len(ids))
         bars.stop() if live and sys.stdout.isatty() else None
-        result = generate(
-            session,
-            [ids],
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            eos_ids=artefact.eos_ids,
-            stream=show,
-            on_prefill=prefilled,
-        )
+        with states.saving(ids):
+            result = generate(
+                session,
+                [ids],
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                eos_ids=artefact.eos_ids,
+                after=states.loaded.state if states.loaded is not None else None,
+                stream=show,
+                on_prefill=prefilled,
+                on_state=states.keep,
+            )
     begin()
     if text is not None:
         pieces.append(text.rest())
@@ -107,6 +133,7 @@ def command(
             {
                 "text": None if text is None else "".join(pieces),
                 "prompt_tokens": result.prompt_tokens[0],
+                "state_tokens": states.tokens_before,
                 "tokens": result.tokens[0],
                 "finish": result.finish[0],
                 "prefill_tokens_per_second": result.prefill_tokens_per_second,
@@ -150,14 +177,86 @@ def _prompt(
     return tokens, prompt
 
 
+def _after(loaded: SavedState, artefact: Artefact, ids: list[int], text: str | None) -> list[int]:
+    """The token ids still to be read after a loaded state; says on stderr what the state took the place of."""
+    read = int(loaded.state.lengths[0])
+    unread, again = loaded.unread(ids)
+    if again and read:
+        common.note(f"the state has read the first {read} tokens of the prompt already: {len(unread)} are left")
+        return unread
+    common.note(f"continuing after {read} tokens")
+    return ids if text is None else artefact.tokenizer.encode(text, special=False)
+
+
+class StateFiles:
+    """``--load-state`` and ``--save-state``: what a prompt's state starts from and where it is kept."""
+
+    EVERY = 10.0  # seconds between saves while a long prompt is being read
+
+    def __init__(
+        self, artefact: Artefact, session: StepSession, runtime: str, *, load: Path | None, save: Path | None
+    ) -> None:
+        from ..lowering.state_file import load_state
+
+        self._specs, self._runtime, self._file, self._model = session.states, runtime, save, artefact.identity
+        self.loaded: SavedState | None = None
+        if load is not None:
+            self.loaded = load_state(
+                load, model=self._model, runtime=runtime, specs=session.states, batch=1, device=artefact.device
+            )
+        self.tokens_before = 0 if self.loaded is None else int(self.loaded.state.lengths[0])
+        self._last: Prefilled | None = None
+
+    def keep(self, state: Prefilled) -> None:
+        """A chunk has been read: written now and then, and when it was the last."""
+        self._last = state
+        done = int(state.lengths[0]) - self.tokens_before == len(self._prompt)
+        if self._file is not None and (done or time.monotonic() - self._written > self.EVERY):
+            self._write(complete=done)
+
+    @contextmanager
+    def saving(self, prompt: list[int]) -> Iterator[None]:
+        """While ``prompt`` is read: an interruption keeps what has been read."""
+        self._prompt, self._written = prompt, time.monotonic()
+        if self._file is not None and not prompt:
+            self._last = self.loaded.state if self.loaded is not None else None
+            self._write(complete=True)
+        try:
+            yield
+        except BaseException:
+            if self._file is not None and self._last is not None:
+                self._write(complete=False)
+                common.note(f"what has been read is in {self._file}: resume with --load-state {self._file}")
+            raise
+
+    def _write(self, complete: bool) -> None:
+        from ..lowering.state_file import SavedState, running_hash, save_state
+
+        if self._last is None or self._file is None:
+            return
+        read = int(self._last.lengths[0]) - self.tokens_before
+        before = self.loaded.hashes[0] if self.loaded is not None else ""
+        hashes = [running_hash(self._prompt[:read], before)]
+        save_state(self._file, SavedState(self._last, self._model, self._runtime, hashes, complete), self._specs)
+        self._written = time.monotonic()
+        if complete:
+            self._last = None  # nothing more to keep
+
+
 def open_session(artefact: Artefact, runtime: str) -> StepSession:
     """The artefact's program on the chosen runtime."""
     if runtime == "torch":
         return artefact.session
+    if runtime == "aot":
+        from ..lowering.aot import AotSession
+
+        return AotSession(artefact)
     from ..lowering.onnx.session import OnnxSession
     from ..passes.errors import LincompileError
 
     folder = artefact.directory / "onnx"
     if not folder.is_dir():
         raise LincompileError(f"{artefact.directory} has no ONNX program: run 'lincompile export {artefact.directory}'")
+    if artefact.device.type != "cpu":
+        raise LincompileError("--runtime onnx runs on the CPU: leave --device out")
     return OnnxSession(folder)

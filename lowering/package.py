@@ -4,6 +4,7 @@ lincompile.json     manifest: format version, source hash, passes and options, s
 model.safetensors   every tensor of the program once (tied ones are listed in the manifest)
 program.pt2         the step graph, without weights
 tokenizer files     as ``AutoTokenizer.from_pretrained`` wants them, where the model has a tokenizer
+config.json         for transformers' auto classes (after ``import lincompile.hf``), where the model generates
 report.html         the manifest for people
 onnx/               where the target asked for it
 """
@@ -30,13 +31,15 @@ from torch.fx import GraphModule
 
 from ..passes.errors import ArtefactError
 from ..passes.stateful import StateSpec, StepProgram
-from .generate import Generation, Session, generate
+from .generate import Generation, Prefilled, Session, generate
 from .graph_file import read_graph, weights_of, write_graph
 from .report import render_report
+from .state_file import SavedState, load_state, running_hash, save_state
 from .tokenizer import TextCodec
 
 FORMAT_VERSION = 1
 MANIFEST, WEIGHTS, PROGRAM, REPORT = "lincompile.json", "model.safetensors", "program.pt2", "report.html"
+CONFIG = "config.json"
 REPORTED_PACKAGES = ("lincompile", "torch", "triton", "onnx", "onnxruntime", "transformers", "safetensors", "numpy")
 
 
@@ -126,6 +129,8 @@ def save(
                 "tied": tied,
                 "versions": {**versions(), **manifest.get("versions", {})},
             }
+            if states:
+                (folder / CONFIG).write_text(json.dumps(hf_config(document), indent=2) + "\n", encoding="utf-8")
             files = sorted(file for file in folder.rglob("*") if file.is_file())
             document["files"] = {
                 file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
@@ -137,6 +142,18 @@ def save(
         except OSError as error:
             raise ArtefactError(f"the output {directory} can't be written: {error.strerror or error}") from error
     return directory
+
+
+def hf_config(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers asks of a model's ``config.json``."""
+    eos = list(manifest["eos_ids"])
+    return {
+        "model_type": "lincompile",
+        "architectures": ["LincompileForCausalLM"],
+        "vocab_size": manifest["vocab_size"],
+        "max_position_embeddings": manifest["max_positions"],
+        "eos_token_id": eos or None,
+    }
 
 
 def add_metrics(directory: Path | str, metrics: Mapping[str, Any]) -> None:
@@ -259,6 +276,39 @@ class Artefact:
         """Tokens at which generation stops."""
         return list(self.manifest["eos_ids"])
 
+    @property
+    def identity(self) -> str:
+        """What tells this model from others: a hash of its weights' and its program's hashes."""
+        hashes = [self.manifest["files"][name]["sha256"] for name in (WEIGHTS, PROGRAM)]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+    def save_state(
+        self, path: Path | str, state: Prefilled, prompts: Sequence[Sequence[int]] = (), *, complete: bool = True
+    ) -> Path:
+        """Writes the states of sequences being read or continued to a file (see :mod:`.state_file`).
+
+        Args:
+            state: ``Generation.state``, or what ``prefill`` returned.
+            prompts: the tokens read per row; with them :meth:`load_state` can tell whether a prompt begins with what
+                the state has read.
+            complete: False where a prompt is still being read.
+
+        Raises:
+            LincompileError: the file can't be written.
+        """
+        hashes = [running_hash(row) for row in prompts] or [""] * state.lengths.shape[0]
+        return save_state(path, SavedState(state, self.identity, "torch", hashes, complete), self.states)
+
+    def load_state(self, path: Path | str, *, batch: int | None = None) -> SavedState:
+        """Reads a state file of this artefact; its ``.state`` goes into ``continue_ids(…, after=…)``.
+
+        Raises:
+            LincompileError: no state file, a damaged one, or one of another model, runtime or batch size.
+        """
+        return load_state(
+            path, model=self.identity, runtime="torch", specs=self.states, batch=batch, device=self.device
+        )
+
     @cached_property
     def session(self) -> Session:
         """The torch runtime of the program."""
@@ -267,9 +317,13 @@ class Artefact:
     @cached_property
     def step(self) -> StepProgram:
         """The step program with its weights."""
+        return self.around(self._graph_module())
+
+    def around(self, graph_module: GraphModule) -> StepProgram:
+        """A step program with this artefact's states and limits around a graph module, or what is called like one."""
         known = self.manifest
         return StepProgram(
-            self._graph_module(),
+            graph_module,
             self.states,
             windows=known["windows"],
             max_positions=known["max_positions"],
@@ -294,6 +348,11 @@ class Artefact:
     def tokenizer(self) -> TextCodec:
         """The tokenizer; a LincompileError where the artefact has none."""
         return TextCodec(self.directory)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether text can be given and read (token ids always can)."""
+        return (self.directory / "tokenizer.json").is_file()
 
     def generate(self, prompt: str | Sequence[int], max_new_tokens: int = 64, **options: Any) -> str | list[int]:
         """The prompt and its continuation: text for text, token ids for token ids. Options as in ``generate``."""

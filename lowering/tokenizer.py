@@ -45,9 +45,9 @@ class TextCodec:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         return config
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, with the special tokens the tokenizer itself adds."""
-        return list(self._tokenizer.encode(text).ids)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of ``text``, with the special tokens that the tokenizer itself adds (unless ``special`` is off)."""
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens left out."""

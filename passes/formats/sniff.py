@@ -91,15 +91,15 @@ def wanted_globals(path: Path) -> list[str]:
 
 
 def _sniff_folder(path: Path) -> str:
+    if (path / "lincompile.json").is_file():
+        raise ModelLoadError(
+            f"{path}: already compiled by lincompile; use 'lincompile generate {path}', or compile the original model"
+        )
     if (path / "config.json").is_file():
         return "huggingface"
     if (path / "adapter_config.json").is_file():
         raise ModelLoadError(
             f"{path}: a PEFT adapter without its base model; give the base model's folder and --adapter {path}"
-        )
-    if (path / "lincompile.json").is_file():
-        raise ModelLoadError(
-            f"{path}: already compiled by lincompile; use 'lincompile generate {path}', or compile the original model"
         )
     inside = sorted(p.name for p in path.iterdir() if p.suffix in {".gguf", ".pt", ".pt2", ".safetensors", ".bin"})
     hint = f"; give one of its files: {', '.join(inside[:3])}" if inside else "; give a Hugging Face model folder"

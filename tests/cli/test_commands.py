@@ -93,6 +93,54 @@ def test_generate_prints_the_continuation_and_nothing_else(cli: Run, artefact: P
     assert document["prompt_tokens"] == 3 and document["finish"] == "length"
 
 
+def test_states_are_saved_and_loaded(cli: Run, artefact: Path, tmp_path: Path) -> None:
+    file, options = tmp_path / "state", ("--max-new-tokens", 5)
+    whole = cli("generate", artefact, "--prompt-ids", "1,2,3,4,5,6", *options).out
+    saved = cli("generate", artefact, "--prompt-ids", "1,2,3,4", "--save-state", file, "--max-new-tokens", 0)
+    assert saved.code == 0 and saved.out == "1,2,3,4\n", saved.err
+    rest = cli("generate", artefact, "--prompt-ids", "5,6", "--load-state", file, *options)
+    assert rest.out.split(",")[2:] == whole.split(",")[6:] and "continuing after 4 tokens" in rest.err
+    again = cli(
+        "generate", artefact, "--prompt-ids", "1,2,3,4,5,6", "--load-state", file, "--save-state", file, *options
+    )
+    assert again.out == whole and "the first 4 tokens of the prompt already: 2 are left" in again.err
+    # The state now holds all six: no prompt is needed.
+    alone = cli("generate", artefact, "--load-state", file, *options)
+    assert alone.out.strip().split(",") == whole.strip().split(",")[6:], alone.err
+    small = file.stat().st_size
+    long = ",".join(["7"] * 100)
+    assert cli("generate", artefact, "--prompt-ids", long, "--save-state", file, *options).code == 0
+    assert abs(file.stat().st_size - small) < 200, "a state doesn't grow with what was read"
+
+
+def test_an_interrupted_prefill_resumes(
+    cli: Run, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lincompile.lowering import generate
+    from lincompile.lowering.generate import Session
+
+    file, prompt = tmp_path / "state", ",".join(str(i % 50) for i in range(100))
+    options = ("generate", artefact, "--prompt-ids", prompt, "--max-new-tokens", 4)
+    whole = cli(*options).out
+    step, calls = Session.step, iter(range(100))
+
+    def interrupted(self: Session, *inputs: object) -> object:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return step(self, *inputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generate.prefill, "__kwdefaults__", {**(generate.prefill.__kwdefaults__ or {}), "chunk": 30})
+    monkeypatch.setattr(generate.generate, "__kwdefaults__", {**(generate.generate.__kwdefaults__ or {}), "chunk": 30})
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "step", interrupted)
+        stopped = cli(*options, "--save-state", file)
+    assert stopped.code == 130 and f"resume with --load-state {file}" in stopped.err.replace("\n", "")
+    other = cli("generate", artefact, "--prompt-ids", "9,9,9", "--load-state", file)
+    assert other.code == 1 and "saved 60 tokens into another prompt" in other.error
+    resumed = cli(*options, "--load-state", file)
+    assert resumed.out == whole and "40 are left" in resumed.err
+
+
 def test_sampling_is_seeded(cli: Run, artefact: Path) -> None:
     options = ("generate", artefact, "--prompt-ids", "1,2", "--max-new-tokens", 12, "--temperature", 2, "--seed")
     first = cli(*options, 1).out
