@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .codes import LEVELS, quantize_weight
+from .codes import ACTIVATIONS, LEVELS, quantize_weight
 from .pack import group_count, pack
 
 MAX_TOKENS = 16
@@ -103,6 +103,38 @@ void int6_rows(const int8_t *a, const float *sa, const uint8_t *hi, const uint8_
     }
 }
 
+/* Sum of w[k] · x[k], in 16 lanes that a vector unit takes at once. */
+static float dot_float(const int8_t *restrict w, const float *restrict x, long n) {
+    float lanes[16] = {0}, sum = 0.0f;
+    long k = 0;
+    for (; k + 16 <= n; k += 16)
+        for (int j = 0; j < 16; j++) lanes[j] += (float)w[k + j] * x[k + j];
+    for (; k < n; k++) sum += (float)w[k] * x[k];
+    for (int j = 0; j < 16; j++) sum += lanes[j];
+    return sum;
+}
+
+/* The same with float activations x[tokens, width]. */
+void int6_rows_float(const float *x, const uint8_t *hi, const uint8_t *lo, const uint16_t *sw, const float *bias,
+                     float *y, long tokens, long rows, long width, long group_size, long first, long last) {
+    long groups = (width + group_size - 1) / group_size;
+    long hi_bytes = (width + 1) / 2, lo_bytes = (width + 3) / 4;
+    int8_t weight[4096];
+    for (long n = first; n < last; n++) {
+        float total[16] = {0};
+        for (long g = 0; g < groups; g++) {
+            long start = g * group_size, length = width - start < group_size ? width - start : group_size;
+            float scale = from_half(sw[n * groups + g]) * 0.25f;
+            unpack_group(hi + n * hi_bytes + start / 2, lo + n * lo_bytes + start / 4, weight, length);
+            for (long m = 0; m < tokens; m++) {
+                const float *in = x + m * width + start;
+                total[m] += (length == 128 ? dot_float(weight, in, 128) : dot_float(weight, in, length)) * scale;
+            }
+        }
+        for (long m = 0; m < tokens; m++) y[m * rows + n] = total[m] + (bias ? bias[n] : 0.0f);
+    }
+}
+
 /* Dynamic symmetric codes per token and group; a group with a NaN gets a NaN scale, one with infinity an infinite. */
 void quantize(const float *x, int8_t *a, float *sa, long tokens, long width, long group_size, float levels) {
     long groups = (width + group_size - 1) / group_size, padded = groups * group_size;
@@ -134,10 +166,10 @@ void quantize(const float *x, int8_t *a, float *sa, long tokens, long width, lon
 
 
 def supports(x: Tensor, group_size: int, activation: str) -> bool:
-    """Whether the kernel takes this call: 1 to 16 tokens, quantized activations, an input of at most 32 bits."""
+    """Whether the kernel takes this call: 1 to 16 tokens, an input of at most 32 bits."""
     few = 0 < x.numel() <= MAX_TOKENS * x.shape[-1]
     fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and group_size <= _MAX_GROUP
-    return few and fits and activation != "a16" and _library() is not None
+    return few and fits and activation in ACTIVATIONS and _library() is not None
 
 
 def int6_linear(
@@ -167,18 +199,20 @@ def _run(
     width, rows = x.shape[-1], hi.shape[0]
     flat = x.detach().reshape(-1, width).float().contiguous()
     tokens, groups = flat.shape[0], group_count(width, group_size)
-    codes = torch.empty(tokens, groups * group_size, dtype=torch.int8)
-    token_scale = torch.empty(tokens, groups)
     y = torch.empty(tokens, rows)
-    levels = ctypes.c_float(LEVELS[int(activation[1:])])
-    shape = [ctypes.c_long(size) for size in (tokens, width, group_size)]
-    library.quantize(*_pointers(flat, codes, token_scale), *shape, levels)
     wide_bias = None if bias is None else bias.detach().float().contiguous()
-    operands = _pointers(codes, token_scale, hi, lo, scale, wide_bias, y)
+    if activation == "a16":
+        rows_of, inputs = library.int6_rows_float, [flat]
+    else:
+        codes = torch.empty(tokens, groups * group_size, dtype=torch.int8)
+        rows_of, inputs = library.int6_rows, [codes, torch.empty(tokens, groups)]
+        shape = [ctypes.c_long(size) for size in (tokens, width, group_size)]
+        library.quantize(*_pointers(flat, *inputs), *shape, ctypes.c_float(LEVELS[int(activation[1:])]))
+    operands = _pointers(*inputs, hi, lo, scale, wide_bias, y)
     sizes = [ctypes.c_long(size) for size in (tokens, rows, width, group_size)]
 
     def part(first: int, last: int) -> None:
-        library.int6_rows(*operands, *sizes, ctypes.c_long(first), ctypes.c_long(last))
+        rows_of(*operands, *sizes, ctypes.c_long(first), ctypes.c_long(last))
 
     threads = min(torch.get_num_threads(), max(1, rows * width // _WEIGHTS_PER_THREAD))
     if threads == 1:
@@ -208,7 +242,7 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
         _log.info("int6_linear: no compiled CPU kernel (%s); using the reference", error)
         return None
-    library.quantize.restype = library.int6_rows.restype = None
+    library.quantize.restype = library.int6_rows.restype = library.int6_rows_float.restype = None
     if not _agrees(library):
         _log.warning("int6_linear: the compiled CPU kernel doesn't agree with the reference and is not used")
         return None
@@ -264,8 +298,9 @@ def _agrees(library: ctypes.CDLL) -> bool:
         codes, scale = quantize_weight(torch.randn(5, width, generator=generator))
         planes = (*pack(codes), scale)
         x = torch.randn(3, width, generator=generator)
-        expected = reference.int6_linear_definition(x, *planes, None, 128, "a8")
-        found = _run(library, x, planes, None, 128, "a8")
-        if not bool(((found - expected).norm() <= 1e-5 * expected.norm()).all()):
-            return False
+        for activation in ("a8", "a16"):
+            expected = reference.int6_linear_definition(x, *planes, None, 128, activation)
+            found = _run(library, x, planes, None, 128, activation)
+            if not bool(((found - expected).norm() <= 1e-5 * expected.norm()).all()):
+                return False
     return True

@@ -27,7 +27,7 @@ def fresh() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["a8", "a6"])
+@pytest.mark.parametrize("activation", ["a8", "a6", "a16"])
 @pytest.mark.parametrize(("rows", "width", "group"), [(37, 576, 128), (5, 131, 128), (64, 172, 32), (9, 7, 64)])
 @pytest.mark.parametrize("tokens", [1, 3, 16])
 def test_the_kernel_equals_the_definition(
@@ -96,7 +96,7 @@ def test_views_of_larger_tensors_are_read_correctly(kernel: None) -> None:
 
 def test_calls_it_is_not_for_go_to_the_reference() -> None:
     x = torch.randn(3, 64)
-    assert not cpu.supports(x, 64, "a16") and not cpu.supports(x.double(), 64, "a8")
+    assert not cpu.supports(x.double(), 64, "a16") and not cpu.supports(x.double(), 64, "a8")
     assert not cpu.supports(torch.randn(17, 64), 64, "a8") and not cpu.supports(x[:0], 64, "a8")
 
 
