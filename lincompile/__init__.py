@@ -21,6 +21,7 @@ _HOMES = {
     "Canonicalize": "passes.canonicalize",
     "ProveAttention": "passes.identity",
     "LinearizeAttention": "passes.linearize",
+    "linearize_": "passes.linearize_module",
     "Quantize": "passes.quantize",
     "SequenceParallel": "passes.shard",
     "quantize_": "passes.quantize_module",
@@ -50,6 +51,7 @@ __all__ = [
     "__version__",
     "capture",
     "compile",
+    "linearize_",
     "load",
     "make_stateful",
     "open",
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from .passes.formats.load import load_model as load
     from .passes.identity import ProveAttention as ProveAttention
     from .passes.linearize import LinearizeAttention as LinearizeAttention
+    from .passes.linearize_module import linearize_ as linearize_
     from .passes.pipeline import PassResult as PassResult
     from .passes.pipeline import Pipeline as Pipeline
     from .passes.pipeline import register as register

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule
 
-from .errors import CaptureError
+from .errors import CaptureError, LincompileError
 from .graph import expression, get_attribute, is_symbolic, set_tensor, tensor_of
 from .program import Program, ProgramInput
 
@@ -192,6 +192,8 @@ def _export(
         try:
             with _traceable(module):
                 exported = export(module, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+        except LincompileError:
+            raise
         except Exception as error:  # whatever the model's own code raises; reported below, never dropped
             first_error = first_error or error
             continue

@@ -39,7 +39,7 @@ class Sizes:
         if expr not in self._cache:
             missing = {str(s) for s in expr.free_symbols} - set(self.binding)
             if missing:
-                raise Opaque(f"size {', '.join(sorted(missing))} depends on data")
+                raise Opaque(f"reads the number {', '.join(sorted(missing))}, which no input's shape gives")
             self._cache[expr] = expr.subs({s: self.binding[str(s)] for s in expr.free_symbols})
         kind = int if isinstance(value, torch.SymInt) else bool if isinstance(value, torch.SymBool) else float
         return kind(self._cache[expr])

@@ -10,7 +10,6 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
 from torch.fx import Graph, GraphModule, Node
 
 from .errors import PassError
@@ -221,7 +220,7 @@ class Builder:
 def fake_mode_of(graph_module: GraphModule) -> Any:
     """The fake mode (and shape environment) the graph was captured in."""
     for node in graph_module.graph.nodes:
-        mode = detect_fake_mode([value_of(node)]) if isinstance(value_of(node), Tensor) else None
+        mode = getattr(value_of(node), "fake_mode", None)  # detect_fake_mode prefers that of a running torch.compile
         if mode is not None:
             return mode
     raise PassError("the graph carries no fake values: capture the model with lincompile.capture first")

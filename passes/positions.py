@@ -107,17 +107,20 @@ class Reading:
         return bool(self.lines) or bool(self.irregular)
 
 
-def read(module: GraphModule, roots: Iterable[Node], raw: Iterable[Node], roles: Mapping[str, str]) -> Reading:
+def read(
+    module: GraphModule, roots: Iterable[Node], raw: Iterable[Node], roles: Mapping[str, str], static: bool = False
+) -> Reading:
     """Reads the slice that ends in ``roots``.
 
     Args:
         raw: the nodes it starts from: the q·k scores, and the softmax for what comes after it.
         roles: of the inputs it may meet: ``mask`` is padding, ``positions`` and everything else is refused.
+        static: the site runs at one length only, so counters of fixed length count positions, not heads.
 
     Raises:
         Unstable: something in it can't be proved at any set of lengths.
     """
-    reader = _Reader(module, set(raw), roles)
+    reader = _Reader(module, set(raw), roles, static)
     try:
         forms = {root: reader.visit(root) for root in roots}
     except Unstable as error:
@@ -135,8 +138,8 @@ def read(module: GraphModule, roots: Iterable[Node], raw: Iterable[Node], roles:
 
 
 class _Reader:
-    def __init__(self, module: GraphModule, raw: set[Node], roles: Mapping[str, str]) -> None:
-        self.module, self.raw, self.roles = module, raw, roles
+    def __init__(self, module: GraphModule, raw: set[Node], roles: Mapping[str, str], static: bool) -> None:
+        self.module, self.raw, self.roles, self.static = module, raw, roles, static
         self.reading = Reading()
         self.learned = ""
         self.forms: dict[Node, Form] = {}
@@ -286,7 +289,9 @@ class _Reader:
                 "length-dependent", f"'{node.name}' counts from a number that depends on the sequence length"
             )
         length = expression(tensor_of(node).shape[0])
-        if length.is_Integer and int(length) <= MAX_VALUES:  # an index over heads: a few known numbers
+        if (
+            length.is_Integer and int(length) <= MAX_VALUES and not self.static
+        ):  # an index over heads: a few known numbers
             return Form(offsets=tuple(sorted(float(start + step * i) for i in range(int(length)))))
         form = Form(slopes=((-1, step),), offsets=(float(start),))
         self.reading.sources[node] = form

@@ -180,7 +180,7 @@ class Probe:
         roles = {item.name: item.role for item in self.program.inputs}
         roles |= {name: "mask" for name in roles if self.is_mask(self.program.placeholder(name))}
         raw = [node for node in (self.candidate.scores, self.candidate.softmax) if node is not None]
-        return read(self.program.graph_module, self.roots(), raw, roles)
+        return read(self.program.graph_module, self.roots(), raw, roles, self.static)
 
 
 def _four_axes(values: Tensor) -> Tensor:

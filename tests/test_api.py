@@ -30,6 +30,7 @@ NAMES = {
     "__version__",
     "capture",
     "compile",
+    "linearize_",
     "load",
     "make_stateful",
     "open",
@@ -54,6 +55,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
     ("name", "parameters"),
     [
         ("capture", ["module", "example", "prefix", "dynamic_shapes"]),
+        ("linearize_", ["module", "attn", "example", "keep", "count", "sliding", "window", "seed"]),
         ("make_stateful", ["program", "check"]),
         ("open", ["directory", "device", "verify"]),
     ],
