@@ -66,6 +66,9 @@ class LinearMethod(nn.Module):
     rotary = True
     gated = False
     bidirectional = False
+    # Features and gates as one op each, with gradients; None: on a GPU. Graphs are traced on the CPU, so that programs
+    # keep the plain form, which every target understands (lowering/triton.py puts the ops into a program's graph).
+    fuse: bool | None = None
 
     def __init__(self, shape: SiteShape) -> None:
         super().__init__()
@@ -91,6 +94,10 @@ class LinearMethod(nn.Module):
             near_q, near_k, v, mask, "sliding", shape.window, shape.scale, shape.softcap
         )
         return far, near, like(self.mix(x), v)
+
+    def fused(self, q: Tensor) -> bool:
+        """Whether to run features and gates as one op each."""
+        return q.is_cuda if self.fuse is None else self.fuse
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """The linear attention."""
@@ -129,9 +136,15 @@ class DecayGate(nn.Module):
         self.up = nn.Parameter(torch.randn(kv_heads * features, GATE_RANK) * 0.006)
         self.bias = nn.Parameter(half_life_bias(features).repeat(kv_heads))
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, fused: bool = False) -> Tensor:
         """Hidden states ``x [B, T, hidden]`` → log_decay ``[B, Hkv, T, features]``, 0 at padded tokens."""
-        logits = functional.linear(functional.linear(x, self.down), self.up, self.bias)
+        low = functional.linear(x, self.down)
+        if fused:
+            gate: Tensor = torch.ops.lincompile.decay_gate(
+                low, self.up, self.bias, mask, self.kv_heads, GATE_TEMPERATURE
+            )
+            return gate
+        logits = functional.linear(low, self.up, self.bias)
         # −softplus(−x) is logsigmoid written so that no exporter turns it into log(sigmoid(x)), which is −inf at −20
         log_decay = -functional.softplus(-logits) / GATE_TEMPERATURE
         return keep_real(
@@ -194,6 +207,13 @@ class ShortConv(nn.Module):
         return torch.unflatten(mixed, -1, (x.shape[1], x.shape[3])).transpose(1, 2)
 
 
+def fused_features(x: Tensor, conv: ShortConv | None, maps: HedgehogMap, mask: Tensor | None, key: bool) -> Tensor:
+    """Features ``[B, H, T, 2·D]`` of convolved queries or keys by one op; those of padded keys are zero."""
+    taps = None if conv is None else conv.weight
+    features: Tensor = torch.ops.lincompile.hedgehog_features(x, taps, None, maps.weight, maps.bias, mask, key)[0]
+    return features
+
+
 class GLA(LinearMethod):
     """Gated linear attention: S ← diag(α) S + kᵀv, o = scale · q S. No feature map and no normaliser.
 
@@ -211,7 +231,7 @@ class GLA(LinearMethod):
         self.out_scale = nn.Parameter(torch.full((shape.heads, 1, 1), 1.0 / HALF_LIVES[0]))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        log_decay = self.gate(x, mask)
+        log_decay = self.gate(x, mask, self.fused(q))
         k = keep_real(k, mask, head_axis=True)
         out: Tensor = torch.ops.lincompile.linear_attention(q, k, v, log_decay, None, self.shape.scale, True, False)[0]
         return out * self.out_scale
@@ -229,8 +249,12 @@ class Hedgehog(LinearMethod):
         self.map_k = HedgehogMap(shape.kv_heads, shape.head_dim)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        features_k = like(keep_real(self.map_k(k), mask, head_axis=True), v)
-        features_q = like(self.map_q(q), v)
+        if self.fused(q):
+            features_k = fused_features(like(k, v), None, self.map_k, mask, key=True)
+            features_q = fused_features(like(q, v), None, self.map_q, mask, key=False)
+        else:
+            features_k = like(keep_real(self.map_k(k), mask, head_axis=True), v)
+            features_q = like(self.map_q(q), v)
         out: Tensor = torch.ops.lincompile.linear_attention(
             features_q, features_k, v, None, None, 1.0, self.shape.causal, True
         )[0]
@@ -256,11 +280,16 @@ class Lawcat(LinearMethod):
         self.gate = DecayGate(shape.hidden, shape.kv_heads, 2 * shape.head_dim)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        features_q = self.map.grouped(self.conv_q(q, mask), self.shape.groups)
-        features_k = keep_real(self.map(self.conv_k(k, mask)), mask, head_axis=True)
-        features_q, features_k = like(features_q, v), like(features_k, v)
+        fused = self.fused(q)
+        if fused:
+            features_q = fused_features(like(q, v), self.conv_q, self.map, mask, key=False)
+            features_k = fused_features(like(k, v), self.conv_k, self.map, mask, key=True)
+        else:
+            features_q = self.map.grouped(self.conv_q(q, mask), self.shape.groups)
+            features_k = keep_real(self.map(self.conv_k(k, mask)), mask, head_axis=True)
+            features_q, features_k = like(features_q, v), like(features_k, v)
         out: Tensor = torch.ops.lincompile.linear_attention(
-            features_q, features_k, v, self.gate(x, mask), None, 1.0, True, True
+            features_q, features_k, v, self.gate(x, mask, fused), None, 1.0, True, True
         )[0]
         return out
 

@@ -17,7 +17,15 @@ from triton_cases import DEVICE, INTERPRETED, needs_kernels, needs_triton, poiso
 from lincompile.kernels import ops
 from lincompile.kernels.decay_gate import reference as gate_reference
 from lincompile.kernels.hedgehog_features import reference as feature_reference
-from lincompile.passes.methods import GATE_TEMPERATURE, DecayGate, HedgehogMap, ShortConv, keep_real
+from lincompile.passes.methods import (
+    GATE_TEMPERATURE,
+    DecayGate,
+    HedgehogMap,
+    ShortConv,
+    SiteShape,
+    keep_real,
+    method_class,
+)
 
 on_cpu = pytest.mark.skipif(INTERPRETED, reason="has run without the interpreter")
 # B, H, maps, T, D, taps (0: no convolution), carried state, mask, masked output, dtype
@@ -185,3 +193,44 @@ def test_bad_input_is_named() -> None:
         ops.decay_gate(z, up, offset, mask, 4, 16.0)
     with pytest.raises(ValueError, match=r"temperature must be above 0, got 0.0"):
         ops.decay_gate(z, up, offset, mask, heads, 0.0)
+
+
+@on_cpu
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["gla", "hedgehog", "lawcat"])
+def test_modules_compute_the_same_fused(name: str, masked: bool) -> None:
+    module = method_class(name)(SiteShape(4, 2, 8, 8, 12, 0.5, True)).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    tall = [torch.randn(2, 9, heads, 8, dtype=torch.float64).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]
+    leaves = [*tall, torch.randn(2, 9, 12, dtype=torch.float64, requires_grad=True)]
+    mask = torch.rand(2, 9) > 0.3 if masked else None
+
+    def run(fuse: bool) -> list[Tensor]:
+        module.fuse = fuse
+        out = module(*leaves, mask)
+        return [out, *torch.autograd.grad(out.square().sum(), [*leaves, *module.parameters()], allow_unused=True)]
+
+    assert not module.fused(leaves[0]), "on a CPU the plain form, unless told otherwise"
+    for have, want in zip(run(True), run(False), strict=True):
+        assert (have is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(have, want)
+
+
+@on_cpu
+def test_fused_modules_under_autocast_and_compile() -> None:
+    module = method_class("lawcat")(SiteShape(4, 2, 8, 8, 12, 0.5, True))
+    q, k, v = (torch.randn(1, 9, heads, 8, dtype=torch.bfloat16).transpose(1, 2) for heads in (4, 2, 2))
+    x = torch.randn(1, 9, 12, dtype=torch.bfloat16)
+
+    def run(fuse: bool) -> list[Tensor]:
+        module.fuse = fuse
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True) if fuse else module
+        with torch.autocast("cpu", torch.bfloat16):
+            out = compiled(q, k, v, x)
+        return [out, *torch.autograd.grad(out.float().square().sum(), list(module.parameters()))]
+
+    for have, want in zip(run(True), run(False), strict=True):
+        assert have.dtype == want.dtype
+        assert (have.double() - want.double()).norm() <= 0.03 * want.double().norm() + 1e-6
