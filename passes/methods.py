@@ -59,7 +59,7 @@ class LinearMethod(nn.Module):
     v ``[B, Hkv, T, Dv]``, x ``[B, T, hidden]``, mask ``[B, T]`` bool (True = real token) where the model takes one;
     returns ``[B, H, T, Dv]``. ``rotary`` says whether q and k are taken after the rotary embedding (True) or before
     it (False). With ``shape.window`` the site's own q and k (``near_q``, ``near_k``) are given too: softmax attention
-    to the nearest keys is mixed in, by a share that each head reads from the token's hidden states.
+    to the nearest keys is added, each by a share that a head reads from the token's hidden states.
     """
 
     method = ""
@@ -73,17 +73,16 @@ class LinearMethod(nn.Module):
     def __init__(self, shape: SiteShape) -> None:
         super().__init__()
         self.shape = shape
-        self.mix = NearShare(shape.hidden, shape.heads) if shape.window else None
+        self.mix = Shares(shape.hidden, shape.heads) if shape.window else None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *rest: Tensor | None) -> Tensor:
         """See the class."""
-        far, near, share = self.parts(q, k, v, x, *rest)
-        return far if near is None or share is None else far + share * (near - far)
+        return mixed(*self.parts(q, k, v, x, *rest))
 
     def parts(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *rest: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(linear attention alone; softmax over the window alone, its share ``[B, H, T, 1]``, or None and None)."""
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """(linear attention, softmax over the window, (share of the first, of the second)), or None and None."""
         shape = self.shape
         near_q, near_k, mask = (*rest, None)[:3] if self.mix is not None else (None, None, *rest, None)[:3]
         far = self.attend(q, k, v, x, mask)
@@ -93,7 +92,7 @@ class LinearMethod(nn.Module):
         near: Tensor = torch.ops.lincompile.softmax_attention(
             near_q, near_k, v, mask, "sliding", shape.window, shape.scale, shape.softcap
         )
-        return far, near, like(self.mix(x), v)
+        return far, near, self.mix(x)
 
     def fused(self, q: Tensor) -> bool:
         """Whether to run features and gates as one op each."""
@@ -152,17 +151,30 @@ class DecayGate(nn.Module):
         )
 
 
-class NearShare(nn.Module):
-    """How much of each head's output comes from the window: sigmoid(x W + b), 0.7 before any training."""
+class Shares(nn.Module):
+    """How much of each head's output is linear attention and how much the window: sigmoid(x W + b) each.
+
+    The two needn't add up to one: a softmax head with nothing to look for puts its weight on the first token, whose
+    value is small, and the head says nothing. Before any training they are 0.3 and 0.7.
+    """
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(heads, hidden))
-        self.bias = nn.Parameter(torch.full((heads,), math.log(0.7 / 0.3)))
+        self.weight = nn.Parameter(torch.zeros(2 * heads, hidden))
+        self.bias = nn.Parameter(torch.logit(torch.tensor([0.3, 0.7])).repeat_interleave(heads))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Hidden states ``[B, T, hidden]`` → ``[B, heads, T, 1]``."""
-        return torch.sigmoid(functional.linear(x, self.weight, self.bias)).transpose(1, 2).unsqueeze(-1)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[B, T, hidden]`` → (share of the linear attention, of the window), ``[B, heads, T, 1]``."""
+        shares = torch.sigmoid(functional.linear(x, self.weight, self.bias)).transpose(1, 2).unsqueeze(-1)
+        far, near = shares.chunk(2, 1)
+        return far, near
+
+
+def mixed(far: Tensor, near: Tensor | None, shares: tuple[Tensor, Tensor] | None) -> Tensor:
+    """A site's output from its ``LinearMethod.parts``."""
+    if near is None or shares is None:
+        return far
+    return far * like(shares[0], far) + near * like(shares[1], near)
 
 
 def half_life_bias(features: int) -> Tensor:

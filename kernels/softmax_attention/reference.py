@@ -16,6 +16,8 @@ from ..shapes import accumulator_dtype, group_heads
 
 KINDS = ("full", "causal", "sliding")
 ROWS = 512
+NARROW = 256  # windows up to here take the banded backward pass
+SLAB = 1 << 28  # scores it holds at once
 
 
 def definition(
@@ -80,6 +82,8 @@ def backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Exact gradients for q, k, v; weights are recomputed one block of rows at a time."""
+    if kind == "sliding" and q.shape[2] == k.shape[2] and window <= min(NARROW, q.shape[2] // 2):
+        return _banded_backward(grad_o, q, k, v, key_padding, window, scale, softcap)
     dtype = accumulator_dtype(q, k, v)
     d_q = torch.zeros(q.shape, dtype=dtype, device=q.device)
     d_k = torch.zeros(k.shape, dtype=dtype, device=q.device)
@@ -97,6 +101,66 @@ def backward(
         d_k[:, :, cols] += d_scores.flatten(2, 3).transpose(-1, -2) @ q_part.flatten(2, 3)
         d_v[:, :, cols] += weights.flatten(2, 3).transpose(-1, -2) @ grad.flatten(2, 3)
     return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
+
+
+def _banded_backward(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A narrow window's gradients: tokens in blocks of ``window``, which see their own block and the one before.
+
+    All blocks at once, ``2 · window`` scores a query; very long sequences in slabs of ``SLAB`` scores.
+    """
+    dtype = accumulator_dtype(q, k, v)
+    batch, heads, length, _ = q.shape
+    kv_heads, count = k.shape[1], -(-length // window)
+    extra = count * window - length
+    # a block of zeros before the first one, and the last one filled up; nothing in either is visible
+    queries, grads = (F.pad(x, (0, 0, 0, extra)) for x in (q, grad_o))
+    keys, values = (F.pad(x, (0, 0, window, extra)) for x in (k, v))
+    real = torch.ones(batch, length, dtype=torch.bool, device=q.device) if key_padding is None else key_padding
+    real = F.pad(real, (window, extra))
+    steps = torch.arange(window, device=q.device)
+    distance = steps[:, None] + window - torch.arange(2 * window, device=q.device)
+    band = (distance >= 0) & (distance < window)
+    d_q = torch.empty(batch, heads, count * window, q.shape[3], dtype=dtype, device=q.device)
+    d_k, d_v = (torch.zeros(*x.shape, dtype=dtype, device=q.device) for x in (keys, values))
+    size = max(1, SLAB // (batch * heads * 2 * window * window))
+    for first in range(0, count, size):
+        blocks = min(size, count - first)
+        rows = slice(first * window, (first + blocks) * window)
+        span = slice(first * window, (first + blocks + 1) * window)
+
+        def split(x: Tensor, rows: slice = rows, blocks: int = blocks) -> Tensor:
+            return group_heads(x[:, :, rows], kv_heads).unflatten(3, (blocks, window)).to(dtype)
+
+        def spread(x: Tensor, axis: int, span: slice = span) -> Tensor:
+            """Overlapping stretches of two blocks as a new axis before the token axis."""
+            part = x[:, span] if axis == 1 else x[:, :, span]
+            return part.unfold(axis, 2 * window, window)
+
+        q_part, grad = split(queries), split(grads)  # [B, Hkv, R, n, W, D]
+        k_part, v_part = (spread(x, 2).transpose(-1, -2).unsqueeze(2).to(dtype) for x in (keys, values))
+        visible = band & spread(real, 1)[:, None, None, :, None, :]
+        weights, slope = _weights(q_part, k_part, visible, scale, softcap)
+        d_scores = grad @ v_part.transpose(-1, -2)
+        d_scores = weights * (d_scores - (weights * d_scores).sum(-1, keepdim=True)) * scale
+        if slope is not None:
+            d_scores = d_scores * slope
+        d_q[:, :, rows] = (d_scores @ k_part).flatten(3, 4).flatten(1, 2)
+        for total, part in ((d_k, d_scores.transpose(-1, -2) @ q_part), (d_v, weights.transpose(-1, -2) @ grad)):
+            both = part.sum(2)  # [B, Hkv, n, 2W, D]: each block's share for the block before and for its own
+            before, own = both[:, :, :, :window].flatten(2, 3), both[:, :, :, window:].flatten(2, 3)
+            total[:, :, rows] += before
+            total[:, :, span.start + window : span.stop] += own
+    tokens = slice(window, window + length)
+    return d_q[:, :, :length].to(q.dtype), d_k[:, :, tokens].to(k.dtype), d_v[:, :, tokens].to(v.dtype)
 
 
 def _weights(q: Tensor, k: Tensor, visible: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | None]:

@@ -53,6 +53,7 @@ class TrainingGraph:
     program: Program
     branches: dict[str, LinearMethod]
     autocast: torch.dtype | None
+    compiled: Callable[..., Any] | None = None
 
     @property
     def graph_module(self) -> GraphModule:
@@ -62,11 +63,17 @@ class TrainingGraph:
     def device(self) -> torch.device:
         return next(self.program.graph_module.parameters()).device
 
-    def __call__(self, tokens: Tensor) -> object:
-        """Runs token windows ``[B, T]``; returns what the graph returns."""
+    def __call__(self, tokens: Tensor, compiled: bool = False) -> object:
+        """Runs token windows ``[B, T]``; returns what the graph returns.
+
+        ``compiled``: by ``torch.compile``, for this one shape (a minute or two on the first call).
+        """
         inputs = model_inputs(self.program, tokens)
+        if compiled and self.compiled is None:
+            self.compiled = torch.compile(self.graph_module, dynamic=False)
+        run = self.compiled if compiled and self.compiled is not None else self.graph_module
         with torch.autocast(tokens.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            return self.graph_module(*inputs)
+            return run(*inputs)
 
 
 def beside(teacher: Program, student: Program, wrap: Wrap) -> TrainingGraph:

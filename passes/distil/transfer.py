@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LincompileError
-from ..methods import LinearMethod
+from ..methods import LinearMethod, mixed
 from ..program import Program
 from .data import TokenWindows
 from .instrument import Compiled, TrainingGraph, beside, weights_checksum
 from .loop import LoopOptions, LoopReport, Part, Progress, train
 
-ALONE = 0.3  # weight of the linear attention's own error beside a softmax window
+ALONE = 0.1  # weight of the linear attention's own error beside a softmax window
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,9 @@ class _SiteError(nn.Module):
         self.branch = branch
 
     def forward(self, wanted: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor]:
-        far, near, share = self.branch.parts(*operands)
-        if near is None or share is None:
-            error = relative_error(far, wanted)
-            return error, error
-        error = relative_error(far + share * (near - far), wanted)
-        return error, error + ALONE * relative_error(far, wanted)
+        far, near, shares = self.branch.parts(*operands)
+        error = relative_error(mixed(far, near, shares), wanted)
+        return error, error if near is None else error + ALONE * relative_error(far, wanted)
 
 
 class _Compare(nn.Module):

@@ -131,3 +131,30 @@ def test_errors():
         ops.softmax_attention_step(
             q, k, v, k[:, :, :2], v[:, :, :2], torch.ones(2, 6, dtype=torch.bool), "full", 0, 1.0, 0.0
         )
+
+
+@pytest.mark.parametrize("slab", [1, 1 << 28])
+@pytest.mark.parametrize(("length", "window", "softcap"), [(16, 4, 0.0), (19, 4, 2.0), (11, 5, 0.0), (7, 1, 0.0)])
+def test_gradients_of_narrow_windows(
+    monkeypatch: pytest.MonkeyPatch, length: int, window: int, softcap: float, slab: int
+) -> None:
+    """The banded backward pass, all blocks at once and one at a time, against autograd through the definition."""
+    monkeypatch.setattr(reference, "SLAB", slab)
+    q, k, v = (
+        torch.randn(2, heads, length, size, dtype=torch.float64, requires_grad=True)
+        for heads, size in ((6, 4), (3, 4), (3, 5))
+    )
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[0, : length // 2] = False
+    for padding in (None, mask):
+        options = (padding, "sliding", window, 0.7, softcap)
+        grad = torch.randn(2, 6, length, 5, dtype=torch.float64)
+        wanted = torch.autograd.grad(reference.definition(q, k, v, *options), (q, k, v), grad)
+        called = []
+        monkeypatch.setattr(
+            reference, "_banded_backward", lambda *a, f=reference._banded_backward: (called.append(1), f(*a))[1]
+        )
+        got = torch.autograd.grad(ops.softmax_attention(q, k, v, *options), (q, k, v), grad)
+        assert called
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

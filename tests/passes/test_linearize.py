@@ -129,7 +129,7 @@ def test_a_window_mixes_in_softmax_over_the_nearest_keys(name: str) -> None:
     scores = (near_q @ keys.transpose(2, 3) * 0.5).masked_fill((distance < 0) | (distance >= 4), float("-inf"))
     assert method.mix is not None
     share = torch.sigmoid(x @ method.mix.weight.T + method.mix.bias).transpose(1, 2)[..., None]
-    wanted = share * (scores.softmax(-1) @ values) + (1 - share) * alone(q, k, v, x)
+    wanted = share[:, 6:] * (scores.softmax(-1) @ values) + share[:, :6] * alone(q, k, v, x)
     torch.testing.assert_close(method(q, k, v, x, near_q, near_k), wanted, rtol=1e-9, atol=1e-9)
     mask = torch.arange(11)[None] >= torch.tensor([[0], [3]])
     padded = method(q, k, v, x, near_q, near_k, mask)[1:, :, 3:]
