@@ -11,12 +11,14 @@ student measured is one rebuilt from the adapter, where one is written.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import platform
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,11 @@ from lincompile.passes.distil.logits import LogitDistillation, distil_logits, lo
 from lincompile.passes.distil.transfer import Transfer, transfer
 from lincompile.passes.formats.load import load_model
 from lincompile.passes.identity import ProveAttention
+from lincompile.passes.methods import Shares
 from lincompile.passes.pipeline import Pipeline
 from lincompile.passes.program import Program
 
+ABLATION_TOKENS = 40_960  # of each text
 BEGAN = time.monotonic()
 
 
@@ -105,7 +109,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--limit", type=int, default=None, help="evaluate on so many tokens of each text")
     parser.add_argument("--rate", type=float, default=None)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--window", type=int, default=None, help="softmax over the nearest tokens beside the linear part"
+    )
+    parser.add_argument("--logit-length", type=int, default=None, help="tokens per window of the second stage")
+    parser.add_argument("--compile", default="none", choices=["none", "modules", "graphs"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapter", type=Path)
@@ -120,7 +128,7 @@ def main() -> None:
     say(f"proved {sum(site.proved for site in teacher.sites)} of {len(teacher.sites)} sites")
     keep = asked.keep_softmax
     automatic = int(keep[5:]) if keep and keep.startswith("auto:") else 0
-    options = Options(attn=asked.attn, keep_softmax=None if automatic else keep, seed=asked.seed)
+    options = Options(attn=asked.attn, keep_softmax=None if automatic else keep, window=asked.window, seed=asked.seed)
     student = rewrite(teacher, options)
     ids = tokens_of(asked.train, loaded)
     texts = {name: tokens_of(path, loaded) for name, path in (item.split("=", 1) for item in asked.eval)}
@@ -133,7 +141,7 @@ def main() -> None:
     say(f"teacher {summary(result['teacher'])}")
 
     data = TokenWindows(ids, asked.length, asked.transfer_batch, asked.seed, held_out=0.005)
-    chosen = Transfer(steps=1 << 30, seconds=asked.transfer_seconds, compile=asked.compile)
+    chosen = Transfer(steps=1 << 30, seconds=asked.transfer_seconds, compile=asked.compile != "none")
     moved = transfer(teacher, student, data, chosen, progress=progress("transfer"))
     result["transfer"] = thin(asdict(moved))
     before, after = (sum(d.values()) / len(d) for d in (moved.before, moved.after))
@@ -148,10 +156,10 @@ def main() -> None:
         choice = choose(teacher, student, data.measure(8), automatic)
         result["choice"] = asdict(choice)
         say(f"kept softmax: {choice.kept}; KL {choice.linear:.3f} -> {choice.chosen:.3f}")
-        options = Options(attn=asked.attn, keep_softmax=",".join(map(str, choice.kept)) + ",", seed=asked.seed)
+        options = replace(options, keep_softmax=",".join(map(str, choice.kept)) + ",")
         student = restrict(teacher, student, options)
 
-    data = TokenWindows(ids, asked.length, asked.batch, asked.seed + 1, held_out=0.005)
+    data = TokenWindows(ids, asked.logit_length or asked.length, asked.batch, asked.seed + 1, held_out=0.005)
     rates = {} if asked.rate is None else {"rate": asked.rate, "lora_rate": asked.rate}
     stage = LogitDistillation(
         steps=1 << 30, seconds=asked.logit_seconds, train=asked.mode, compile=asked.compile, **rates
@@ -168,8 +176,33 @@ def main() -> None:
         say(f"adapter of {asked.adapter.stat().st_size:,} bytes")
     result["student"] = evaluate(instead(teacher, student), texts, asked.context, asked.limit)
     say(f"student {summary(result['student'], result['teacher'])}")
+    write(asked.json, result)
+    if asked.window:
+        result["ablations"] = {}
+        for name, far, near in (("window only", 0, 1), ("linear only", 1, 0), ("no attention", 0, 0)):
+            with shares_times(far, near):
+                result["ablations"][name] = evaluate(
+                    instead(teacher, student), texts, asked.context, asked.limit or ABLATION_TOKENS
+                )
+            say(f"{name} {summary(result['ablations'][name])}")
     result["seconds"] = time.monotonic() - BEGAN
     write(asked.json, result)
+
+
+@contextlib.contextmanager
+def shares_times(far: float, near: float) -> Iterator[None]:
+    """Multiplies the shares of the linear attention and of the window, of every site."""
+    plain = Shares.forward
+
+    def scaled(self: Shares, x: Tensor) -> tuple[Tensor, Tensor]:
+        shares = plain(self, x)
+        return shares[0] * far, shares[1] * near
+
+    Shares.forward = scaled  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Shares.forward = plain  # type: ignore[method-assign]
 
 
 def restrict(teacher: Program, student: Program, options: Options) -> Program:

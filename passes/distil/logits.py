@@ -8,6 +8,7 @@ matrix products run in bfloat16.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from .instrument import Compiled, TrainingGraph, instead, unpadded, weights_chec
 from .loop import LoopOptions, LoopReport, Part, Progress, train
 from .lora import PREFIX as LORA_PREFIX
 from .lora import add_lora, merge_lora
+from .replay import Replayed
 
 ROWS = 2048
 
@@ -247,6 +249,8 @@ def _distil(
         if not math.isfinite(report.before):
             raise LincompileError("the divergence isn't finite before any training: the weights hold NaN or inf")
 
+    learn: dict[float, Replayed] = {}  # by the piece's share of the step: the last one may be smaller
+
     def losses_of(step: int) -> tuple[Tensor, int]:
         tokens = data.step(step)
         while True:
@@ -254,7 +258,10 @@ def _distil(
                 loss = torch.zeros((), dtype=torch.float64)
                 for piece in torch.split(tokens, report.micro_batch):
                     share = len(piece) / len(tokens)
-                    loss += distiller.learn(piece, share).double().cpu() * share
+                    if share not in learn:
+                        adding = functools.partial(distiller.learn, share=share)
+                        learn[share] = Replayed(adding, list(trained.values()), options.replay)
+                    loss += learn[share](piece).double().cpu() * share
                 return loss[None], tokens.numel()
             except torch.OutOfMemoryError:
                 if report.micro_batch == 1:
@@ -262,6 +269,7 @@ def _distil(
                         f"one window of {data.length} tokens doesn't fit into the GPU's memory: give a shorter --length"
                     ) from None
             report.micro_batch = (report.micro_batch + 1) // 2
+            learn.clear()
             for parameter in trained.values():
                 parameter.grad = None
             torch.cuda.empty_cache()

@@ -38,6 +38,7 @@ class LoopOptions:
         warmup: share of the run over which the rates rise.
         weight_decay: AdamW's decoupled decay.
         save_every: steps between checkpoints.
+        replay: on a GPU, record a step as a CUDA graph and launch that (several times faster for small models).
     """
 
     steps: int = 200
@@ -46,6 +47,7 @@ class LoopOptions:
     warmup: float = 0.05
     weight_decay: float = 0.0
     save_every: int = 50
+    replay: bool = True
 
     def __post_init__(self) -> None:
         if self.steps < 0 or (self.seconds is not None and self.seconds < 0):
@@ -97,7 +99,8 @@ class Masters:
                 self.masters[f"{part.name}/{name}"] = master
                 by_rate.setdefault(part.rates[name], []).append(master)
         groups = [{"params": members, "peak": rate, "lr": rate} for rate, members in sorted(by_rate.items())]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay)
+        on_gpu = all(master.is_cuda for master in self.masters.values())
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=on_gpu or None)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -112,8 +115,8 @@ class Masters:
         """
         for parameter, master in self.copied:
             master.grad = None if parameter.grad is None else parameter.grad.float()
-        norms = torch.stack([nn.utils.clip_grad_norm_(self._members(part), clip).cpu() for part in self.parts])
-        check_finite(norms, self.parts, step, "gradient")
+        norms = torch.stack([nn.utils.clip_grad_norm_(self._members(part), clip) for part in self.parts])
+        check_finite(norms.cpu(), self.parts, step, "gradient")
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         self.optimizer.step()

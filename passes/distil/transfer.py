@@ -21,6 +21,7 @@ from ..program import Program
 from .data import TokenWindows
 from .instrument import Compiled, TrainingGraph, beside, weights_checksum
 from .loop import LoopOptions, LoopReport, Part, Progress, train
+from .replay import Replayed
 
 ALONE = 0.1  # weight of the linear attention's own error beside a softmax window
 
@@ -121,11 +122,11 @@ class Errors:
         with torch.no_grad():
             losses = self.graph(tokens.to(self.graph.device))
         assert isinstance(losses, tuple)
-        return torch.stack([loss.double() for loss in losses]).cpu()
+        return torch.stack([loss.double() for loss in losses])
 
     def by_path(self, tokens: Tensor) -> dict[str, float]:
         """Errors by site path, window by window so that memory doesn't grow with their number."""
-        total = torch.stack([self(window[None]) for window in tokens]).mean(0)
+        total = torch.stack([self(window[None]).cpu() for window in tokens]).mean(0)
         return dict(zip(self.branches, total.tolist(), strict=True))
 
 
@@ -167,9 +168,15 @@ def transfer(
         report.before = errors.by_path(held_out)
         _check_start(report.before)
 
+    learn = Replayed(
+        lambda tokens: errors(tokens, learn=True),
+        [parameter for part in parts for parameter in part.parameters.values()],
+        options.replay,
+    )
+
     def losses_of(step: int) -> tuple[Tensor, int]:
         tokens = data.step(step)
-        return errors(tokens, learn=True), tokens.numel()
+        return learn(tokens).cpu(), tokens.numel()
 
     train(parts, losses_of, options, checkpoint=checkpoint, identity=identity, report=report, progress=progress)
     report.after = errors.by_path(held_out)
