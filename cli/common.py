@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..passes.program import Program
 
 F = TypeVar("F", bound=Callable[..., Any])
+ALIBI_HELP = "Also take attention with ALiBi: exactly where it stays softmax, as a decay per head in gla."
 DTYPES = ("float32", "bfloat16", "float16")
 
 

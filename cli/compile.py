@@ -81,6 +81,7 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
     help="Sites that stay softmax: a number of evenly spaced ones, as many chosen by KL (auto:N), or their indices.",
 )
 @click.option("--rewrite-sliding", is_flag=True, help="Also rewrite sliding-window sites.")
+@click.option("--alibi", is_flag=True, help=common.ALIBI_HELP)
 @click.option(
     "--window", type=common.count, metavar="W", help="Keep a softmax window of W beside the linear attention."
 )

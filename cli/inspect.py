@@ -43,6 +43,7 @@ def passes_option(ctx: click.Context, param: click.Parameter, value: str | None)
     callback=passes_option,
     help="More passes after canonicalize,prove, such as 'linearize{attn=gla}'.",
 )
+@click.option("--alibi", is_flag=True, help=common.ALIBI_HELP)
 @common.model_options
 @common.json_option
 @common.verbose_option
@@ -52,6 +53,7 @@ def command(
     explain: str | None,
     diff: bool,
     passes: list[Pass],
+    alibi: bool,
     builder: str | None,
     trust: bool,
     device: str,
@@ -61,6 +63,7 @@ def command(
 ) -> None:
     """Show every attention site of MODEL: what was found, proved, refused, and why."""
     from ..passes.explain import explain as explain_site
+    from ..passes.identity import ProveAttention
     from ..passes.listing import difference, listing
     from ..passes.pipeline import Pipeline
 
@@ -70,8 +73,8 @@ def command(
     with common.working("proving attention sites"):
         program = Pipeline("canonicalize")(program)
         canonical = program.clone() if explain is not None else program
-        program = Pipeline("prove")(program)
-        explanation = None if explain is None else explain_site(canonical, program, explain)
+        program = Pipeline([ProveAttention(alibi=alibi)])(program)
+        explanation = None if explain is None else explain_site(canonical, program, explain, alibi)
         program = Pipeline(passes)(program)
     changes = difference(before, listing(program)) if diff else []
     if as_json:

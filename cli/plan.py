@@ -18,6 +18,8 @@ def print_plan(model: str, asked: Options, *, builder: str | None, trust: bool, 
     """
     from ..lowering.compiler import rewrite
     from ..lowering.report import human_bytes
+    from ..passes.canonicalize import Canonicalize
+    from ..passes.identity import ProveAttention
     from ..passes.pipeline import Pipeline
     from ..passes.plan import plan
     from .inspect import site_table
@@ -25,7 +27,7 @@ def print_plan(model: str, asked: Options, *, builder: str | None, trust: bool, 
     loaded = common.load(model, builder=builder, trust=trust, device=asked.device, dtype=asked.dtype, meta=True)
     program = common.captured(loaded)
     with common.working("proving and rewriting, on shapes alone"):
-        teacher = Pipeline("canonicalize,prove")(program)
+        teacher = Pipeline([Canonicalize(), ProveAttention(alibi=asked.alibi)])(program)
         student = rewrite(teacher, asked)
         document = plan(teacher, student, asked.quant)
     document |= {"format": loaded.format, "notes": [*loaded.notes, *program.notes]}

@@ -58,6 +58,7 @@ class Options:
     quant: str = "none"
     keep_softmax: str | None = None
     rewrite_sliding: bool = False
+    alibi: bool = False
     window: int | None = None
     distil: Any = None
     tokens: int | None = None
@@ -233,9 +234,10 @@ def compile(
         builder: ``module:function`` that builds the module of a bare state dict.
         trust: allow code that the model file brings along to run.
         checkpoint: file that distillation saves itself to and resumes from.
-        options: ``attn``, ``quant``, ``keep_softmax``, ``window``, ``distil`` (a text file, token ids, or ``hf:name``),
-            ``tokens``, ``time`` (seconds), ``train``, ``adapter``, ``length``, ``batch``, ``target``, ``device``,
-            ``dtype``, ``seed``: as in the CLI. With an adapter, ``distil`` only calibrates quantization.
+        options: ``attn``, ``quant``, ``keep_softmax``, ``rewrite_sliding``, ``alibi``, ``window``, ``distil`` (a text
+            file, token ids, or ``hf:name``), ``tokens``, ``time`` (seconds), ``train``, ``adapter``, ``length``,
+            ``batch``, ``target``, ``device``, ``dtype``, ``seed``: as in the CLI. With an adapter, ``distil`` only
+            calibrates quantization.
 
     Raises:
         LincompileError: anything that can't be done as asked; nothing is ever done silently instead.
@@ -261,7 +263,7 @@ def compile(
         program = capture_loaded(loaded)
         notes += program.notes
     with _timed(say, times, "prove"):
-        teacher = Pipeline([Canonicalize(), ProveAttention()])(program)
+        teacher = Pipeline([Canonicalize(), ProveAttention(alibi=asked.alibi)])(program)
     with _timed(say, times, "rewrite"):
         student = rewrite(teacher, asked)
     with _timed(say, times, "distil"):

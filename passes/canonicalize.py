@@ -170,6 +170,8 @@ def _same_as(node: Node) -> Node | None:
         return base if start in (0, None) and end in (INT_MAX, None) and step == 1 else None
     if target in (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default):
         return base if node.args[1] == 0 or not node.args[2] else None
+    if target is aten.repeat_interleave.self_int:
+        return base if node.args[1] == 1 and argument(node, 2, "dim") is not None else None
     if target is aten.expand.default:
         sizes = node.args[1]
         return (

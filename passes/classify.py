@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from .evaluate import Evaluation, Opaque
+from .forms import Reading, Unstable
 from .graph import symbols_in, tensor_of
 from .match import Candidate
-from .positions import Reading, Unstable
 from .probe import HORIZON, MASKED, Observation, Probe, Response, View, allowed_keys, far, far_positions, near, observe
 from .program import Program
 
@@ -41,23 +41,30 @@ class Findings:
     reads: list[str] = field(default_factory=list)
     probed: list[int] = field(default_factory=list)
 
+    alibi: bool = False  # whether an ALiBi bias was asked for as part of the canonical form
+
     @property
     def supported(self) -> bool:
-        return self.kind in ("full", "causal", "sliding") and self.bias in ("none", "row-constant")
+        return self.kind in ("full", "causal", "sliding") and self.bias in self.biases
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """The biases that the canonical form can hold (ALiBi as one more feature of q and k, but not under a cap)."""
+        return ("none", "row-constant", *(["alibi"] if self.alibi and not self.softcap else []))
 
 
-def classify(program: Program, candidate: Candidate) -> Findings:
+def classify(program: Program, candidate: Candidate, alibi: bool = False) -> Findings:
     """Probes a candidate and names its kind, scale, softcap, bias and padding; never raises for a strange one."""
     probe = Probe(program, candidate)
     try:
-        return _classify(probe)
+        return _classify(probe, alibi)
     except Opaque as error:
         return Findings("data-dependent", f"the mask or bias depends on data: it {error}")
     except Unstable as error:
         return Findings(error.kind, error.reason)
 
 
-def _classify(probe: Probe) -> Findings:
+def _classify(probe: Probe, alibi: bool) -> Findings:
     record = Evaluation()
     reading, problem = _read(probe)
     limit = min([probe.program.max_positions or HORIZON, HORIZON, *reading.tables])
@@ -66,7 +73,7 @@ def _classify(probe: Probe) -> Findings:
         lengths = [int(probe.rows)]
     detect_polarity(probe, lengths[min(2, len(lengths) - 1)])
     response = find_response(probe, record, min(7, limit))
-    findings = Findings("unknown", scale=response.scale, softcap=response.softcap, probed=list(lengths))
+    findings = Findings("unknown", scale=response.scale, softcap=response.softcap, probed=list(lengths), alibi=alibi)
     seen = [observe(probe, near(probe, probe.sizes(t, batch=1 if t > 64 else 2)), response, record) for t in lengths]
     _name(findings, seen, probe)
     findings.reads = sorted(record.inputs)
@@ -74,7 +81,7 @@ def _classify(probe: Probe) -> Findings:
         return findings
     if problem is not None:
         raise problem
-    beyond = _beyond(probe, reading, limit)
+    beyond = _beyond(probe, reading, _reach(reading, findings, limit))
     if beyond is not None:
         findings.probed.append(int(beyond.columns.max()) + 1)
         seen.append(observe(probe, beyond, response, record))
@@ -101,8 +108,21 @@ def _name(findings: Findings, seen: list[Observation], probe: Probe) -> None:
     findings.bias, findings.slopes = bias_kind(seen)
     if findings.kind not in ("full", "causal", "sliding"):
         findings.reason = f"the mask is {findings.kind}, not full, causal or sliding"
-    elif findings.bias not in ("none", "row-constant"):
+    elif findings.bias not in findings.biases:
         findings.reason = f"a position bias is added to the scores ({findings.bias})"
+        if findings.bias == "alibi" and not findings.softcap:
+            findings.reason += "; --alibi keeps it, exactly in softmax and as decays in gla"
+
+
+def _reach(reading: Reading, findings: Findings, limit: int) -> int:
+    """Up to where positions are looked at: a linear bias would pass for a mask where it falls below ``MASKED``."""
+    steepest = max((abs(slope) for slope in findings.slopes or ()), default=0.0)
+    if not reading.linear or not steepest:
+        return limit
+    reach = min(limit, int(-0.8 * MASKED / steepest))
+    if any(4 * abs(offset) > reach for _, offset in reading.lines):
+        raise Unstable("unprovable", "the mask changes further away than its bias can be told from a mask")
+    return reach
 
 
 def _beyond(probe: Probe, reading: Reading, limit: int) -> View | None:
@@ -286,7 +306,7 @@ def _bias_of(item: Observation) -> tuple[str, tuple[float, ...] | None]:
     if torch.allclose(
         torch.where(usable, line, torch.zeros(())), torch.where(usable, relative, torch.zeros(())), atol=tolerance
     ):
-        return "alibi", tuple(round(s, 8) for s in slopes)
+        return "alibi", tuple(float(f"{s:.8g}") for s in slopes)
     by_distance = all(
         _constant(torch.diagonal(bias[b, h], o)[torch.diagonal(allowed[b, h], o)])
         for b in range(batch)

@@ -10,11 +10,11 @@ from torch.fx import Node
 from .classify import Findings, classify
 from .errors import LincompileError
 from .evaluate import Opaque
+from .forms import Unstable
 from .graph import value_of
 from .identity import describe, unique_path
 from .listing import described, node_line, size_names, source_of
 from .match import Candidate, find_candidates
-from .positions import Unstable
 from .probe import Probe, allowed_keys, near
 from .program import AttentionSite, Program
 
@@ -72,13 +72,14 @@ def find_site(program: Program, wanted: str) -> AttentionSite:
     return program.site(wanted)
 
 
-def explain(canonical: Program, proved: Program, wanted: str) -> Explanation:
+def explain(canonical: Program, proved: Program, wanted: str, alibi: bool = False) -> Explanation:
     """Explains one site.
 
     Args:
         canonical: the program after ``Canonicalize`` and before ``ProveAttention`` (its slices are still there).
         proved: the same after ``ProveAttention``.
         wanted: the site's path or index.
+        alibi: as given to ``ProveAttention``.
 
     Raises:
         LincompileError: there is no such site.
@@ -86,7 +87,7 @@ def explain(canonical: Program, proved: Program, wanted: str) -> Explanation:
     site = find_site(proved, wanted)
     candidate = _candidates(canonical)[site.path]
     names = size_names(canonical)
-    findings = None if candidate.problem is not None else classify(canonical, candidate)
+    findings = None if candidate.problem is not None else classify(canonical, candidate, alibi)
     return Explanation(
         site,
         _canonical_text(proved, site),

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompile)
+from .alibi import with_positions
 from .classify import Findings, classify, padding_patterns
 from .evaluate import Opaque, Sizes, evaluate
 from .graph import (
@@ -70,15 +71,17 @@ class ProveAttention:
 
     Args:
         tolerance: largest absolute difference accepted, relative to the larger of 1 and the values' own size.
+        alibi: also prove attention with ALiBi, whose bias becomes one more feature of q and k (float32 and above).
     """
 
     tolerance: float = TOLERANCE
+    alibi: bool = False
     name: str = field(default="prove", init=False, metadata={"text": False})
 
     def run(self, program: Program) -> PassResult:
         canonical = {site.path: site for site in program.sites if site.proved}
         found: list[AttentionSite] = []
-        cache = Cache(RegionKeys(program.graph_module), written_nodes(program.graph_module))
+        cache = Cache(RegionKeys(program.graph_module), written_nodes(program.graph_module), self.alibi)
         for candidate in find_candidates(program.graph_module):
             site = describe(program, candidate)
             site.path = unique_path(site.path, [*canonical, *(s.path for s in found)])
@@ -102,6 +105,7 @@ class Cache:
 
     regions: RegionKeys
     written: set[Node] = field(default_factory=set)
+    alibi: bool = False
     findings: dict[Any, Findings] = field(default_factory=dict)
     errors: dict[Any, float] = field(default_factory=dict)
 
@@ -129,7 +133,7 @@ def examine(program: Program, candidate: Candidate, site: AttentionSite, toleran
         return
     key = signature(candidate)
     if key not in cache.findings:
-        cache.findings[key] = classify(program, candidate)
+        cache.findings[key] = classify(program, candidate, cache.alibi)
     findings = cache.findings[key]
     _fill(site, findings)
     if not findings.supported:
@@ -156,6 +160,8 @@ def examine(program: Program, candidate: Candidate, site: AttentionSite, toleran
     site.node = replacement.op
     site.verdict = "rewrite"
     site.reason = f"equal to canonical softmax attention to {site.max_error:.1e} (outputs and gradients)"
+    if findings.bias == "alibi":
+        site.reason += ", its ALiBi as one more feature of q and k"
 
 
 def _fill(site: AttentionSite, findings: Findings) -> None:
@@ -168,7 +174,7 @@ def _fill(site: AttentionSite, findings: Findings) -> None:
 
 
 def signature(candidate: Candidate) -> Any:
-    """Key under which two candidates have the same score chain and masks (the layers of one model, usually)."""
+    """Key under which two candidates have one score chain, masks and way to v (the layers of one model, usually)."""
     if candidate.softmax is None:
         shapes = (
             tuple(str(d) for d in tensor_of(candidate.q).shape),
@@ -191,7 +197,8 @@ def signature(candidate: Candidate) -> Any:
         return known[item]
 
     bias = candidate.scores.args[0] if target_of(candidate.scores) is aten.baddbmm.default else None
-    return (visit(candidate.softmax.args[0]), visit(bias), str(candidate.scores.kwargs))
+    known[candidate.softmax] = "softmax"
+    return (visit(candidate.softmax.args[0]), visit(bias), str(candidate.scores.kwargs), visit(candidate.weights))
 
 
 @dataclass
@@ -247,6 +254,12 @@ def build(program: Program, candidate: Candidate, findings: Findings) -> Replace
         raise Unsupported(
             f"{heads} query heads, {kv_heads} key heads and {tensor_of(v).shape[1]} value heads don't form groups"
         )
+    shape = (heads, kv_heads, int_dim(tensor_of(q).shape[-1], "head_dim"), int_dim(tensor_of(v).shape[-1], "value dim"))
+    if findings.bias == "alibi":
+        assert findings.slopes is not None
+        if tensor_of(q).dtype not in (torch.float32, torch.float64):
+            raise Unsupported(f"ALiBi in {tensor_of(q).dtype}: positions need float32; load the model in float32")
+        q, k = with_positions(q, k, findings.slopes, float(findings.scale), make)
     key_padding = _key_padding(program, make, findings)
     op = make(
         torch.ops.lincompile.softmax_attention.default,
@@ -260,7 +273,6 @@ def build(program: Program, candidate: Candidate, findings: Findings) -> Replace
         float(findings.softcap),
     )
     output = restore(op)
-    shape = (heads, kv_heads, int_dim(tensor_of(q).shape[-1], "head_dim"), int_dim(tensor_of(v).shape[-1], "value dim"))
     return Replacement(op, output, q, k, v, shape, set(program.graph_module.graph.nodes) - existing)
 
 
@@ -285,9 +297,7 @@ def _key_padding(program: Program, make: Builder, findings: Findings) -> Node | 
 Restore = Callable[[Node], Node]
 
 
-def canonical_operands(
-    program: Program, candidate: Candidate, make: Builder
-) -> tuple[Node, Node, Node, Restore]:
+def canonical_operands(program: Program, candidate: Candidate, make: Builder) -> tuple[Node, Node, Node, Restore]:
     """Q ``[B, H, T, D]``, k ``[B, Hkv, S, D]``, v ``[B, Hkv, S, Dv]`` and the way back to the site's layout."""
     if candidate.softmax is None:
         if tensor_of(candidate.q).dim() == 4:

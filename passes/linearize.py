@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from .alibi import AlibiGLA, AlibiShape, decays, errors, without_positions
 from .errors import LincompileError, RefusedError
 from .graph import (
     Builder,
@@ -148,7 +150,17 @@ class LinearizeAttention:
         q, k = tensor_of(site.node.args[0]), tensor_of(site.node.args[1])
         if not same_dim(q.shape[2], k.shape[2]):
             return "cross-attention between two sequences stays softmax"
-        return None
+        return self.reason_to_keep_alibi(site) if site.bias == "alibi" else None
+
+    def reason_to_keep_alibi(self, site: AttentionSite) -> str | None:
+        """Why a site with ALiBi stays softmax (exactly, its bias included); None where its slopes become decays."""
+        assert site.slopes is not None and site.kv_heads is not None
+        if self.attn != "gla":
+            return f"ALiBi's slopes are decays in gla only, not in {self.attn}; it stays softmax with its bias"
+        if self.window:
+            return "--window isn't combined with ALiBi; it stays softmax with its bias"
+        found = decays(site.slopes, site.kv_heads)
+        return found if isinstance(found, str) else None
 
     def rewrite(
         self, program: Program, site: AttentionSite, index: int, traces: dict[Any, Trace], content: set[Node]
@@ -159,14 +171,22 @@ class LinearizeAttention:
         cls = method_class(self.attn)
         module = program.graph_module
         make = Builder(module, node)
-        operands = find_operands(site, cls, make, content, self.window)
+        operands = find_operands(site, AlibiGLA if site.bias == "alibi" else cls, make, content, self.window)
         if isinstance(operands, str):
             return operands
+        shape_class: Callable[..., SiteShape] = SiteShape
+        if site.bias == "alibi":
+            assert site.slopes is not None and site.kv_heads is not None
+            slopes = decays(site.slopes, site.kv_heads)
+            assert isinstance(slopes, tuple), "reason_to_keep_alibi let only decays through"
+            cls, shape_class = AlibiGLA, partial(AlibiShape, slopes=slopes)
+            q, k = without_positions(operands.q, operands.k)
+            operands = replace(operands, q=q, k=k, hidden=None)
         hidden, mask = operands.hidden, operands.mask
         dtype, device = tensor_of(operands.v).dtype, tensor_of(operands.v).device
         width = int(tensor_of(hidden).shape[-1]) if hidden is not None else 1
         assert site.heads and site.kv_heads and site.head_dim and site.value_dim and site.scale
-        shape = SiteShape(
+        shape = shape_class(
             site.heads,
             site.kv_heads,
             site.head_dim,
@@ -193,6 +213,8 @@ class LinearizeAttention:
         if shape.window:
             site.details["window"] = shape.window
         site.details["module"] = name
+        if isinstance(method, AlibiGLA):
+            site.details["alibi_error"] = errors(method)
         if not cls.rotary:
             site.details["rotary"] = "removed" if operands.rotated else "none found"
         beside = f" beside a softmax window of {shape.window}" if shape.window else ""

@@ -85,6 +85,20 @@ POINTWISE = ELEMENTWISE_OF_SCORES | frozenset(
         aten.rsub.Tensor,
     }
 )
+# Linear in their values, besides sums and products with constants.
+LINEAR = frozenset(
+    {
+        aten.neg.default,
+        aten.rsub.Scalar,
+        aten.rsub.Tensor,
+        aten.masked_fill.Scalar,
+        aten.masked_fill.Tensor,
+        aten.where.self,
+        aten.where.ScalarOther,
+        aten.where.ScalarSelf,
+        aten.where.Scalar,
+    }
+)
 # Elementwise too, but what they do to positions isn't followed: such masks are known only where they are looked at.
 OPAQUE_POINTWISE = frozenset(
     {

@@ -9,8 +9,8 @@ that reads the sequence length, draws random numbers or tells batch rows apart i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .evaluate import LOW_PRECISION, Opaque
+from .forms import MAX_VALUES, Form, Line, Reading, Unstable, lines_of, several, sum_of
 from .graph import (
     argument,
     aten,
@@ -31,11 +32,13 @@ from .graph import (
     value_inputs,
     value_of,
 )
+from .layouts import LAYOUTS
 from .op_kinds import (
     CASTS,
     COMPARISONS,
     ELEMENTWISE_OF_SCORES,
     FILLED,
+    LINEAR,
     ONES,
     OPAQUE_POINTWISE,
     POINTWISE,
@@ -45,66 +48,6 @@ from .op_kinds import (
     SUMS,
     ZEROS,
 )
-
-MAX_VALUES = 64  # distinct numbers of a constant tensor (per-head windows, say) that are told apart
-
-
-class Unstable(Exception):
-    """The scores depend on more than q·k, positions and padding; carries (kind, reason)."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind, self.reason = kind, reason
-
-
-# Positions enter as ``Σ slope · index along axis + offset``; axes count from the right (-1 = keys, -2 = queries).
-Slopes = tuple[tuple[int, int], ...]
-Line = tuple[Slopes, float]  # where ``Σ slope · index + offset`` changes sign
-
-
-@dataclass(frozen=True)
-class Form:
-    """What is known about one node of the slice.
-
-    ``slopes`` and ``offsets``: it is affine in its indices (several offsets: a constant tensor of several values).
-    Otherwise its values only change across ``lines``. ``irregular`` names the node after which even that is unknown.
-    """
-
-    slopes: Slopes = ()
-    offsets: tuple[float, ...] | None = None
-    lines: frozenset[Line] = frozenset()
-    irregular: str = ""
-    from_scores: bool = False
-    padding: bool = False
-
-    @property
-    def affine(self) -> bool:
-        """Whether it is a position along some axis (a plain constant isn't)."""
-        return self.offsets is not None and bool(self.slopes)
-
-    @property
-    def constant(self) -> bool:
-        return self.offsets is not None and not self.slopes
-
-
-@dataclass
-class Reading:
-    """What the slice of one candidate is made of.
-
-    ``sources``: nodes that hold positions themselves (``arange`` and the like), by which a probe places positions.
-    ``tables``: lengths of the buffers it slices; no position beyond the shortest exists.
-    """
-
-    lines: set[Line] = field(default_factory=set)
-    irregular: str = ""
-    sources: dict[Node, Form] = field(default_factory=dict)
-    triangles: list[Node] = field(default_factory=list)
-    lookups: list[Node] = field(default_factory=list)
-    tables: list[int] = field(default_factory=list)
-
-    @property
-    def positional(self) -> bool:
-        return bool(self.lines) or bool(self.irregular)
 
 
 def read(
@@ -120,7 +63,7 @@ def read(
     Raises:
         Unstable: something in it can't be proved at any set of lengths.
     """
-    reader = _Reader(module, set(raw), roles, static)
+    reader = Reader(module, set(raw), roles, static)
     try:
         forms = {root: reader.visit(root) for root in roots}
     except Unstable as error:
@@ -133,11 +76,14 @@ def read(
         if form.affine:
             form = Form(irregular=f"'{root.name}'")
         reader.reading.lines |= form.lines
+        reader.reading.linear = reader.reading.linear or bool(form.linear)
         reader.reading.irregular = reader.reading.irregular or form.irregular
     return reader.reading
 
 
-class _Reader:
+class Reader:
+    """Visits a slice from its leaves up and says of each node what is known about its values."""
+
     def __init__(self, module: GraphModule, raw: set[Node], roles: Mapping[str, str], static: bool) -> None:
         self.module, self.raw, self.roles, self.static = module, raw, roles, static
         self.reading = Reading()
@@ -219,6 +165,8 @@ class _Reader:
             return self.arithmetic(node)
         if target in POINTWISE:
             return self.pointwise(node)
+        if target is aten.abs.default:
+            return self.magnitude(node)
         if target in OPAQUE_POINTWISE:
             return self.opaque(node)
         raise Unstable(
@@ -248,6 +196,9 @@ class _Reader:
             raise Unstable("unknown-scores", f"the scores go through '{node.name}' ({target}) on their way to softmax")
         if target in LAYOUTS:
             return LAYOUTS[target](self, node)
+        factors = [self.of(item) for item in _operands(node) if item not in scored]
+        if (target in PRODUCTS or target in QUOTIENTS) and any(form.affine or form.linear for form in factors):
+            return replace(self.opaque(node), from_scores=True)  # a scale that grows with positions
         return replace(self.pointwise(node), from_scores=True)
 
     # ---- leaves
@@ -283,15 +234,16 @@ class _Reader:
             step = argument(node, 2, "step", 1)
         if isinstance(start, Node):
             start = value_of(start)
-            start = int(expression(start)) if expression(start).is_Integer else None  # type: ignore[assignment]
+            start = int(expression(start)) if expression(start).is_Integer else start
+        if is_symbolic(start) and isinstance(step, int):  # a shift of all positions, which no linear bias shows
+            self.reading.sources[node] = Form(slopes=((-1, step),), offsets=(0.0,))
+            return self.exact(node, Form(linear=f"'{node.name}'", shifted=True))
         if not isinstance(start, int) or not isinstance(step, int):
             raise Unstable(
                 "length-dependent", f"'{node.name}' counts from a number that depends on the sequence length"
             )
         length = expression(tensor_of(node).shape[0])
-        if (
-            length.is_Integer and int(length) <= MAX_VALUES and not self.static
-        ):  # an index over heads: a few known numbers
+        if length.is_Integer and int(length) <= MAX_VALUES and not self.static:  # an index over heads: known numbers
             return Form(offsets=tuple(sorted(float(start + step * i) for i in range(int(length)))))
         form = Form(slopes=((-1, step),), offsets=(float(start),))
         self.reading.sources[node] = form
@@ -318,12 +270,14 @@ class _Reader:
     # ---- ops
 
     def exact(self, node: Node, form: Form) -> Form:
-        if form.affine and tensor_of(node).dtype in LOW_PRECISION:
+        if (form.affine or form.linear) and tensor_of(node).dtype in LOW_PRECISION:
             raise Unstable("unprovable", f"'{node.name}' holds positions in {tensor_of(node).dtype}, which rounds them")
         return form
 
     def cast(self, node: Node, form: Form) -> Form:
         dtype = tensor_of(node).dtype
+        if form.linear:
+            return self.exact(node, form) if dtype.is_floating_point else self.opaque(node)
         if not form.affine:
             if form.constant and form.offsets is not None and not dtype.is_floating_point:
                 whole = (
@@ -332,7 +286,7 @@ class _Reader:
                 return Form(offsets=tuple(sorted(set(whole))))
             return form
         if dtype == torch.bool:
-            return Form(lines=_lines(form))
+            return Form(lines=lines_of(form))
         return (
             self.exact(node, form)
             if dtype in (torch.int64, torch.int32, torch.float32, torch.float64) + LOW_PRECISION
@@ -344,7 +298,7 @@ class _Reader:
         if left.constant and right.constant and not (left.slopes or right.slopes):
             return self.pointwise(node)
         if (left.affine or left.constant) and (right.affine or right.constant):
-            return Form(lines=_lines(_sum(left, right, -1)))
+            return Form(lines=lines_of(sum_of(left, right, -1)))
         return self.pointwise(node)
 
     def arithmetic(self, node: Node) -> Form:
@@ -355,7 +309,7 @@ class _Reader:
         if target in SUMS:
             alpha = argument(node, 2, "alpha", 1)
             return (
-                self.exact(node, _sum(left, right, SUMS[target] * alpha))
+                self.exact(node, sum_of(left, right, SUMS[target] * alpha))
                 if isinstance(alpha, int)
                 else self.pointwise(node)
             )
@@ -363,7 +317,7 @@ class _Reader:
             form, factor = (left, right) if left.slopes else (right, left)
             assert form.offsets is not None and factor.offsets is not None
             if not form.slopes:
-                return _several({a * b for a in form.offsets for b in factor.offsets})
+                return several({a * b for a in form.offsets for b in factor.offsets})
             if len(factor.offsets) == 1 and factor.offsets[0].is_integer():
                 times = int(factor.offsets[0])
                 return self.exact(
@@ -373,26 +327,43 @@ class _Reader:
                     ),
                 )
         if target in QUOTIENTS and not left.slopes and not right.slopes:
-            return _several({a / b for a in left.offsets for b in right.offsets if b})
-        return self.opaque(node) if left.slopes or right.slopes else self.pointwise(node)
+            return several({a / b for a in left.offsets for b in right.offsets if b})
+        return self.pointwise(node)
 
     def pointwise(self, node: Node) -> Form:
-        """Elementwise in values that change only across lines: so does the result."""
+        """Elementwise in values that change only across lines: so does the result. Sums may be linear between them."""
         forms = [self.of(item) for item in _operands(node)]
-        if any(form.affine for form in forms):
+        grows = any(form.affine or form.linear for form in forms)
+        if grows and not _stays_linear(target_of(node), forms):
             return self.opaque(node)
         irregular = next((form.irregular for form in forms if form.irregular), "")
         lines = frozenset().union(*(form.lines for form in forms))
-        return Form(lines=lines, irregular=irregular, padding=any(form.padding for form in forms))
+        origin = next((form.linear for form in forms if form.linear), f"'{node.name}' ({target_of(node)})")
+        padding = any(form.padding for form in forms)
+        shifted = any(form.shifted for form in forms)
+        linear = origin if grows else ""
+        return self.exact(node, Form(lines=lines, irregular=irregular, linear=linear, shifted=shifted, padding=padding))
+
+    def magnitude(self, node: Node) -> Form:
+        """``abs`` of a position is linear on either side of where it changes sign."""
+        form = self.of(node.args[0])
+        if not form.affine:
+            return self.opaque(node)
+        return self.exact(node, Form(lines=lines_of(form), linear=f"'{node.name}' ({target_of(node)})"))
 
     def opaque(self, node: Node) -> Form:
         forms = [self.of(item) for item in _operands(node)]
-        positional = any(form.affine or form.lines or form.irregular for form in forms)
+        if any(form.shifted for form in forms):
+            raise Unstable(
+                "length-dependent", f"'{node.name}' computes with positions that are counted from the sequence length"
+            )
+        positional = any(form.affine or form.linear or form.lines or form.irregular for form in forms)
+        origin = next((form.irregular or form.linear for form in forms if form.irregular or form.linear), "")
         scored = any(form.from_scores for form in forms)
         padding = any(form.padding for form in forms)
         if not positional:
             return Form(padding=padding, from_scores=scored)
-        return Form(irregular=f"'{node.name}' ({target_of(node)})", padding=padding, from_scores=scored)
+        return Form(irregular=origin or f"'{node.name}' ({target_of(node)})", padding=padding, from_scores=scored)
 
     def triangle(self, node: Node) -> Form:
         base = self.of(node.args[0])
@@ -401,7 +372,13 @@ class _Reader:
             return self.opaque(node)
         self.reading.triangles.append(node)
         edge: Line = (((-2, -1), (-1, 1)), -diagonal[0])
-        return Form(lines=base.lines | {edge}, irregular=base.irregular, padding=base.padding)
+        return Form(
+            lines=base.lines | {edge},
+            irregular=base.irregular,
+            linear=base.linear,
+            shifted=base.shifted,
+            padding=base.padding,
+        )
 
     def lookup(self, node: Node) -> Form:
         """``mask[rows, columns]`` with the plain positions as indices only rearranges the mask."""
@@ -437,6 +414,14 @@ class _Reader:
         return self.opaque(node)
 
 
+def _stays_linear(target: Any, forms: list[Form]) -> bool:
+    """Whether an op of these operands is linear in positions (between lines) where each of them is."""
+    if target in SUMS or target in LINEAR:
+        return True
+    growing = [form.affine or bool(form.linear) for form in forms]
+    return (target in PRODUCTS and sum(growing) == 1) or (target in QUOTIENTS and not growing[1])
+
+
 def _static_axes(form: Form, item: Any) -> bool:
     """Whether an index runs over axes of fixed size only (heads)."""
     return all(expression(tensor_of(item).shape[axis]).is_Integer for axis, _ in form.slopes)
@@ -448,156 +433,3 @@ def _operands(node: Node) -> list[Any]:
     for item in [*node.args, *node.kwargs.values()]:
         flat.extend(item if isinstance(item, (list, tuple)) else [item])
     return [item for item in flat if isinstance(item, (Node, int, float)) and not isinstance(item, bool)]
-
-
-def _sum(left: Form, right: Form, sign: int) -> Form:
-    assert left.offsets is not None and right.offsets is not None
-    slopes = dict(left.slopes)
-    for axis, slope in right.slopes:
-        slopes[axis] = slopes.get(axis, 0) + sign * slope
-    kept = tuple(sorted((axis, slope) for axis, slope in slopes.items() if slope))
-    offsets = {a + sign * b for a in left.offsets for b in right.offsets}
-    if len(offsets) > MAX_VALUES or (kept and any(not float(o).is_integer() for o in offsets)):
-        return Form(irregular="sums of many constants") if kept else Form()
-    return Form(kept, tuple(sorted(offsets)))
-
-
-def _several(values: set[float]) -> Form:
-    return Form(offsets=tuple(sorted(values))) if len(values) <= MAX_VALUES else Form()
-
-
-def _lines(form: Form) -> frozenset[Line]:
-    assert form.offsets is not None
-    return frozenset((form.slopes, offset) for offset in form.offsets) if form.slopes else frozenset()
-
-
-# ---- layout: how the axes of a form move
-
-
-def _moved(form: Form, move: Callable[[int], int | None]) -> Form:
-    """The form with axis ``a`` renamed ``move(a)``; an axis of length one disappears (None)."""
-
-    def rename(slopes: Slopes) -> Slopes:
-        return tuple(sorted((new, slope) for axis, slope in slopes if (new := move(axis)) is not None))
-
-    return replace(form, slopes=rename(form.slopes), lines=frozenset((rename(s), o) for s, o in form.lines))
-
-
-def _unsqueeze(reader: _Reader, node: Node) -> Form:
-    rank = tensor_of(node).dim()
-    new = int(node.args[1]) % rank - rank  # type: ignore[arg-type]
-    return _moved(reader.of(node.args[0]), lambda axis: axis if axis > new else axis - 1)
-
-
-def _permute(reader: _Reader, node: Node) -> Form:
-    rank = tensor_of(node).dim()
-    if target_of(node) is aten.permute.default:
-        order = [int(axis) % rank for axis in node.args[1]]  # type: ignore[union-attr, arg-type]
-    else:
-        order = list(range(rank))
-        swapped: Any = (0, 1) if target_of(node) in (aten.t.default, aten.numpy_T.default) else node.args[1:3]
-        a, b = (int(axis) % rank for axis in swapped)
-        if rank >= 2:
-            order[a], order[b] = order[b], order[a]
-    return _moved(reader.of(node.args[0]), lambda axis: order.index(axis + rank) - rank)
-
-
-def _same_axes(reader: _Reader, node: Node) -> Form:
-    return reader.of(node.args[0])
-
-
-def _reshape(reader: _Reader, node: Node) -> Form:
-    """A reshape that only adds or drops axes of length one, or that touches no axis the form depends on."""
-    source = node.args[0]
-    assert isinstance(source, Node)
-    form, old, new = reader.of(source), tensor_of(source).shape, tensor_of(node).shape
-    if not (form.slopes or form.lines or form.irregular or form.padding or form.from_scores):
-        return form
-    long_old = [i - len(old) for i, n in enumerate(old) if not same_dim(n, 1)]
-    long_new = [i - len(new) for i, n in enumerate(new) if not same_dim(n, 1)]
-    if len(long_old) == len(long_new) and all(
-        same_dim(old[a], new[b]) for a, b in zip(long_old, long_new, strict=True)
-    ):
-        table = dict(zip(long_old, long_new, strict=True))
-        return _moved(form, lambda axis: table.get(axis))
-    # leading axes (batch, heads) merged or split: the trailing axes that match keep their names
-    kept = 0
-    while kept < min(len(old), len(new)) and same_dim(old[-1 - kept], new[-1 - kept]):
-        kept += 1
-    used = {axis for slopes, _ in (*form.lines, (form.slopes, 0.0)) for axis, _ in slopes}
-    if all(axis >= -kept for axis in used):
-        return form  # whether batch and heads still fit the padding is for the proof to see
-    raise Unstable("unprovable", f"'{node.name}' reshapes the mask in a way that isn't followed")
-
-
-def _slice(reader: _Reader, node: Node) -> Form:
-    source = node.args[0]
-    assert isinstance(source, Node)
-    form, shape = reader.of(source), tensor_of(source).shape
-    axis = int(argument(node, 1, "dim", 0)) % len(shape)
-    start, step = argument(node, 2, "start", 0) or 0, argument(node, 4, "step", 1)
-    if isinstance(start, Node):
-        start = int(expression(value_of(start))) if expression(value_of(start)).is_Integer else None
-    if same_dim(shape[axis], tensor_of(node).shape[axis]):
-        return form
-    if expression(shape[axis]).is_Integer and int(expression(shape[axis])) == 1:
-        raise Unstable("unprovable", f"'{node.name}' slices an axis of length 1")
-    if start is None or not isinstance(start, int) or start < 0 or step != 1:
-        raise Unstable(
-            "length-dependent", f"'{node.name}' takes a part of the mask that depends on the sequence length"
-        )
-    if not expression(shape[axis]).is_Integer:
-        raise Unstable("unprovable", f"'{node.name}' takes a part of a mask that grows with the sequence")
-    if form.padding or form.from_scores:
-        raise Unstable("unprovable", f"'{node.name}' takes a part of the padding mask or of the scores")
-    reader.reading.tables.append(int(expression(shape[axis])) - start)
-    from_right = axis - len(shape)
-    if form.affine:
-        assert form.offsets is not None
-        shift = start * dict(form.slopes).get(from_right, 0)
-        moved = replace(form, offsets=tuple(offset + shift for offset in form.offsets))
-        reader.reading.sources[node] = moved
-        return moved
-    if form.constant and form.offsets is not None and len(form.offsets) == 1:
-        return form
-    return Form(irregular=f"the table '{source.name}'")
-
-
-def _select(reader: _Reader, node: Node) -> Form:
-    source, axis, index = node.args[0], node.args[1], node.args[2]
-    assert isinstance(source, Node) and isinstance(axis, int)
-    form, rank = reader.of(source), tensor_of(source).dim()
-    gone = axis % rank - rank
-    used = {a for slopes, _ in (*form.lines, (form.slopes, 0.0)) for a, _ in slopes}
-    if gone in used or form.padding or form.irregular or not isinstance(index, int):
-        raise Unstable("unprovable", f"'{node.name}' takes one row of the mask")
-    return _moved(form, lambda a: a if a > gone else a + 1)
-
-
-def _squeeze(reader: _Reader, node: Node) -> Form:
-    source = node.args[0]
-    assert isinstance(source, Node)
-    rank = tensor_of(source).dim()
-    if tensor_of(node).dim() == rank:
-        return reader.of(source)
-    gone = int(node.args[1]) % rank - rank  # type: ignore[arg-type]
-    return _moved(reader.of(source), lambda a: None if a == gone else a if a > gone else a + 1)
-
-
-LAYOUTS: dict[Any, Callable[[_Reader, Node], Form]] = {
-    aten.unsqueeze.default: _unsqueeze,
-    aten.squeeze.dim: _squeeze,
-    aten.permute.default: _permute,
-    aten.transpose.int: _permute,
-    aten.t.default: _permute,
-    aten.numpy_T.default: _permute,
-    aten.expand.default: _same_axes,
-    aten.expand_as.default: _same_axes,
-    aten.reshape.default: _reshape,
-    aten.view.default: _reshape,
-    aten._unsafe_view.default: _reshape,
-    aten.flatten.using_ints: _reshape,
-    aten.unflatten.int: _reshape,
-    aten.slice.Tensor: _slice,
-    aten.select.int: _select,
-}

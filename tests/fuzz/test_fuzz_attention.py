@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -301,7 +302,8 @@ def check(chosen: list[Spec], seed: int = 0) -> list[str]:
     """Proves the sites of ``chosen`` and asserts that nothing was rewritten wrongly; returns their verdicts."""
     torch.manual_seed(seed)
     module = Many(chosen).eval()
-    program = Pipeline([Canonicalize(), ProveAttention()])(capture(module, {"x": torch.randn(2, 9, HEADS * DIM)}))
+    captured = capture(module, {"x": torch.randn(2, 9, HEADS * DIM)})
+    program = Pipeline([Canonicalize(), ProveAttention(alibi=True)])(captured)
     assert all(site.path.startswith("sites.") for site in program.sites), "a decoy became a candidate"
     sites = {int(site.path.split(".")[1]): site for site in program.sites}
     for batch, length in ((1, 1), (3, 5), (2, 48), (1, 350)):
@@ -349,3 +351,22 @@ def check(chosen: list[Spec], seed: int = 0) -> list[str]:
 @given(st.lists(specs, min_size=SITES, max_size=SITES))
 def test_random_attention_is_rewritten_exactly_or_not_at_all(chosen: list[Spec]) -> None:
     check(chosen)
+
+
+PLAIN = Spec("einsum", 4, "expand", None, "where", 0.5, "scores", "none", "plain", "none")
+FOUND = {
+    # findings were shared by sites with one score chain, whatever came between their softmax and v
+    "sites with one score chain and different probabilities": [
+        PLAIN,
+        replace(PLAIN, after="far-mask"),
+        replace(PLAIN, after="add"),
+        PLAIN,
+    ],
+    "a plain site after one with other probabilities": [replace(PLAIN, after="add"), PLAIN],
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found_before(name: str) -> None:
+    verdicts = check(FOUND[name])
+    assert verdicts == ["rewrite" if spec.plain else "refuse" for spec in FOUND[name]]
