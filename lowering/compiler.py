@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 import time as clock
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ from ..passes.stateful import StepProgram, make_full, make_stateful
 from .generate import Session
 from .package import Artefact, open_artefact, save
 from .text import read_tokens
+from .triton import lower
 
 TARGETS = ("eager", "triton", "onnx")
 CALIBRATION_BATCHES = 4
@@ -85,6 +87,8 @@ class Options:
             Recipe(train=self.train)
         if self.target not in TARGETS:
             raise LincompileError(f"--target {self.target}: the targets are {', '.join(TARGETS)}")
+        if self.target == "triton" and importlib.util.find_spec("triton") is None:
+            raise LincompileError("--target triton needs the package 'triton' (Linux only): install it, or use eager")
         if self.attn == "softmax" and self.window:
             raise LincompileError("--window stands beside linear attention; with --attn softmax there is none")
         if self.attn == "softmax" and self.distil is not None:
@@ -145,7 +149,9 @@ class Compiled:
 
     @property
     def session(self) -> Session:
-        """The torch runtime of the step program."""
+        """The torch runtime of the step program (lowered to fused ops with ``target="triton"``)."""
+        if self.options.target == "triton":
+            return Session(lower(self.step)[0])
         return Session(self.step)
 
     def manifest(self) -> dict[str, Any]:
@@ -283,6 +289,9 @@ def compile(
         with _timed(say, times, "quantize"):
             student = quantize(student, asked, ids)
             step = redeployed(student, step)
+    if asked.target == "triton":
+        with _timed(say, times, "lower"):
+            notes.append(lower(step)[1].summary())
     for remark in notes:
         say.note(remark)
     return Compiled(student, teacher, step, loaded, asked, distilled, notes, times)

@@ -155,6 +155,7 @@ def read_graph(path: Path, weights: Mapping[str, Tensor], parameters: set[str]) 
             copies[node] = graph.get_attr(f"_constants.{given.target}")
         else:
             raise ArtefactError(f"{path}: the program has an input of kind {given.kind.name} ('{given.target}')")
+        copies[node].meta["val"] = node.meta.get("val")
     for node in source.nodes:
         if node.op == "output":
             graph.output(tuple(copies[item] if isinstance(item, Node) else item for item in node.args[0]))

@@ -36,6 +36,7 @@ from .graph_file import read_graph, weights_of, write_graph
 from .report import render_report
 from .state_file import SavedState, load_state, running_hash, save_state
 from .tokenizer import TextCodec
+from .triton import lower
 
 FORMAT_VERSION = 1
 MANIFEST, WEIGHTS, PROGRAM, REPORT = "lincompile.json", "model.safetensors", "program.pt2", "report.html"
@@ -311,8 +312,9 @@ class Artefact:
 
     @cached_property
     def session(self) -> Session:
-        """The torch runtime of the program."""
-        return Session(self.step, vocab_size=self.manifest["vocab_size"])
+        """The torch runtime of the program; on a GPU with its stages fused (see ``lowering/triton.py``)."""
+        step = lower(self.step)[0] if self.device.type == "cuda" else self.step
+        return Session(step, vocab_size=self.manifest["vocab_size"])
 
     @cached_property
     def step(self) -> StepProgram:
