@@ -52,6 +52,38 @@ class _WeightsAsInput(nn.Module):
         return self.flat(*(weights[name] for name in self.names), *inputs)
 
 
+def example_inputs(
+    states: Sequence[StateSpec], device: torch.device | str = "cpu"
+) -> tuple[list[Tensor], list[dict[int, Any]]]:
+    """What a step graph is traced with: tokens, positions, mask and states, and the dynamic axes of each.
+
+    The sizes of dynamic axes differ from each other: equal ones could be taken for the same axis.
+    """
+    shape = (TRACE_BATCH, TRACE_CHUNK)
+    inputs = [
+        torch.zeros(shape, dtype=torch.int64, device=device),
+        torch.arange(TRACE_CHUNK, device=device).expand(shape).contiguous(),
+        torch.ones(shape, dtype=torch.bool, device=device),
+    ]
+    axes: list[dict[int, Any]] = [{0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for _ in inputs]
+    for spec in states:
+        sizes = [TRACE_PAST if size is None else size for size in spec.shape]
+        inputs.append(torch.zeros(TRACE_BATCH, *sizes, dtype=spec.dtype, device=device))
+        axes.append({0: Dim.DYNAMIC} | {i + 1: Dim.DYNAMIC for i, size in enumerate(spec.shape) if size is None})
+    return inputs, axes
+
+
+class Positional(nn.Module):
+    """A step graph behind ``*args``, so that one tuple of dynamic shapes serves any number of states."""
+
+    def __init__(self, step: nn.Module) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.step(*args)
+
+
 def write_graph(graph_module: GraphModule, states: Sequence[StateSpec], path: Path) -> None:
     """Exports a step graph to ``path``, without weights; batch, chunk and growing axes stay dynamic.
 
@@ -61,17 +93,7 @@ def write_graph(graph_module: GraphModule, states: Sequence[StateSpec], path: Pa
     weights = weights_of(graph_module)
     names = sorted(weights)
     device = next(iter(weights.values())).device if weights else torch.device("cpu")
-    shape = (TRACE_BATCH, TRACE_CHUNK)
-    inputs = [
-        torch.zeros(shape, dtype=torch.int64, device=device),
-        torch.zeros(shape, dtype=torch.int64, device=device),
-        torch.ones(shape, dtype=torch.bool, device=device),
-    ]
-    axes: list[dict[int, Any]] = [{0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for _ in inputs]
-    for spec in states:
-        sizes = [TRACE_PAST if size is None else size for size in spec.shape]
-        inputs.append(torch.zeros(TRACE_BATCH, *sizes, dtype=spec.dtype, device=device))
-        axes.append({0: Dim.DYNAMIC} | {i + 1: Dim.DYNAMIC for i, size in enumerate(spec.shape) if size is None})
+    inputs, axes = example_inputs(states, device)
     lifted = _WeightsAsInput(_lift(graph_module, names), names)
     try:
         with torch.no_grad():

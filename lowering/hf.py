@@ -128,6 +128,16 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **inputs: Any) -> tuple[Tensor, dict[str, Any]]:
+        """Beams and several sequences per prompt: states that were handed in are repeated with their rows."""
+        cache = inputs.get("past_key_values")
+        if isinstance(cache, StateCache) and expand_size > 1:
+            cache = StateCache(cache.states, cache.lengths, cache.columns, cache.logits)
+            cache.batch_repeat_interleave(expand_size)
+            inputs["past_key_values"] = cache
+        expanded: tuple[Tensor, dict[str, Any]] = super()._expand_inputs_for_generation(expand_size, **inputs)
+        return expanded
+
     def forward(
         self,
         input_ids: Tensor,

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...passes.errors import LincompileError
+from ..graph_file import Positional, example_inputs
 from .extra import require
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ DATA_FILE = "model.onnx.data"
 GENAI_FILE = "genai_config.json"
 DEFAULT_OPSET = 21
 EMBEDDINGS = ("float", "int6")
+STANDARD = "std"
 OPSETS = range(21, 24)  # what the bodies are written for, up to what the exporter converts to
 DEFAULT_CONTEXT = 2048  # for genai, where the model doesn't bound it
 IR_VERSION = 10  # onnxruntime ≥ 1.20 reads it; newer IR versions add nothing used here
@@ -77,7 +79,7 @@ def export_onnx(
     folder: str | Path,
     *,
     layout: str = "planes",
-    opset: int = DEFAULT_OPSET,
+    opset: int | str = DEFAULT_OPSET,
     genai: bool = True,
     bodies: bool = True,
     context_length: int | None = None,
@@ -92,7 +94,8 @@ def export_onnx(
         step: the stateful program; its graph module's weights must be float32 (and packed integers).
         folder: made when missing; files of the same names are replaced, each only once it is complete.
         layout: ``planes`` (six bits in memory) or ``int8`` (eight in memory, faster); see :mod:`.quantized`.
-        opset: 21 to 23.
+        opset: 21 to 23; or ``"std"``: operators of ai.onnx alone (opset 27), which any runtime of that opset runs.
+            onnxruntime runs the linear attention of such a file several times slower.
         genai: also write onnxruntime-genai's configuration, and dummy conv states where it needs them.
         bodies: attach portable bodies to the contrib operators (:mod:`.functions`).
         context_length: the longest sequence, for genai; by default the program's bound, or 2048.
@@ -109,7 +112,7 @@ def export_onnx(
     """
     require("onnx", "onnxscript")
     from .embeddings import lower_embeddings
-    from .functions import attach_bodies
+    from .functions import STANDARD_OPSET, attach_bodies, standard_operators_only
     from .genai import genai_config, genai_obstacles
     from .quantized import LAYOUTS, lower_quantized
     from .signature import Signature, bind_signature
@@ -117,14 +120,16 @@ def export_onnx(
     from .verify import holding
     from .verify import verify as compare
 
-    if opset not in OPSETS:
-        raise LincompileError(f"opset {opset} is not supported (choose {OPSETS[0]} to {OPSETS[-1]})")
+    standard = opset == STANDARD
+    version = DEFAULT_OPSET if standard else opset
+    if version not in OPSETS:
+        raise LincompileError(f"opset {opset} is not supported (choose {OPSETS[0]} to {OPSETS[-1]}, or {STANDARD})")
     if layout not in LAYOUTS:
         raise LincompileError(f"unknown int6 layout '{layout}' (choose from: {', '.join(LAYOUTS)})")
     if embeddings not in EMBEDDINGS:
         raise LincompileError(f"unknown embeddings '{embeddings}' (choose from: {', '.join(EMBEDDINGS)})")
     started = time.perf_counter()
-    model = _translate(step, opset)
+    model = _translate(step, int(version))
     quantized = lower_quantized(model, layout)
     rounded = lower_embeddings(model, model.graph.inputs[0], quantized) if embeddings == "int6" else None
     bound = bind_signature(model, step.states, dummy_conv=genai)
@@ -140,7 +145,12 @@ def export_onnx(
     _clean(model)
     simplify(model)
     _clean(model)
-    notes = attach_bodies(model) if bodies else []
+    notes = []
+    if standard:
+        standard_operators_only(model)
+        _clean(model)
+    elif bodies:
+        notes += attach_bodies(model)
     genai = genai and step.causal
     obstacles = genai_obstacles(bound) if genai else []
     if genai and step.windows:
@@ -170,7 +180,7 @@ def export_onnx(
     return OnnxReport(
         path=str(destination / MODEL_FILE),
         bytes=size,
-        opset=opset,
+        opset=STANDARD_OPSET if standard else int(version),
         layout=layout,
         seconds=round(time.perf_counter() - started, 1),
         parameters=sum(_elements(value) for value in _float_weights(model)) + quantized.weights,
@@ -187,11 +197,13 @@ def _translate(step: StepProgram, opset: int) -> ir.Model:
 
     module = step.graph_module
     _require_float32(module)
-    example, axes = _example(step)
+    example, axes = example_inputs(step.states)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside the exporter itself
-            program = torch.export.export(_Positional(module), tuple(example), dynamic_shapes=(axes,), strict=False)
+            program = torch.export.export(
+                Positional(module), tuple(example), dynamic_shapes=(tuple(axes),), strict=False
+            )
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -230,30 +242,6 @@ def _inline_and_fold(model: ir.Model) -> None:
     optimizer.fold_constants(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
     common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-
-
-class _Positional(nn.Module):
-    """The step graph behind ``*args``, so that one tuple of dynamic shapes serves any number of states."""
-
-    def __init__(self, step: nn.Module):
-        super().__init__()
-        self.step = step
-
-    def forward(self, *args: Tensor) -> Any:
-        return self.step(*args)
-
-
-def _example(step: StepProgram) -> tuple[list[Tensor], tuple[dict[int, Any], ...]]:
-    """Inputs with distinct sizes on every dynamic axis (equal ones could be taken for one), and those axes."""
-    batch, time, past = 2, 5, 7
-    dynamic = torch.export.Dim.DYNAMIC
-    tokens = torch.zeros(batch, time, dtype=torch.int64)
-    inputs = [tokens, torch.arange(past, past + time).expand(batch, time).contiguous(), torch.ones(batch, time).bool()]
-    axes: list[dict[int, Any]] = [{0: dynamic, 1: dynamic}] * 3
-    for state in step.states:
-        inputs.append(torch.zeros(batch, *(past if size is None else size for size in state.shape), dtype=state.dtype))
-        axes.append({0: dynamic} | {axis: dynamic for axis, size in enumerate(state.shape, start=1) if size is None})
-    return inputs, tuple(axes)
 
 
 def _require_float32(module: nn.Module) -> None:

@@ -14,9 +14,12 @@ import onnx
 import onnx_ir as ir
 from onnx import parser
 
+from ...passes.errors import LincompileError
 from .schemas import CONTRIB_DOMAIN
 
 BODY_OPSET = 21
+STANDARD_OPSET = 27  # the first with these operators
+_STANDARD = ("LinearAttention", "CausalConvWithState")
 
 # Time first for Scan; heads as [B, Hkv, group, ·] so that query heads broadcast over their state.
 _LINEAR_ATTENTION = """
@@ -309,6 +312,29 @@ def attach_bodies(model: ir.Model) -> list[str]:
     if model.functions:
         model.graph.opset_imports[CONTRIB_DOMAIN] = 1
     return notes
+
+
+def standard_operators_only(model: ir.Model) -> None:
+    """Replace every contrib operator by what ai.onnx has, in place: its own operators of opset 27, or the bodies.
+
+    ``LinearAttention`` and ``CausalConvWithState`` became standard in opset 27 with the contrib operators' inputs. The
+    others have no standard form: their bodies are written out at each call.
+
+    Raises:
+        LincompileError: a call that neither has.
+    """
+    import onnx_ir.passes.common as common
+
+    for node in model.graph:
+        if node.domain == CONTRIB_DOMAIN and node.op_type in _STANDARD:
+            node.domain = ""
+            if node.op_type == "CausalConvWithState":
+                del node.attributes["ndim"]  # the standard operator has one axis
+    if notes := attach_bodies(model):
+        raise LincompileError(f"--opset std: {notes[0]}; export with a numbered opset")
+    common.InlinePass()(model)
+    model.graph.opset_imports[""] = STANDARD_OPSET
+    model.graph.opset_imports.pop(CONTRIB_DOMAIN, None)
 
 
 def parse_body(text: str) -> onnx.FunctionProto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -109,3 +110,16 @@ def toy() -> SimpleNamespace:
     graph_module.recompile()
     step = StepProgram(graph_module, states, {SLIDING: WINDOW}, MAX_POSITIONS)
     return SimpleNamespace(step=step, graph_module=graph_module, states=states, sites=SITES)
+
+
+def write_word_tokenizer(folder: Path) -> None:
+    """A tokenizer of the toy's vocabulary, one word ``w7`` per id, with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = {"<unk>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCAB)}
+    words = Tokenizer(models.WordLevel(names, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for message in messages %}w2 {{ message.content }} {% endfor %}w3"
+    tokenizer.save_pretrained(folder)

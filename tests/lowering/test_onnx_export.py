@@ -29,7 +29,7 @@ from lincompile.passes.identity import ProveAttention  # noqa: E402
 from lincompile.passes.linearize import LinearizeAttention  # noqa: E402
 from lincompile.passes.pipeline import Pipeline  # noqa: E402
 from lincompile.passes.quantize import Quantize  # noqa: E402
-from lincompile.passes.stateful import StateSpec, StepProgram, make_stateful  # noqa: E402
+from lincompile.passes.stateful import StateSpec, StepProgram, make_full, make_stateful  # noqa: E402
 
 
 @dataclass
@@ -183,6 +183,41 @@ def test_the_reference_evaluator_runs_the_bodies(exported: Callable[[str], Expor
     feed |= {spec.name: state for spec, state in zip(case.session.states, states, strict=True) if spec.role != "mask"}
     logits = ReferenceEvaluator(proto).run(["logits"], {key: value.numpy() for key, value in feed.items()})[0]
     assert close(name, torch.from_numpy(logits)[mask] - wanted[mask])
+
+
+@pytest.mark.parametrize("name", ["hybrid", "int6"])
+def test_standard_operators_only(exported: Callable[[str], Exported], name: str, tmp_path: Path) -> None:
+    case = exported(name)
+    report = export_onnx(case.step, tmp_path, opset="std")
+    proto = onnx.load(tmp_path / MODEL_FILE)
+    onnx.checker.check_model(proto, full_check=True)
+    assert {node.domain for node in proto.graph.node} == {""} and not proto.functions
+    assert {item.domain: item.version for item in proto.opset_import} == {"": 27} and report.opset == 27
+    assert report.operators["LinearAttention"] + report.operators["CausalConvWithState"] // 2 == (
+        2 if name == "hybrid" else 4
+    )
+    inputs = batch(case.step)
+    session = OnnxSession(tmp_path)
+    wanted, _ = case.session(*inputs, case.session.initial_states(3))
+    logits, _ = in_chunks(session, session.initial_states(3), inputs, (5, 6))
+    assert close(name, (logits - wanted)[inputs[2]])
+
+
+def test_encoders(tmp_path: Path) -> None:
+    """A bidirectional model: no states, whole sequences, padding on either side."""
+    module, example = zoo.build("bert")
+    step = make_full(
+        Pipeline([Canonicalize(), ProveAttention(), LinearizeAttention("hedgehog")])(capture(module, example))
+    )
+    report = export_onnx(step, tmp_path)
+    session = OnnxSession(tmp_path)
+    assert report.verified["max_error"] < 1e-4 and not session.causal and session.states == []
+    assert not (tmp_path / GENAI_FILE).exists()
+    tokens, positions, mask = batch(step)
+    with torch.no_grad():
+        wanted, _ = step(tokens, positions, mask, [])
+    got, _ = session(tokens, positions, mask, [])
+    torch.testing.assert_close(got[mask], wanted[mask], atol=1e-4, rtol=1e-4)
 
 
 def test_signature_and_genai_configuration(exported: Callable[[str], Exported]) -> None:

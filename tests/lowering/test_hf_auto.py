@@ -1,0 +1,140 @@
+"""transformers' own doors: auto classes, pipelines, streamers, saved prompt caches, conversations."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lincompile.lowering import package
+from lincompile.passes.errors import LincompileError
+
+from .conftest import write_word_tokenizer
+
+transformers = pytest.importorskip("transformers")
+hf = pytest.importorskip("lincompile.hf", reason="transformers isn't installed", exc_type=LincompileError)
+
+PROMPT = [[4, 5, 6, 7, 8, 9, 10]]
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def folder(toy: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("auto") / "out"
+    return package.save(toy.step, folder, manifest={"sites": toy.sites}, tokenizer=write_word_tokenizer, eos_ids=[1])
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> hf.LincompileForCausalLM:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_the_auto_classes_open_an_artefact(model: hf.LincompileForCausalLM, folder: Path) -> None:
+    assert isinstance(model, hf.LincompileForCausalLM) and not model.training
+    ours = package.open_artefact(folder).continue_ids(PROMPT, 8).tokens[0]
+    assert model.generate(torch.tensor(PROMPT), **GREEDY)[0, 7:].tolist() == ours
+    assert transformers.AutoConfig.from_pretrained(folder).vocab_size == model.config.vocab_size
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("w4 w5")["input_ids"] == [4, 5]
+
+
+def test_the_tokenizer_needs_no_lincompile(folder: Path) -> None:
+    code = (
+        f"from transformers import AutoTokenizer; print(AutoTokenizer.from_pretrained({str(folder)!r})('w4').input_ids)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[4]"
+
+
+def test_pipelines(folder: Path, model: hf.LincompileForCausalLM) -> None:
+    pipe = transformers.pipeline("text-generation", model=str(folder))
+    ids = model.generate(torch.tensor(PROMPT), **GREEDY)[0, 7:].tolist()
+    text = pipe(" ".join(f"w{i}" for i in PROMPT[0]), return_full_text=False, **GREEDY)[0]["generated_text"]
+    assert pipe.tokenizer(text)["input_ids"] == [i for i in ids if i > 1]
+    batch = pipe(["w4 w5 w6", "w7"], batch_size=2, **GREEDY)
+    assert [row[0]["generated_text"] for row in batch] == [
+        pipe(p, **GREEDY)[0]["generated_text"] for p in ("w4 w5 w6", "w7")
+    ]
+    chat = pipe([{"role": "user", "content": "w9"}], **GREEDY)[0]["generated_text"]
+    assert chat[-1]["role"] == "assistant" and chat[0]["content"] == "w9"
+
+
+def test_streaming(model: hf.LincompileForCausalLM, folder: Path) -> None:
+    class Collect(transformers.generation.streamers.BaseStreamer):
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.seen += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.seen.append(-1)
+
+    streamer = Collect()
+    tokens = model.generate(torch.tensor(PROMPT), streamer=streamer, **GREEDY)
+    assert streamer.seen == [*tokens[0].tolist(), -1]
+
+
+@pytest.mark.parametrize("options", [GREEDY, {**GREEDY, "num_beams": 3, "num_return_sequences": 2}])
+def test_a_conversation_continues_without_reading_again(
+    model: hf.LincompileForCausalLM, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = model.generate(torch.tensor(PROMPT), return_dict_in_generate=True, **GREEDY)
+    turn = torch.cat([first.sequences, torch.tensor([[11, 12, 13]])], 1)
+    whole = model.generate(turn, **options)
+    lengths: list[int] = []
+    advance = model.session.advance
+    monkeypatch.setattr(
+        model.session, "advance", lambda tokens, *rest: lengths.append(tokens.shape[1]) or advance(tokens, *rest)
+    )
+    again = model.generate(turn, past_key_values=first.past_key_values, **options)
+    assert again.tolist() == whole.tolist()
+    assert max(lengths) <= 4  # the last token of the answer, and the three of the next turn
+
+
+def test_a_prompt_cache_on_disk(model: hf.LincompileForCausalLM, tmp_path: Path) -> None:
+    prompt = torch.tensor(PROMPT)
+    cache = model(prompt[:, :5]).past_key_values
+    file = model.save_states(tmp_path / "cache", cache, prompt)
+    # The same file serves lincompile's own loop, and the other way round.
+    saved = model.artefact.load_state(file)
+    assert saved.unread(PROMPT[0]) == (PROMPT[0][5:], True)
+    loaded = model.load_states(model.artefact.save_state(tmp_path / "again", saved.state), batch=1)
+    assert (
+        model.generate(prompt, past_key_values=loaded, **GREEDY).tolist() == model.generate(prompt, **GREEDY).tolist()
+    )
+    with pytest.raises(LincompileError, match="holds 1 sequences, 2 are wanted"):
+        model.load_states(file, batch=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.float16}, "the artefact holds torch.float32"),
+        ({"device_map": {"a": "cpu", "b": "cuda:0"}}, "names 2 devices"),
+        ({"device_map": "sideways"}, "names no device"),
+        ({"quantization_config": {"bits": 3}}, "no option 'quantization_config'"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(folder: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(LincompileError, match=message):
+        hf.from_pretrained(folder, **options)
+
+
+def test_options_that_change_nothing(folder: Path) -> None:
+    for options in ({"dtype": "auto"}, {"dtype": torch.float32}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}):
+        assert hf.from_pretrained(folder, **options).device.type == "cpu"
+
+
+def test_padding_between_tokens_is_refused(model: hf.LincompileForCausalLM) -> None:
+    cache = model(torch.tensor([[4, 5], [6, 7]])).past_key_values
+    with pytest.raises(LincompileError, match="padding after tokens already read"):
+        model(
+            torch.tensor([[8, 9], [1, 9]]),
+            attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1]]),
+            past_key_values=cache,
+        )
