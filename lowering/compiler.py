@@ -35,7 +35,7 @@ from .package import Artefact, open_artefact, save
 from .text import read_tokens
 from .triton import lower
 
-TARGETS = ("eager", "triton", "onnx")
+TARGETS = ("eager", "triton", "onnx", "aot")
 CALIBRATION_BATCHES = 4
 
 
@@ -201,6 +201,10 @@ class Compiled:
                     self.step, folder / "onnx", special_tokens={"eos_token_id": ends} if ends else None
                 )
                 self.notes += report.notes
+            if self.options.target == "aot":
+                from .aot import export_aot
+
+                export_aot(self.step, folder / "aot")
             if extra:
                 extra(folder)
 
@@ -287,6 +291,11 @@ def compile(
         step = deployable(student, notes)
     if asked.quant != "none":
         with _timed(say, times, "quantize"):
+            if plan_for(asked) != asked.quant:
+                notes.append(
+                    "int6 for ONNX keeps activations float (w6a16), so that the tokens are torch's; "
+                    "--quant w6a8 decodes faster and in less memory, and can differ from torch at near ties"
+                )
             student = quantize(student, asked, ids)
             step = redeployed(student, step)
     if asked.target == "triton":
@@ -394,6 +403,7 @@ def quantize(student: Program, asked: Options, ids: Tensor | None) -> Program:
     """Quantizes the program's linear layers as asked, calibrated on the distillation text where there is one."""
     if asked.quant == "none":
         return student
+    plan = plan_for(asked)
     calibration = None
     if ids is not None:
         length = min(256, student.max_positions or 256, ids.numel())
@@ -403,7 +413,16 @@ def quantize(student: Program, asked: Options, ids: Tensor | None) -> Program:
         ]
         names = [item.name for item in student.inputs]
         calibration = [dict(zip(names, model_inputs(student, window), strict=True)) for window in windows]
-    return Pipeline([Quantize(asked.quant, calibration=calibration)])(student)
+    return Pipeline([Quantize(plan, calibration=calibration)])(student)
+
+
+def plan_for(asked: Options) -> str:
+    """The quantization plan; ``int6``, which leaves the choice of activations to lincompile, depends on the target.
+
+    Stock onnxruntime has no six-bit activations, and eight-bit ones make two runtimes differ by whole codes wherever an
+    activation lies on the edge between two: for ONNX, ``int6`` keeps the activations float, and the tokens are torch's.
+    """
+    return "w6a16" if asked.quant == "int6" and asked.target == "onnx" else asked.quant
 
 
 def deployable(student: Program, notes: list[str]) -> StepProgram:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...kernels.int6_linear.codes import dequantize, quantize_weight
 from ...passes.errors import LincompileError
-from .quantized import Emitter, Matrix, QuantizedReport, matmul, plane_of_codes, zero_points
+from .quantized import Emitter, Matrix, QuantizedReport, matmul, plane_of_codes, widen_plane, zero_points
 from .schemas import CONTRIB_DOMAIN
 
 GROUP_SIZE = 128
@@ -57,21 +57,25 @@ def lower_embeddings(model: ir.Model, tokens: ir.Value, report: QuantizedReport)
     for plane, bits, factor, zero in zip(planes, (4, 2), (four, scales), (8, 0), strict=True):
         parts.append((bits, plane, factor, zero_points(emit, rows, blocks, bits, zero)))
     heads = _heads_of(graph, table)
+    # The head rounds its activations where the layers before it do.
+    activation = "a8" if report.activations.get("a8") else "a16"
     if heads:
         missing = blocks * GROUP_SIZE - columns
         products = []
         for bits, plane, factor, zeros in parts:
             full = emit("Pad", plane, emit.constant([0, 0, 0, missing * bits // 8])) if missing else plane
+            if bits == 2 and activation != "a8":
+                bits, full, zeros = 4, widen_plane(emit, full), zero_points(emit, rows, blocks, 4, 0)
             products.append((bits, emit("Reshape", full, emit.constant([rows, blocks, -1])), factor, zeros))
         matrix = Matrix(rows, columns, tuple(products))
         for head in heads:
-            _replace_head(graph, head, matrix)
+            _replace_head(graph, head, matrix, activation)
     for node in lookups:
         _replace_lookup(graph, node, parts)
     report.linears += len(heads)
     report.weights += rows * columns
     if heads:
-        report.activations["a8"] = report.activations.get("a8", 0) + len(heads)
+        report.activations[activation] = report.activations.get(activation, 0) + len(heads)
     own = getattr(table.const_value, "raw", None)
     return own if isinstance(own, Tensor) else weight, dequantize(codes, scale)
 
@@ -99,11 +103,11 @@ def _heads_of(graph: ir.Graph, table: ir.Value) -> list[ir.Node]:
     return found
 
 
-def _replace_head(graph: ir.Graph, node: ir.Node, matrix: Matrix) -> None:
+def _replace_head(graph: ir.Graph, node: ir.Node, matrix: Matrix, activation: str) -> None:
     emit = Emitter(graph, node)
     x = node.inputs[0]
     assert x is not None
-    _put(graph, node, matmul(emit, x, matrix, GROUP_SIZE, "a8"))
+    _put(graph, node, matmul(emit, x, matrix, GROUP_SIZE, activation))
 
 
 def _put(graph: ir.Graph, node: ir.Node, new: ir.Value) -> None:

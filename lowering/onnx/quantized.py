@@ -173,7 +173,7 @@ def _pack_int6(emit: Emitter, node: ir.Node, group_size: int, activation: str, l
     four = emit("Mul", scales, emit.constant(4.0, np.float32))
     low_bits = 2
     if activation != "a8":
-        lo_plane, low_bits = _widen_plane(emit, lo_plane), 4
+        lo_plane, low_bits = widen_plane(emit, lo_plane), 4
     return Matrix(
         rows,
         columns,
@@ -232,7 +232,7 @@ def _join_planes(emit: Emitter, hi_plane: ir.Value, lo_plane: ir.Value) -> ir.Va
     return emit("BitwiseOr", high, _spread(emit, lo_plane, 2))
 
 
-def _widen_plane(emit: Emitter, lo_plane: ir.Value) -> ir.Value:
+def widen_plane(emit: Emitter, lo_plane: ir.Value) -> ir.Value:
     """A two-bit plane ``[N, M]`` → the same codes in nibbles ``[N, 2M]``."""
     # A byte holds c0 | c1 << 2 | c2 << 4 | c3 << 6; its two nibbles become the bytes c0 | c1 << 4 and c2 | c3 << 4.
     nibbles = _spread(emit, lo_plane, 4)

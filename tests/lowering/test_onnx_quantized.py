@@ -179,8 +179,12 @@ def embedding_model(table: Tensor) -> ir.Model:
     return ir.Model(graph, ir_version=10)
 
 
-def test_embeddings_in_six_bits() -> None:
-    """The look-up reads the rounded table, the tied head multiplies with it; the planes are stored once."""
+@pytest.mark.parametrize("activation", ["a8", "a16"])
+def test_embeddings_in_six_bits(activation: str) -> None:
+    """The look-up reads the rounded table, the tied head multiplies with it; the planes are stored once.
+
+    The head's activations are rounded where those of the layers before it are.
+    """
     import onnx_ir.passes.common as common
     from onnx.reference import ReferenceEvaluator
 
@@ -190,8 +194,9 @@ def test_embeddings_in_six_bits() -> None:
 
     torch.manual_seed(0)
     table = torch.randn(50, 200)
-    model, report = embedding_model(table), QuantizedReport()
+    model, report = embedding_model(table), QuantizedReport(activations={activation: 1})
     lower_embeddings(model, model.graph.inputs[0], report)
+    assert report.activations == {activation: 2}
     common.RemoveUnusedNodesPass()(model)
     assert attach_bodies(model) == []
     common.NameFixPass()(model)
@@ -204,7 +209,7 @@ def test_embeddings_in_six_bits() -> None:
     codes, scale = quantize_weight(table)
     ids = torch.tensor([[3, 49, 0], [7, 7, 12]])
     rows = dequantize(codes, scale)[ids]
-    logits = ops.int6_linear(rows, *pack(codes), scale, None, 128, "a8")
+    logits = ops.int6_linear(rows, *pack(codes), scale, None, 128, activation)
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     for read, product in (
         session.run(None, {"ids": ids.numpy()}),
