@@ -149,7 +149,7 @@ def _convolution(x: Node, root: Node) -> tuple[Node, Node | None, Node | None, N
     if not is_lincompile_op(conv, "short_conv"):
         return x, None, None, None, (root, None)
     parts = {user.args[1]: user for user in conv.users}
-    if len(parts) != len(conv.users) or len(parts[0].users) != 1:
+    if len(parts) != len(conv.users) or 0 not in parts or len(parts[0].users) != 1:
         raise Mismatch("the convolution is read elsewhere, too")
     flat, mask = _without_mask(_input(conv), heads=False)
     flat = _op(flat, aten.flatten.using_ints, "heads side by side before the convolution")
@@ -247,7 +247,10 @@ def _prove(match: Match) -> None:
     for length in LENGTHS:
         generator = torch.Generator().manual_seed(length)
         values = _random_leaves(match, length, generator)
-        have = match.op(*match.call(*values))
+        try:
+            have = match.op(*match.call(*values))
+        except ValueError as error:  # the op's own checks of shapes
+            raise Mismatch(str(error)) from error
         have = have if isinstance(have, tuple) else (have,)
         pairs = zip(match.leaves, values, strict=True)
         known = {node: value for node, value in pairs if node is not None and value is not None}
@@ -303,7 +306,11 @@ def _evaluate(root: Node, known: dict[Node, Tensor]) -> Tensor:
             pending.extend(missing)
         else:
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[pending.pop()] = node.target(*args, **kwargs)  # type: ignore[operator]
+            try:
+                values[pending.pop()] = node.target(*args, **kwargs)  # type: ignore[operator]
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                first = (str(error).splitlines() or [""])[0]
+                raise Mismatch(f"'{node.name}' can't be run on small random inputs ({first})") from error
     result: Tensor = values[root]
     return result
 

@@ -4,9 +4,10 @@ One configuration per head size, chosen by rule, no autotuning. bfloat16 inputs 
 float32 accumulation and state; other float inputs run in float32. Which of the two ways to spread decays is used
 (see ``triton_blocks.py``) is decided on the device, per problem, without a synchronisation.
 
-The chunk kernels run on heads exactly one block wide. Other heads are cut (outputs are sums over blocks of keys, and
-columns over blocks of values) and padded with zeros. Blocks are never narrower than 64 columns: there, Triton 3.6
-generates wrong code for Hopper's matrix unit (seen in dv with 32 value columns).
+The chunk kernels run on heads exactly one block wide, or on keys of several blocks (a LAWCAT head of 128 channels has
+256 features), piece by piece: each adds to what the pieces before it left. Other heads are cut here (outputs are sums
+over blocks of keys, and columns over blocks of values) and padded with zeros. Blocks are never narrower than 64
+columns: there, Triton 3.6 generates wrong code for Hopper's matrix unit (seen in dv with 32 value columns).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .triton_blocks import INTERPRETED
-from .triton_launch import Grads, backward, forward
+from .triton_launch import Grads, backward, block_widths, fits, forward
 
 NORMALIZER_EPS = 1e-10
 
@@ -60,7 +61,7 @@ def chunkwise(
 ) -> tuple[Tensor, Tensor]:
     """Forward; see ``reference.chunkwise`` for shapes."""
     assert supports(q, k, v, log_decay, initial_state, causal)
-    if k.shape[2] == 1 or _fits(q, k, v):
+    if k.shape[2] == 1 or fits(q, k, v):
         return forward(q, k, v, log_decay, initial_state, scale, normalize, v.dtype)
     out, state = _wide_forward(q, k, _augment(v, normalize), log_decay, initial_state, scale)
     if normalize:
@@ -83,7 +84,7 @@ def chunkwise_backward(
 ) -> Grads:
     """Gradients for q, k, v, log_decay, initial_state; states are recomputed from the inputs."""
     assert supports(q, k, v, log_decay, initial_state, causal)
-    if _fits(q, k, v):
+    if fits(q, k, v):
         return backward(grad_o, grad_state, o, q, k, v, log_decay, initial_state, scale, normalize, None)
     values = _augment(v, normalize)
     grad = grad_o
@@ -101,18 +102,6 @@ def chunkwise_backward(
         None if d_g is None or log_decay is None else d_g.to(log_decay.dtype),
         None if d_initial is None or initial_state is None else d_initial.to(initial_state.dtype),
     )
-
-
-def _widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
-    """Block widths that these dtypes run at: float32 tiles take twice the shared memory."""
-    if INTERPRETED.value:
-        return (16, 32, 64)
-    return (64, 128) if q.dtype == k.dtype == v.dtype == torch.bfloat16 else (64,)
-
-
-def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    widths = _widths(q, k, v)
-    return k.shape[3] in widths and v.shape[3] in widths
 
 
 def _pad(x: Tensor, *sizes: int) -> Tensor:
@@ -142,7 +131,7 @@ def _pieces(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None
 ) -> Iterator[tuple[_Piece, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
     """Every piece, with functions that pad values and states to its widths."""
-    widths = _widths(q, k, v)
+    widths = block_widths(q, k, v)
     for i, j in itertools.product(range(0, k.shape[3], widths[-1]), range(0, v.shape[3], widths[-1])):
         keys, values = slice(i, min(i + widths[-1], k.shape[3])), slice(j, min(j + widths[-1], v.shape[3]))
         wide_k = next(width for width in widths if width >= keys.stop - i)

@@ -36,9 +36,13 @@ def normaliser(
     q_b, q_h, q_t, k_b, k_h, k_t, g_b, g_h, g_t, o_b, o_h, o_t, do_b, do_h, do_t,
     T, scale, D, DV, HKV, CHUNKS,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr,
+    ADD: tl.constexpr, FINISH: tl.constexpr,
     BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For ``o = n / (z + eps)``: ``weight[0] = 1 / (z + eps)`` and ``weight[1] = dL/dz``, each ``[B, H, T]``."""
+    """For ``o = n / (z + eps)``: ``weight[0] = 1 / (z + eps)`` and ``weight[1] = dL/dz``, each ``[B, H, T]``.
+
+    Keys in pieces (as in ``triton_forward.output``): ``weight[0]`` holds the pieces' sum of z until FINISH.
+    """
     chunk, problem = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if (tl.load(wide + problem) != 0) != WIDE:
         return
@@ -67,24 +71,33 @@ def normaliser(
             scores = halved_scores(scaled.to(ks.dtype), ks, tile, LEVELS, BT, PRECISION)
         else:
             scores = causal(tl.dot(left.to(ks.dtype), tl.trans(right), input_precision=PRECISION), BT)
-        inverse = 1.0 / (tl.sum(scores, 1) + tl.sum(left * sums[None, :], 1) + EPS)
-        os = load_rows(o + batch * o_b + head * o_h, o_t, chunk * BT, T, DV, BT, BV).to(tl.float32)
-        dos = load_rows(grad + batch * do_b + head * do_h, do_t, chunk * BT, T, DV, BT, BV).to(tl.float32)
-        slope = -tl.sum(os * dos, 1) * inverse
+        z = tl.sum(scores, 1) + tl.sum(left * sums[None, :], 1)
         at = (problem * GROUP + member) * T + rows
-        tl.store(weight + at, inverse, mask=rows < T)
-        tl.store(weight + tl.num_programs(1).to(tl.int64) * GROUP * T + at, slope, mask=rows < T)
+        if ADD:
+            z += tl.load(weight + at, mask=rows < T, other=0.0)
+        if FINISH:
+            inverse = 1.0 / (z + EPS)
+            os = load_rows(o + batch * o_b + head * o_h, o_t, chunk * BT, T, DV, BT, BV).to(tl.float32)
+            dos = load_rows(grad + batch * do_b + head * do_h, do_t, chunk * BT, T, DV, BT, BV).to(tl.float32)
+            slope = -tl.sum(os * dos, 1) * inverse
+            tl.store(weight + at, inverse, mask=rows < T)
+            tl.store(weight + tl.num_programs(1).to(tl.int64) * GROUP * T + at, slope, mask=rows < T)
+        else:
+            tl.store(weight + at, z, mask=rows < T)
 
 
 @triton.jit
 def value_gradients(
-    q, k, g, grad, weight, wide, state_slopes, dv,
+    q, k, g, grad, weight, wide, state_slopes, dv, partial,
     q_b, q_h, q_t, k_b, k_h, k_t, g_b, g_h, g_t, do_b, do_h, do_t, T, scale, D, DV, HKV, CHUNKS,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr, NORMALIZE: tl.constexpr,
-    BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICE: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    SLICE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dv`` of one chunk of one kv head: ``k̃ dS`` plus, for each of its query heads, scoresᵀ times the gradient."""
+    """``dv`` of one chunk of one kv head: ``k̃ dS`` plus, for each of its query heads, scoresᵀ times the gradient.
+
+    ADD: on top of what earlier pieces of the keys left in ``partial``.
+    """
     chunk, problem = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if (tl.load(wide + problem) != 0) != WIDE:
         return
@@ -125,6 +138,8 @@ def value_gradients(
             kq *= inverse[None, :]
         dos = load_rows(grad + batch * do_b + head * do_h, do_t, first, T, DV, BT, BV)
         d_v = tl.dot(kq.to(dos.dtype), dos, acc=d_v, input_precision=PRECISION)
+    if ADD:
+        d_v += load_rows(partial + problem * T * DV, DV, first, T, DV, BT, BV)
     store_rows(dv + problem * T * DV, DV, first, T, DV, d_v, BT, BV)
 
 
@@ -132,13 +147,13 @@ def value_gradients(
 def key_gradients(
     q, k, v, g, grad, weight, wide, chunk_states, chunk_sums, state_slopes, sum_slopes, dq, dk, dg,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, do_b, do_h, do_t,
-    first_half, second_half, T, scale, D, DV, HKV, CHUNKS,
+    first_half, second_half, T, scale, D, ROW, DV, HKV, CHUNKS,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr, NORMALIZE: tl.constexpr,
     BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dq``, ``dk`` and ``dg`` of one chunk and one slice of key channels. A per-head ``dg`` is summed over slices
-    by the caller: ``dg`` is ``[BH, T, D]``, or ``[slices, BH, T]`` of float32.
+    """``dq``, ``dk`` and ``dg`` of one chunk and one slice of key channels; their rows are ROW elements apart. A
+    per-head ``dg`` is summed over slices by the caller: ``dg`` is ``[BH, T, ROW]``, or ``[slices, BH, T]`` of float32.
     """
     part, chunk, problem = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if (tl.load(wide + problem) != 0) != WIDE:
@@ -226,7 +241,7 @@ def key_gradients(
             if DECAY:
                 moved += read.to(tl.float32) * d_q
                 d_q = d_q * read_factor
-        store_rows(dq + (problem * GROUP + member) * T * D + column, D, first, T, width, d_q * scale, BT, SLICE)
+        store_rows(dq + (problem * GROUP + member) * T * ROW + column, ROW, first, T, width, d_q * scale, BT, SLICE)
     d_k = d_written
     if DECAY:
         moved -= written.to(tl.float32) * d_written
@@ -236,8 +251,8 @@ def key_gradients(
         i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
         d_g = mix((j >= i).to(tl.float32), moved, PRECISION != "ieee") + crossing[None, :]
         if PER_KEY:
-            store_rows(dg + problem * T * D + column, D, first, T, width, d_g, BT, SLICE)
+            store_rows(dg + problem * T * ROW + column, ROW, first, T, width, d_g, BT, SLICE)
         else:
             at = (part * tl.num_programs(2) + problem) * T + rows
             tl.store(dg + at, tl.sum(d_g, 1), mask=rows < T)
-    store_rows(dk + problem * T * D + column, D, first, T, width, d_k, BT, SLICE)
+    store_rows(dk + problem * T * ROW + column, ROW, first, T, width, d_k, BT, SLICE)

@@ -178,14 +178,20 @@ def scan(
 
 @triton.jit
 def output(
-    q, k, v, g, first_half, second_half, wide, start, o, end,
+    q, k, v, g, first_half, second_half, wide, start, o, end, partial, partial_sums,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, o_b, o_h, o_t,
     T, scale, D, DV, HKV, CHUNKS, SEGMENTS, PER_SEGMENT,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_START: tl.constexpr, BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_START: tl.constexpr, ADD: tl.constexpr, FINISH: tl.constexpr,
+    BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The fused forward of one segment and one block of BV value columns; the state never leaves the registers."""
+    """The fused forward of one segment and one block of BV value columns; the state never leaves the registers.
+
+    Keys wider than a block come in pieces, one launch each: all but the last write their share to ``o`` as it is and
+    the normaliser's to ``partial_sums [B, H, T]`` (not FINISH); all but the first ADD the shares so far, in
+    ``partial`` (laid out as ``o``) and ``partial_sums``.
+    """
     block, segment, problem = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if (tl.load(wide + problem) != 0) != WIDE:
         return
@@ -238,9 +244,19 @@ def output(
                 scores = causal(tl.dot(left.to(ks.dtype), tl.trans(right), input_precision=PRECISION), BT)
             out = tl.dot(left.to(vs.dtype), read, input_precision=PRECISION)
             out = tl.dot(scores.to(vs.dtype), vs, acc=out, input_precision=PRECISION)
+            if ADD:
+                out += load_rows(partial + batch * o_b + head * o_h + column, o_t, chunk * BT, T, width, BT, BV)
             if NORMALIZE:
                 normaliser = tl.sum(scores, 1) + tl.sum(left * sums[None, :], 1)
-                out = out / (normaliser + EPS)[:, None]
+                rows = chunk * BT + tl.arange(0, BT)
+                at = (problem * GROUP + member) * T + rows
+                if ADD:
+                    normaliser += tl.load(partial_sums + at, mask=rows < T, other=0.0)
+                if FINISH:
+                    out = out / (normaliser + EPS)[:, None]
+                else:
+                    # Every block of value columns would write the same sums.
+                    tl.store(partial_sums + at, normaliser, mask=rows < tl.where(block == 0, T, 0))
             store_rows(o + batch * o_b + head * o_h + column, o_t, chunk * BT, T, width, out, BT, BV)
         if DECAY and WIDE:
             state *= tl.exp2(one + two)[None, :]

@@ -193,6 +193,43 @@ def _run_states(
     return start, final, chunk_states, chunk_sums
 
 
+def block_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Head sizes that the kernels run at in these dtypes: float32 tiles take twice the shared memory."""
+    if INTERPRETED.value:
+        return (16, 32, 64)
+    return (64, 128) if q.dtype == k.dtype == v.dtype == torch.bfloat16 else (64,)
+
+
+def key_pieces(width: int, widths: tuple[int, ...]) -> list[slice]:
+    """Keys cut into blocks, the widest first; a rest that is no block's width stays what it is."""
+    return [slice(start, min(start + widths[-1], width)) for start in range(0, width, widths[-1])]
+
+
+def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels take these heads as they are: values one block wide, keys in pieces each a block wide."""
+    widths = block_widths(q, k, v)
+    pieces = key_pieces(k.shape[3], widths)
+    return v.shape[3] in widths and all(piece.stop - piece.start in widths for piece in pieces)
+
+
+def _plans(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float, normalize: bool
+) -> list[tuple[slice, Plan]]:
+    """One plan for each piece of the keys (views; nothing is copied)."""
+    pieces = key_pieces(k.shape[3], block_widths(q, k, v))
+    whole = _prepare(q, k, v, log_decay, scale, normalize)
+    q, k, v, g = whole.tensors
+    plans = []
+    for keys in pieces:
+        gates = g if g is None or g.shape[-1] == 1 else g[..., keys]
+        plans.append((keys, Plan((q[..., keys], k[..., keys], v, gates), scale, normalize)))
+    return plans
+
+
+def _piece_of(initial: Tensor | None, keys: slice) -> Tensor | None:
+    return None if initial is None else initial[:, :, keys].float().contiguous()
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -203,12 +240,33 @@ def forward(
     normalize: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs ``[B, H, T, Dv]`` in ``dtype`` and the final state; D and Dv fit one block."""
-    plan = _prepare(q, k, v, log_decay, scale, normalize)
+    """Outputs ``[B, H, T, Dv]`` in ``dtype`` and the final state; heads as ``fits`` wants them (any for T = 1)."""
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=dtype, device=q.device)
-    initial = None if initial_state is None else initial_state.float().contiguous()
     if k.shape[2] == 1:
-        return out, _step(plan, initial, out)
+        plan = _prepare(q, k, v, log_decay, scale, normalize)
+        return out, _step(plan, _piece_of(initial_state, slice(None)), out)
+    plans = _plans(q, k, v, log_decay, scale, normalize)
+    # Shares of the pieces so far: outputs and the normaliser, in float32.
+    partial = out.new_empty(out.shape, dtype=torch.float32) if len(plans) > 1 else None
+    sums = out.new_empty(out.shape[:3], dtype=torch.float32) if len(plans) > 1 and normalize else None
+    ends = []
+    for number, (keys, plan) in enumerate(plans):
+        finish = number == len(plans) - 1
+        target = out if finish or partial is None else partial
+        ends.append(_forward_piece(plan, _piece_of(initial_state, keys), target, partial, sums, number > 0, finish))
+    return out, ends[0] if len(ends) == 1 else torch.cat(ends, 2)
+
+
+def _forward_piece(
+    plan: Plan,
+    initial: Tensor | None,
+    out: Tensor,
+    partial: Tensor | None,
+    sums: Tensor | None,
+    add: bool,
+    finish: bool,
+) -> Tensor:
+    """One piece of the keys: writes ``out``, returns its rows of the final state."""
     q, k, v, g = plan.tensors
     decays = plan.decays()
     first, second, wide, variants = decays
@@ -218,16 +276,16 @@ def forward(
         start, final, _, _ = _run_states(plan, decays, initial, None, None, store=False)
     last = plan.state()
     length, width, columns = plan.sizes
-    options = plan.options() | plan.tuning("output")
+    options = plan.options() | plan.tuning("output") | {"ADD": add, "FINISH": finish}
     for variant in variants:
         grid = (triton.cdiv(columns, options["BV"]), plan.segments, plan.problems)
         output[grid](
-            q, k, v, g, first, second, wide, start, out, last,
+            q, k, v, g, first, second, wide, start, out, last, partial, sums,
             *_strides(q), *_strides(k), *_strides(v), *_strides(g), *_strides(out),
-            length, scale, width, columns, k.shape[1], plan.chunks, plan.segments, plan.segment_chunks,
+            length, plan.scale, width, columns, k.shape[1], plan.chunks, plan.segments, plan.segment_chunks,
             HAS_START=start is not None, WIDE=variant, **options,
         )  # fmt: skip
-    return out, (last if final is None else final).view(*k.shape[:2], width, -1)
+    return (last if final is None else final).view(*k.shape[:2], width, -1)
 
 
 def _step(plan: Plan, initial: Tensor | None, out: Tensor) -> Tensor:
@@ -258,54 +316,83 @@ def backward(
     dtype: torch.dtype | None,
 ) -> Grads:
     """Gradients in ``dtype`` (None: each input's own); ``o`` is read only when normalised."""
-    outputs = [dtype or x.dtype for x in (q, k, v)]
-    plan = _prepare(q, k, v, log_decay, scale, normalize)
-    q, k, v, g = plan.tensors
-    grad = _unit_columns(grad_o.to(v.dtype))
-    initial = None if initial_state is None else initial_state.float().contiguous()
-    decays = plan.decays()
-    first, second, wide, variants = decays
-    length, width, columns = plan.sizes
-    options = plan.options()
-    _, _, chunk_states, chunk_sums = _run_states(plan, decays, initial, None, None, store=True)
+    plans = _plans(q, k, v, log_decay, scale, normalize)
+    _, _, values, g = _prepare(q, k, v, log_decay, scale, normalize).tensors
+    grad = _unit_columns(grad_o.to(values.dtype))
+    runs = []
+    for keys, plan in plans:
+        decays = plan.decays()
+        _, _, chunk_states, chunk_sums = _run_states(
+            plan, decays, _piece_of(initial_state, keys), None, None, store=True
+        )
+        runs.append((decays, chunk_states, chunk_sums))
     weight = None
     if normalize:
         assert o is not None
-        o = _unit_columns(o)
         weight = torch.empty((2, *q.shape[:3]), dtype=torch.float32, device=q.device)
-        shared = {key: value for key, value in options.items() if key != "NORMALIZE"}
-        for variant in variants:
-            normaliser[(plan.chunks, plan.problems)](
-                q, k, g, o, grad, chunk_sums, wide, weight,
-                *_strides(q), *_strides(k), *_strides(g), *_strides(o), *_strides(grad),
-                length, scale, width, columns, k.shape[1], plan.chunks, WIDE=variant, num_warps=4, **shared,
-            )  # fmt: skip
-    slopes = grad_state.float().contiguous()
-    _, d_initial, state_slopes, sum_slopes = _run_states(plan, decays, slopes, grad, weight, store=True)
-    d_q, d_k, d_v = (torch.empty(x.shape, dtype=t, device=x.device) for x, t in zip((q, k, v), outputs, strict=True))
-    slice_width = min(plan.blocks[0], SLICE)
-    slices = plan.blocks[0] // slice_width
+        for number, ((_, plan), (decays, _, chunk_sums)) in enumerate(zip(plans, runs, strict=True)):
+            _run_normaliser(plan, decays, _unit_columns(o), grad, chunk_sums, weight, number, len(plans))
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device) for x in (q, k, v))
+    partial = torch.empty(v.shape, dtype=torch.float32, device=v.device) if len(plans) > 1 else None
+    per_key = g is not None and g.shape[-1] > 1
+    slices = [plan.blocks[0] // min(plan.blocks[0], SLICE) for _, plan in plans]
     d_g = slice_g = None
     if g is not None:
         d_g = torch.empty(g.shape, dtype=dtype or g.dtype, device=g.device)
         # A decay shared by a head's channels gets its gradient from every slice of channels.
-        slice_g = d_g if g.shape[-1] > 1 else d_g.new_empty((slices, *g.shape), dtype=torch.float32)
-    options |= {"SLICE": slice_width}
-    for variant in variants:
-        value_gradients[(plan.chunks, plan.problems)](
-            q, k, g, grad, weight, wide, state_slopes, d_v,
-            *_strides(q), *_strides(k), *_strides(g), *_strides(grad),
-            length, scale, width, columns, k.shape[1], plan.chunks, WIDE=variant, **plan.tuning("values"), **options,
-        )  # fmt: skip
-        key_gradients[(slices, plan.chunks, plan.problems)](
-            q, k, v, g, grad, weight, wide, chunk_states, chunk_sums, state_slopes, sum_slopes, d_q, d_k, slice_g,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(g), *_strides(grad),
-            first, second, length, scale, width, columns, k.shape[1], plan.chunks,
-            WIDE=variant, **plan.tuning("keys"), **options,
-        )  # fmt: skip
+        slice_g = d_g if per_key else d_g.new_empty((sum(slices), *g.shape), dtype=torch.float32)
+    d_initials = []
+    for number, ((keys, plan), (decays, chunk_states, chunk_sums)) in enumerate(zip(plans, runs, strict=True)):
+        q, k, v, g = plan.tensors
+        first, second, wide, variants = decays
+        length, width, columns = plan.sizes
+        slopes = grad_state[:, :, keys].float().contiguous()
+        _, d_initial, state_slopes, sum_slopes = _run_states(plan, decays, slopes, grad, weight, store=True)
+        d_initials.append(d_initial.view(*k.shape[:2], width, -1))
+        options = plan.options() | {"SLICE": min(plan.blocks[0], SLICE)}
+        own_g = slice_g
+        if slice_g is not None:
+            own_g = slice_g[..., keys] if per_key else slice_g[sum(slices[:number]) :]
+        own_v = d_v if number == len(plans) - 1 or partial is None else partial
+        for variant in variants:
+            value_gradients[(plan.chunks, plan.problems)](
+                q, k, g, grad, weight, wide, state_slopes, own_v, partial,
+                *_strides(q), *_strides(k), *_strides(g), *_strides(grad),
+                length, scale, width, columns, k.shape[1], plan.chunks,
+                WIDE=variant, ADD=number > 0, **plan.tuning("values"), **options,
+            )  # fmt: skip
+            key_gradients[(slices[number], plan.chunks, plan.problems)](
+                q, k, v, g, grad, weight, wide, chunk_states, chunk_sums, state_slopes, sum_slopes,
+                d_q[..., keys], d_k[..., keys], own_g,
+                *_strides(q), *_strides(k), *_strides(v), *_strides(g), *_strides(grad),
+                first, second, length, scale, width, d_k.shape[-1], columns, k.shape[1], plan.chunks,
+                WIDE=variant, **plan.tuning("keys"), **options,
+            )  # fmt: skip
     if d_g is not None and slice_g is not None and slice_g is not d_g:
         d_g.copy_(slice_g.sum(0))
-    d_start = None
-    if initial_state is not None:
-        d_start = d_initial.view(initial_state.shape).to(initial_state.dtype)
+    d_start = None if initial_state is None else torch.cat(d_initials, 2).to(initial_state.dtype)
     return d_q, d_k, d_v, d_g, d_start
+
+
+def _run_normaliser(
+    plan: Plan,
+    decays: Decays,
+    o: Tensor,
+    grad: Tensor,
+    chunk_sums: Tensor | None,
+    weight: Tensor,
+    number: int,
+    pieces: int,
+) -> None:
+    """Adds piece ``number``'s normaliser to ``weight``; the last turns the sum into the gradient's two rows."""
+    q, k, _, g = plan.tensors
+    _, _, wide, variants = decays
+    length, width, columns = plan.sizes
+    options = {key: value for key, value in plan.options().items() if key != "NORMALIZE"}
+    for variant in variants:
+        normaliser[(plan.chunks, plan.problems)](
+            q, k, g, o, grad, chunk_sums, wide, weight,
+            *_strides(q), *_strides(k), *_strides(g), *_strides(o), *_strides(grad),
+            length, plan.scale, width, columns, k.shape[1], plan.chunks,
+            WIDE=variant, ADD=number > 0, FINISH=number == pieces - 1, num_warps=4, **options,
+        )  # fmt: skip
