@@ -230,6 +230,8 @@ def output(
                 middle = from_middle(tile, BT)
                 factor = tl.exp2(middle)
                 right = (ks.to(tl.float32) * tl.exp2(-middle)).to(ks.dtype)
+        if NORMALIZE:
+            added = tl.sum(right.to(tl.float32), 0)
         read = tl.trans(state.to(vs.dtype))
         for member in range(GROUP):
             head = kv_head * GROUP + member
@@ -238,6 +240,9 @@ def output(
             left = scaled
             if DECAY:
                 left = scaled * factor
+            if NORMALIZE:
+                # Before the products: the float32 factor needn't outlive them.
+                carried = tl.sum(left * sums[None, :], 1)
             if DECAY and WIDE:
                 scores = halved_scores(scaled.to(ks.dtype), ks, tile, LEVELS, BT, PRECISION)
             else:
@@ -247,7 +252,7 @@ def output(
             if ADD:
                 out += load_rows(partial + batch * o_b + head * o_h + column, o_t, chunk * BT, T, width, BT, BV)
             if NORMALIZE:
-                normaliser = tl.sum(scores, 1) + tl.sum(left * sums[None, :], 1)
+                normaliser = tl.sum(scores, 1) + carried
                 rows = chunk * BT + tl.arange(0, BT)
                 at = (problem * GROUP + member) * T + rows
                 if ADD:
@@ -264,7 +269,7 @@ def output(
                 sums *= tl.exp2(one + two)
         state = tl.dot(tl.trans(vs), right.to(vs.dtype), acc=state, input_precision=PRECISION)
         if NORMALIZE:
-            sums += tl.sum(right.to(tl.float32), 0)
+            sums += added
     if segment == SEGMENTS - 1:
         if DECAY and not WIDE:
             state *= tl.exp2(pending)[None, :]
