@@ -1,0 +1,115 @@
+"""lm-evaluation-harness, offline on local tasks: log-likelihoods, rolling perplexity, generation, the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lincompile.lowering import package
+from lincompile.passes.errors import LincompileError
+
+from .conftest import write_word_tokenizer
+
+pytest.importorskip("lm_eval")
+pytest.importorskip("transformers")
+harness = pytest.importorskip("lincompile.lowering.harness")
+
+TASK = """
+task: choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: answer
+doc_to_choice: choices
+metric_list: [{{metric: acc}}]
+"""
+ROWS = [
+    {"question": "w4 w5 w6", "choices": ["w7", "w8 w9", "w10"], "answer": 0},
+    {"question": "w11", "choices": ["w12", "w13"], "answer": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(toy: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("harness") / "out"
+    return package.save(toy.step, folder, manifest={"sites": toy.sites}, tokenizer=write_word_tokenizer, eos_ids=[1])
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return harness.LincompileLM(path=str(folder))
+
+
+def request(*arguments: Any) -> Any:
+    return SimpleNamespace(args=arguments)
+
+
+def logits(model: Any, ids: list[int]) -> torch.Tensor:
+    tokens = torch.tensor([ids])
+    session = model.session
+    mask = torch.ones_like(tokens).bool()
+    return session.step(tokens, torch.arange(len(ids))[None], mask, session.initial_states(1))[0][0].log_softmax(-1)
+
+
+def test_log_likelihoods_equal_one_forward(model: Any) -> None:
+    pairs = [("w4 w5 w6", " w7 w8"), ("w4 w5 w6", " w9"), ("", "w9 w10"), ("w4 w5 w6", " w32")]
+    answers = model.loglikelihood([request(*pair) for pair in pairs], disable_tqdm=True)
+    for (context, continuation), (score, greedy) in zip(pairs, answers, strict=True):
+        before, after = model.codec.encode(context) or [1], model.codec.encode(continuation)
+        rows = logits(model, before + after)[len(before) - 1 : -1]
+        assert score == pytest.approx(float(rows.gather(1, torch.tensor(after)[:, None]).sum()), abs=1e-4)
+        assert greedy == (rows.argmax(-1).tolist() == after)
+
+
+def test_rolling_windows_cover_the_text(folder: Path) -> None:
+    model = harness.LincompileLM(path=str(folder), max_length=6)
+    ids = [4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
+    (score,) = model.loglikelihood_rolling([request(" ".join(f"w{i}" for i in ids))], disable_tqdm=True)
+    expected = 0.0
+    for inputs, targets in (([1, *ids[:5]], ids[:6]), (ids[3:9], ids[6:])):
+        expected += float(logits(model, inputs)[-len(targets) :].gather(1, torch.tensor(targets)[:, None]).sum())
+    assert score == pytest.approx(expected, abs=1e-3)
+
+
+def test_generation_stops_at_a_stop_sequence(model: Any) -> None:
+    free = model.generate_until([request("w4 w5 w6 w7", {"until": [], "max_gen_toks": 8})])[0]
+    words = free.split()
+    stop = words[3]
+    cut = model.generate_until([request("w4 w5 w6 w7", {"until": [stop], "max_gen_toks": 8})])[0]
+    assert len(words) >= 4 and cut == free.split(stop)[0]
+
+
+def test_the_command_line_runs_a_local_task(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    data.write_text("\n".join(json.dumps(row) for row in ROWS))
+    (tmp_path / "choices.yaml").write_text(TASK.format(file=data))
+    command = [sys.executable, "-m", "lincompile.lm_eval", "--model", "lincompile", "--model_args", f"path={folder}"]
+    command += ["--tasks", "choices", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "result.json")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=250)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.rglob("result*.json")
+    assert 0 <= json.loads(file.read_text())["results"]["choices"]["acc,none"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "missing"}, "isn't a folder"),
+        ({"runtime": "tpu"}, "the runtimes are torch and onnx"),
+        ({"batch": 3}, "no 'batch' for lincompile"),
+    ],
+)
+def test_bad_arguments(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LincompileError, match=message):
+        harness.LincompileLM(**{"path": str(folder), **options})
