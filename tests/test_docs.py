@@ -17,7 +17,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "docs/getting_started.md", "docs/cli.md", "docs/pytorch.md", "docs/writing_a_pass.md"]
+PAGES = [
+    "README.md",
+    "docs/getting_started.md",
+    "docs/cli.md",
+    "docs/pytorch.md",
+    "docs/transformers.md",
+    "docs/writing_a_pass.md",
+]
 # Pages whose code a test of their own runs.
 ELSEWHERE = {
     "docs/onnx.md": "tests/lowering/test_onnx_export.py",
