@@ -41,6 +41,7 @@ from torch.nn import functional
 
 from lincompile.kernels import ops
 from lincompile.kernels.decay_gate import reference as gate_reference
+from lincompile.kernels.gated_delta import reference as delta_reference
 from lincompile.kernels.hedgehog_features import reference as feature_reference
 from lincompile.kernels.short_conv import reference as conv_reference
 from lincompile.passes.methods import GATE_RANK, GATE_TEMPERATURE, Lawcat, SiteShape
@@ -84,6 +85,12 @@ GATES = {
     "gate 256": (2, 300, 4, 256, False, torch.bfloat16),
     "gate 80": (1, 77, 3, 80, True, torch.bfloat16),
     "gate one token": (3, 1, 2, 128, False, torch.bfloat16),
+}
+# name: B, T, H, Hkv, D, Dv, strongest decay, dtype
+DELTAS = {
+    "delta": (2, 300, 4, 2, 64, 64, 0.1, torch.float32),
+    "delta 128, bfloat16": (1, 700, 4, 4, 128, 128, 0.1, torch.bfloat16),
+    "delta strong, odd": (2, 77, 4, 2, 80, 40, 10.0, torch.float32),
 }
 QUICK = ("conv bfloat16", "features state, mask", "features 128", "gate bfloat16", "gate 256", "bfloat16, as timed")
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 2e-2}
@@ -265,10 +272,30 @@ def check_gate(name: str, seed: int) -> dict[str, Any]:
     return compare(ops.decay_gate, gate_reference.forward, [z, weight, bias, mask, heads, GATE_TEMPERATURE], 1, seed)
 
 
+def check_delta(name: str, seed: int) -> dict[str, Any]:
+    batch, length, heads, kv_heads, dim, value_dim, strongest, dtype = DELTAS[name]
+    torch.manual_seed(seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", dtype=dtype)
+
+    args = [
+        rand(batch, length, heads, dim).transpose(1, 2),
+        functional.normalize(rand(batch, kv_heads, length, dim), dim=-1),
+        rand(batch, kv_heads, length, value_dim),
+        torch.rand(batch, kv_heads, length, device="cuda").to(dtype),
+        -strongest * torch.rand(batch, kv_heads, length, 1, device="cuda").to(dtype),
+        torch.randn(batch, kv_heads, dim, value_dim, device="cuda"),
+        0.3,
+    ]
+    return compare(ops.gated_delta, delta_reference.recurrent, args, 2, seed)
+
+
 CHECKS: dict[str, Callable[[str, int], dict[str, Any]]] = {
     **dict.fromkeys(CONVS, check_conv),
     **dict.fromkeys(FEATURES, check_features),
     **dict.fromkeys(GATES, check_gate),
+    **dict.fromkeys(DELTAS, check_delta),
     **dict.fromkeys(BLOCKS, check_block),
 }
 

@@ -249,8 +249,8 @@ def _prove(match: Match) -> None:
         values = _random_leaves(match, length, generator)
         try:
             have = match.op(*match.call(*values))
-        except ValueError as error:  # the op's own checks of shapes
-            raise Mismatch(str(error)) from error
+        except ValueError as problem:  # the op's own checks of shapes
+            raise Mismatch(str(problem)) from problem
         have = have if isinstance(have, tuple) else (have,)
         pairs = zip(match.leaves, values, strict=True)
         known = {node: value for node, value in pairs if node is not None and value is not None}

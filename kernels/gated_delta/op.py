@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.library import custom_op
 
-from ..registration import Grads, gradient_fake, present, selected
+from ..registration import Grads, backend, gradient_fake, present, selected
 from ..shapes import accumulator_dtype, require_qkv, require_same_device, require_shape
 from . import reference
 
@@ -29,6 +29,14 @@ def _check_delta(
         require_shape(op, "initial_state", initial_state, layout, (batch, kv_heads, head_dim, v.shape[3]))
 
 
+def _scans(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> reference.Scans:
+    """What goes from chunk to chunk: Triton kernels on a GPU, a loop elsewhere. Within chunks everything is torch."""
+    kernels = backend("gated_delta", q)
+    if kernels is None or not kernels.supports(q, k, v, *rest):
+        return reference.LOOPS
+    return reference.Scans(kernels.scan_forward, kernels.scan_backward)
+
+
 @custom_op("lincompile::gated_delta", mutates_args=(), schema=f"({_DELTA_ARGS}) -> (Tensor o, Tensor final_state)")
 def gated_delta(
     q: Tensor,
@@ -41,7 +49,8 @@ def gated_delta(
 ) -> tuple[Tensor, Tensor]:
     """Gated delta rule; returns ``o [B, H, T, Dv]`` (v's dtype), final state ``[B, Hkv, D, Dv]`` (float32/64)."""
     _check_delta(q, k, v, beta, log_decay, initial_state)
-    return reference.chunkwise(q, k, v, beta, log_decay, initial_state, scale)
+    scans = _scans(q, k, v, beta, log_decay, initial_state)
+    return reference.chunkwise(q, k, v, beta, log_decay, initial_state, scale, scans=scans)
 
 
 @gated_delta.register_fake
@@ -77,7 +86,8 @@ def gated_delta_backward(
     scale: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of ``gated_delta`` for its six tensors (empty where the input is absent)."""
-    grads = reference.chunkwise_backward(grad_o, grad_state, q, k, v, beta, log_decay, initial_state, scale)
+    inputs = (q, k, v, beta, log_decay, initial_state)
+    grads = reference.chunkwise_backward(grad_o, grad_state, *inputs, scale, scans=_scans(*inputs))
     return present(grads, q)
 
 

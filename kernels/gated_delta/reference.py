@@ -9,6 +9,9 @@ Pairwise decays are sums of the steps between two tokens, never differences of p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +21,50 @@ from ..shapes import accumulator_dtype, group_heads
 CHUNK = 64
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def scan_forward(state: Tensor, u_local: Tensor, w: Tensor, k_out: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """Chunk by chunk: ``u = u_local − w S``, ``S ← whole · S + k_outᵀ u``.
+
+    state ``[B, G, D, Dv]``, u_local ``[B, G, N, C, Dv]``, w and k_out ``[B, G, N, C, D]``, whole ``[B, G, N, 1, 1]``.
+    Returns the states before each chunk and after the last, ``[B, G, N + 1, D, Dv]``, and u.
+    """
+    written, states, us = k_out.transpose(-1, -2), [state], []
+    for n in range(w.shape[2]):
+        us.append(u_local[:, :, n] - w[:, :, n] @ state)
+        state = whole[:, :, n] * state + written[:, :, n] @ us[-1]
+        states.append(state)
+    return torch.stack(states, 2), torch.stack(us, 2) if us else u_local
+
+
+def scan_backward(
+    d_state: Tensor, d_u_local: Tensor, d_before: Tensor, w: Tensor, k_out: Tensor, whole: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of ``scan_forward``, last chunk first: ``du = du_local + k_out dS``,
+    ``dS ← whole · dS + d_before − wᵀ du``.
+
+    d_before ``[B, G, N, D, Dv]`` is what the outputs read from the state before each chunk. Returns du
+    ``[B, G, N, C, Dv]``, the gradients of the states after each chunk ``[B, G, N, D, Dv]``, and of the first state.
+    """
+    d_us, afters = [], []
+    for n in reversed(range(w.shape[2])):
+        afters.append(d_state)
+        d_us.append(d_u_local[:, :, n] + k_out[:, :, n] @ d_state)
+        d_state = whole[:, :, n] * d_state + d_before[:, :, n] - w[:, :, n].transpose(-1, -2) @ d_us[-1]
+    if not d_us:
+        return d_u_local, d_before, d_state
+    return torch.stack(d_us[::-1], 2), torch.stack(afters[::-1], 2), d_state
+
+
+@dataclass(frozen=True)
+class Scans:
+    """The part that goes from chunk to chunk; a GPU has kernels for it (``triton.py``)."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]] = scan_forward
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = scan_backward
+
+
+LOOPS = Scans()
 
 
 def recurrent(
@@ -69,11 +116,12 @@ def chunkwise(
     initial_state: Tensor | None,
     scale: float,
     chunk: int = CHUNK,
+    scans: Scans = LOOPS,
 ) -> tuple[Tensor, Tensor]:
     """Same function as ``recurrent``, vectorised over tokens; only the scan over chunks is a loop."""
     if k.shape[2] == 1:
         return step(q, k, v, beta, log_decay, initial_state, scale)
-    run = _Run(q, k, v, beta, log_decay, initial_state, scale, chunk)
+    run = _Run(q, k, v, beta, log_decay, initial_state, scale, chunk, scans)
     out = run.q_in.flatten(3, 4) @ run.states[:, :, :-1] + run.scores @ run.u
     return run.merge(out).to(v.dtype).contiguous(), run.states[:, :, -1].clone()
 
@@ -89,9 +137,10 @@ def chunkwise_backward(
     initial_state: Tensor | None,
     scale: float,
     chunk: int = CHUNK,
+    scans: Scans = LOOPS,
 ) -> Grads:
     """Gradients for q, k, v, beta, log_decay, initial_state (None where absent); the forward is recomputed."""
-    run = _Run(q, k, v, beta, log_decay, initial_state, scale, chunk)
+    run = _Run(q, k, v, beta, log_decay, initial_state, scale, chunk, scans)
     return run.backward(run.split_queries(grad_o.to(run.dtype)).flatten(3, 4), grad_state.to(run.dtype))
 
 
@@ -108,7 +157,9 @@ class _Run:
         initial_state: Tensor | None,
         scale: float,
         chunk: int,
+        scans: Scans,
     ) -> None:
+        self.scans = scans
         self.inputs = (q, k, v, beta, log_decay, initial_state)
         self.dtype = accumulator_dtype(q, k, v, beta, log_decay, initial_state)
         self.scale, self.length = scale, k.shape[2]
@@ -132,8 +183,9 @@ class _Run:
         self.u_local, self.w = solved.split((self.v.shape[-1], self.k.shape[-1]), -1)
         self.k_out = self.k * self.to_end
         self.q_in = self.q * self.from_start.unsqueeze(3)
-        self.states = self._scan(_start(self.k[:, :, 0], self.v, initial_state))
-        self.u = self.u_local - self.w @ self.states[:, :, :-1]
+        self.whole = self.from_start[..., -1:, :]
+        start = _start(self.k[:, :, 0], self.v, initial_state)
+        self.states, self.u = scans.forward(start, self.u_local, self.w, self.k_out, self.whole)
         dots = (self.q.flatten(3, 4) @ self.k_t).reshape(*self.q.shape[:-1], self.size)
         self.dots = dots
         self.scores = (dots * self.between.unsqueeze(3)).flatten(3, 4)
@@ -157,29 +209,14 @@ class _Run:
         steps = self.g.expand(*self.g.shape[:-1], self.size).masked_fill(~self.strict, 0.0)
         return steps.cumsum(-2).exp().masked_fill(~self.lower, 0.0)
 
-    def _scan(self, state: Tensor) -> Tensor:
-        k_out, whole = self.k_out.transpose(-1, -2), self.from_start[..., -1:, :]
-        states = [state]
-        for n in range(self.k.shape[2]):
-            u = self.u_local[:, :, n] - self.w[:, :, n] @ state
-            state = whole[:, :, n] * state + k_out[:, :, n] @ u
-            states.append(state)
-        return torch.stack(states, 2)
-
     def backward(self, grad: Tensor, grad_state: Tensor) -> Grads:
         """``grad [B, G, N, R·C, Dv]``."""
-        before, whole = self.states[:, :, :-1], self.from_start[..., -1:, :]
+        before = self.states[:, :, :-1]
         d_u_local = self.scores.transpose(-1, -2) @ grad
         d_before_local = self.q_in.flatten(3, 4).transpose(-1, -2) @ grad
-        d_state, d_us, d_states = grad_state, [], []
-        for n in reversed(range(self.k.shape[2])):
-            d_states.append(d_state)
-            d_u = d_u_local[:, :, n] + self.k_out[:, :, n] @ d_state
-            d_us.append(d_u)
-            d_state = whole[:, :, n] * d_state + d_before_local[:, :, n] - self.w[:, :, n].transpose(-1, -2) @ d_u
-        if not d_us:
+        d_u, after, d_state = self.scans.backward(grad_state, d_u_local, d_before_local, self.w, self.k_out, self.whole)
+        if not d_u.shape[2]:
             return self._to_inputs(self.q, self.k, self.v, self.beta, self.g, d_state)
-        d_u, after = torch.stack(d_us[::-1], 2), torch.stack(d_states[::-1], 2)
         d_q_in = (grad @ before.transpose(-1, -2)).reshape(self.q.shape)
         d_q = d_q_in * self.from_start.unsqueeze(3)
         d_from_start = (self.q * d_q_in).sum((3, 5)).unsqueeze(-1)
