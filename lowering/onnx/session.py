@@ -75,6 +75,9 @@ class OnnxSession:
         self.uniform_positions = signature.uniform_positions
         self._windows = signature.windows
         self._grows = any(state.role in _GROWING_ROLES for state in self._bound)
+        caching = {state.site for state in self._bound if state.role == "key"}
+        # Where every cache is trimmed to a window, so is the mask over them.
+        self._mask_limit = max(self._windows.values()) if caching and caching <= self._windows.keys() else None
         self._outputs = ["logits", *(state.present for state in self._bound)]
         self._inputs = {item.name for item in self._session.get_inputs()}
         self.states: list[StateSpec] = [
@@ -124,6 +127,8 @@ class OnnxSession:
         feed = {name: value for name, value in feed.items() if name in self._inputs}
         logits, *present = (torch.from_numpy(value) for value in self._session.run(self._outputs, feed))
         present = [self._trim(bound, state) for bound, state in zip(self._bound, present, strict=True)]
+        if self._mask_limit is not None:
+            seen = seen[:, -self._mask_limit :]
         return logits, ([seen] if self._grows else []) + present
 
     step = __call__  # the name the generation loop uses

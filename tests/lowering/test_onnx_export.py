@@ -40,9 +40,11 @@ class Exported:
     session: OnnxSession
 
 
-def step_program(model: str, attn: str, keep: tuple[int, ...] = (), quant: str | None = None) -> StepProgram:
+def step_program(
+    model: str, attn: str, keep: tuple[int, ...] = (), quant: str | None = None, window: int = 0
+) -> StepProgram:
     module, example = zoo.build(model)
-    passes: list[Any] = [Canonicalize(), ProveAttention(), LinearizeAttention(attn, keep=keep)]
+    passes: list[Any] = [Canonicalize(), ProveAttention(), LinearizeAttention(attn, keep=keep, window=window)]
     if quant:
         passes.append(Quantize(quant))
     return make_stateful(Pipeline(passes)(capture(module, example)), check=False)
@@ -72,6 +74,7 @@ CASES: dict[str, dict[str, Any]] = {
     "hybrid": {"model": "llama-gqa", "attn": "lawcat", "keep": (1,)},
     "int6": {"model": "llama-gqa", "attn": "lawcat", "quant": "w6a8"},
     "hedgehog-sliding": {"model": "gemma3", "attn": "hedgehog"},
+    "window": {"model": "llama-gqa", "attn": "lawcat", "window": 4},
     "delta-a6": {"model": "llama", "attn": "gated-delta", "quant": "w6a6"},
 }
 
@@ -164,6 +167,12 @@ def test_greedy_tokens_equal_torch(exported: Callable[[str], Exported], name: st
         logits, _ = case.session(tokens, positions, torch.ones_like(tokens).bool(), case.session.initial_states(1))
         chosen = logits[0, len(prompt) - 1 :].argmax(-1)
         assert float((chosen == torch.tensor(continuation)).float().mean()) >= 0.9
+
+
+def test_a_window_beside_linear_attention_keeps_the_state_constant(exported: Callable[[str], Exported]) -> None:
+    session = exported("window").session
+    short, long = (generate(session, [[5, 6, 7, 8, 9]], count).state.states for count in (8, 24))
+    assert [state.shape for state in short] == [state.shape for state in long]
 
 
 @pytest.mark.parametrize("name", ["hybrid", "int6"])
