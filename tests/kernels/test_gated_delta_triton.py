@@ -15,10 +15,10 @@ from lincompile.kernels.gated_delta import reference
 pytestmark = needs_triton
 # decay, initial state, T, D, Dv
 CASES = [
-    ("none", False, 130, 16, 16),
-    ("mild", True, 200, 20, 24),
+    ("none", False, 70, 16, 16),
+    ("mild", True, 130, 20, 24),
     ("strong", True, 70, 16, 80),
-    ("-inf", True, 140, 40, 16),
+    ("-inf", True, 70, 40, 16),
     ("mild", True, 2, 16, 16),
 ]
 

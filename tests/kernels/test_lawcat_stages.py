@@ -30,19 +30,19 @@ from lincompile.passes.methods import (
 on_cpu = pytest.mark.skipif(INTERPRETED, reason="has run without the interpreter")
 # B, H, maps, T, D, taps (0: no convolution), carried state, mask, masked output, dtype
 FEATURES = [
-    (2, 4, 2, 70, 16, 4, False, False, False, torch.float32),
-    (1, 4, 2, 130, 20, 4, True, True, True, torch.float32),
+    (1, 4, 2, 70, 16, 4, False, False, False, torch.float32),
+    (1, 4, 2, 66, 20, 4, True, True, True, torch.float32),
     (2, 2, 2, 1, 16, 4, True, False, False, torch.float32),
     (2, 2, 1, 2, 8, 3, True, True, False, torch.float32),
     (1, 2, 2, 33, 24, 0, False, True, True, torch.float32),
-    (1, 3, 1, 67, 16, 4, False, True, True, torch.bfloat16),
+    (1, 3, 1, 17, 16, 4, False, True, True, torch.bfloat16),
 ]
 # B, kv heads, T, features of a head, rank, mask, dtype
 GATES = [
-    (2, 2, 70, 32, 16, False, torch.float32),
-    (1, 2, 130, 40, 16, True, torch.float32),
+    (1, 2, 130, 32, 16, False, torch.float32),
+    (2, 2, 20, 40, 16, True, torch.float32),
     (2, 1, 1, 16, 5, True, torch.float32),
-    (1, 3, 67, 160, 16, True, torch.bfloat16),
+    (1, 2, 17, 300, 16, True, torch.bfloat16),
 ]
 
 

@@ -38,9 +38,9 @@ CASES = [
     ("key -inf", False, True, 140, 16, 16),
     ("key", True, True, 33, 80, 70),
     # keys in pieces: 64 + 64, 64 + 64 + 16
-    ("key", True, True, 140, 128, 16),
-    ("head strong", True, True, 70, 144, 16),
-    ("none", False, False, 70, 128, 32),
+    ("key", True, True, 70, 128, 16),
+    ("head strong", True, True, 20, 144, 16),
+    ("none", False, False, 20, 128, 32),
 ]
 
 

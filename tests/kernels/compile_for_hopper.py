@@ -1,0 +1,73 @@
+"""Compiles Triton kernels for Hopper on a machine without a GPU, down to machine code; run by test_triton_compiles.py.
+
+The interpreter runs kernels as Python: it lets through what the compiler refuses (a variable that changes its type in
+a loop, a None that is added to). Here a driver that only names its target stands in for the GPU's, and every launch
+stops after compiling.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class NoGpu:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+launch = JITFunction.run
+
+
+def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    kernel = launch(self, *args, grid=grid, warmup=True, **options)
+    assert kernel.asm["cubin"], self.__name__
+    print("compiled", self.__name__)
+    return kernel
+
+
+driver.set_active(NoGpu())
+JITFunction.run = compile_only
+BF16 = torch.bfloat16
+
+
+def stages() -> None:
+    from lincompile.kernels.decay_gate import triton as gate
+    from lincompile.kernels.gated_delta import triton as delta
+    from lincompile.kernels.hedgehog_features import triton as features
+
+    x = torch.zeros(2, 256, 4, 64, dtype=BF16).transpose(1, 2)
+    mask = torch.ones(2, 256, dtype=torch.bool)
+    args = (x, torch.zeros(256, 4), torch.zeros(2, 256, 3, dtype=BF16), torch.zeros(2, 64, 64), torch.zeros(2, 1, 64))
+    features.backward(*features.forward(*args, mask, True), *args, mask, True)
+    z = torch.zeros(2, 256, 16, dtype=BF16)
+    projection = (torch.zeros(256, 16), torch.zeros(256), mask, 2, 16.0)
+    gate.backward(gate.forward(z, *projection), z, *projection)
+    tall, square = torch.zeros(2, 2, 4, 64, 64), torch.zeros(2, 2, 64, 64)
+    whole = torch.zeros(2, 2, 4, 1, 1)
+    delta.scan_forward(square, tall, tall, tall, whole)
+    delta.scan_backward(square, tall, tall, tall, tall, whole)
+
+
+def attention() -> None:
+    from lincompile.kernels.linear_attention import triton_launch
+
+    k, v = torch.zeros(2, 2, 256, 256, dtype=BF16), torch.zeros(2, 2, 256, 128, dtype=BF16)
+    o, state = triton_launch.forward(k, k, v, k, None, 1.0, True, BF16)
+    triton_launch.backward(o, state, o, k, k, v, k, None, 1.0, True, None)
+
+
+{"stages": stages, "attention": attention}[sys.argv[1]]()

@@ -1,0 +1,32 @@
+"""The Triton kernels compile for Hopper, which needs no GPU (see compile_for_hopper.py)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from triton_cases import needs_triton
+
+SCRIPT = Path(__file__).with_name("compile_for_hopper.py")
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "kernels"),
+    [
+        (
+            "stages",
+            "conv_backward features_forward features_backward gate_forward gate_backward forward_scan backward_scan",
+        ),
+        ("attention", "chunk_decays output states normaliser value_gradients key_gradients"),
+    ],
+)
+def test_compiles_for_hopper(part: str, kernels: str, tmp_path: Path) -> None:
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, str(SCRIPT), part], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert {line.split()[1] for line in done.stdout.splitlines()} == set(kernels.split())
