@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from ...passes.errors import LincompileError
+from ...passes.graph import module_path
 from ..graph_file import Positional, example_inputs
 from .extra import require
 
@@ -39,6 +42,7 @@ IR_VERSION = 10  # onnxruntime ≥ 1.20 reads it; newer IR versions add nothing 
 # protobuf stops at 2 GiB; above this the weights lie beside the graph.
 _EXTERNAL_THRESHOLD = 1 << 30
 _EXTERNAL_TENSOR_BYTES = 1024
+_UNKNOWN_OP = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)', overload='([^']+)'\)>")
 
 
 @dataclass
@@ -226,7 +230,8 @@ def _translate(step: StepProgram, opset: int) -> ir.Model:
         own = _own_error(error)
         if own is not None:
             raise own from error
-        raise LincompileError(f"the step program can't be exported to ONNX: {_reason(error)}") from error
+        reason = _unsupported(module, error) or _reason(error)
+        raise LincompileError(f"the step program can't be exported to ONNX: {reason}") from error
     assert exported is not None
     model = exported.model
     _inline_and_fold(model)
@@ -268,6 +273,20 @@ def _own_error(error: BaseException) -> LincompileError | None:
             return seen
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _unsupported(module: nn.Module, error: BaseException) -> str | None:
+    """The op that has no ONNX form, where the model uses it, and what to do; None where that isn't the trouble."""
+    found = _UNKNOWN_OP.search(_reason(error))
+    if found is None or not isinstance(module, GraphModule):
+        return None
+    op = f"{found[1]}.{found[2]}"
+    users = [node for node in module.graph.nodes if node.op == "call_function" and str(node.target) == op]
+    places = list(dict.fromkeys(module_path(node) or f"node '{node.name}'" for node in users))
+    where = (
+        f" (in {', '.join(places[:3])}{'' if len(places) < 4 else f' and {len(places) - 3} more'})" if places else ""
+    )
+    return f"the op {op} has no ONNX form{where}; write it with other ops, or use --target aot, which runs every op"
 
 
 def _reason(error: BaseException) -> str:

@@ -351,6 +351,13 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
         export_onnx(tiny_step(dtype=torch.bfloat16), tmp_path / "a")
     with pytest.raises(LincompileError, match=r"can't be exported to ONNX: .*special_airy_ai"):
         export_onnx(tiny_step(torch.special.airy_ai), tmp_path / "a")
+    step = tiny_step(torch.special.airy_ai)
+    traced = torch.export.export(
+        step.graph_module, (*[torch.zeros(2, 3).long()] * 2, torch.ones(2, 3).bool(), torch.zeros(2, 1, 8, 8))
+    )
+    step.graph_module = traced.module(check_guards=False)
+    with pytest.raises(LincompileError, match=r"aten.special_airy_ai.default has no ONNX form \(in .*--target aot"):
+        export_onnx(step, tmp_path / "a")
     with pytest.raises(LincompileError, match="opset 9 is not supported"):
         export_onnx(tiny_step(), tmp_path / "a", opset=9)
     with pytest.raises(LincompileError, match="unknown int6 layout 'int4'"):
