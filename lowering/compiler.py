@@ -149,8 +149,8 @@ class Compiled:
 
     @property
     def session(self) -> Session:
-        """The torch runtime of the step program (lowered to fused ops with ``target="triton"``)."""
-        if self.options.target == "triton":
+        """The torch runtime of the step program, with fused ops on a GPU or where ``target="triton"`` asks for them."""
+        if self.options.target == "triton" or self.options.device.startswith("cuda"):
             return Session(lower(self.step)[0])
         return Session(self.step)
 

@@ -58,6 +58,14 @@ def test_lawcat_is_fused_and_computes_the_same(compiled: lincompile.Compiled) ->
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
 
 
+def test_the_whole_sequence_form(compiled: lincompile.Compiled) -> None:
+    twin = compiled.program.clone()
+    report = lowering.fuse_stages(twin.graph_module)
+    assert (report.features, report.gates, report.kept) == (4, 2, {})
+    tokens = torch.randint(0, 97, (2, 9))
+    torch.testing.assert_close(twin(tokens), compiled.program(tokens), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("attn", "fused"), [("gla", (0, 2)), ("hedgehog", (4, 0)), ("gated-delta", (0, 0))])
 def test_the_other_methods(attn: str, fused: tuple[int, int]) -> None:
     module, example = zoo.build("nanogpt")
