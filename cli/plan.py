@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import common
 
@@ -39,11 +39,26 @@ def print_plan(model: str, asked: Options, *, builder: str | None, trust: bool, 
     out.print(f"parameters {document['parameters']:,} (+ {document['parameters_added']:,} of linear attention)")
     sizes = document["weight_bytes"]
     out.print(f"weights    {human_bytes(sizes['before'])} → {human_bytes(sizes['after'])} (quant: {asked.quant})")
-    for row in document["contexts"]:
+    out.print(context_table(document["contexts"]))
+    out.print("[dim]computed from shapes, batch 1; FLOPs per token, of prefill averaged over the context[/]")
+
+
+def context_table(rows: list[dict[str, Any]]) -> Any:
+    """Per context length: KV cache and state, FLOPs of prefill and decode, before → after."""
+    from rich.table import Table
+
+    from ..lowering.report import human_bytes
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("context", "KV cache", "→ KV cache + state", "prefill MFLOP", "→", "decode MFLOP", "→"):
+        table.add_column(title, justify="right")
+    for row in rows:
         before, after = row["softmax"], row["compiled"]
-        held = after["kv_cache_bytes"] + after["state_bytes"]
-        out.print(
-            f"at {row['context']:>7,} tokens: KV cache {human_bytes(before['kv_cache_bytes'])} → {human_bytes(held)}, "
-            f"decode {before['decode_flops_per_token'] / 1e6:,.0f} → {after['decode_flops_per_token'] / 1e6:,.0f} "
-            "MFLOP per token"
-        )
+        held = f"{human_bytes(after['kv_cache_bytes'])} + {human_bytes(after['state_bytes'])}"
+        flops = [
+            f"{side[f'{phase}_flops_per_token'] / 1e6:,.0f}"
+            for phase in ("prefill", "decode")
+            for side in (before, after)
+        ]
+        table.add_row(f"{row['context']:,}", human_bytes(before["kv_cache_bytes"]), held, *flops)
+    return table

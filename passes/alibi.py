@@ -25,8 +25,13 @@ SLOPES = "lincompile_alibi"
 MEASURED = 64  # tokens of the random sequence on which a site's error is measured
 
 
-def with_positions(q: Node, k: Node, slopes: Sequence[float], scale: float, make: Builder) -> tuple[Node, Node]:
-    """``q [B, H, T, D]`` and ``k [B, Hkv, S, D]`` with one more feature each, whose product is the bias over scale."""
+def with_positions(
+    q: Node, k: Node, slopes: Sequence[float], scale: float, counted: Node | None, make: Builder
+) -> tuple[Node, Node]:
+    """``q [B, H, T, D]`` and ``k [B, Hkv, S, D]`` with one more feature each, whose product is the bias over scale.
+
+    ``counted``, bool ``[B, S]``: positions count these tokens alone; None: all of them.
+    """
     values = torch.tensor(slopes, dtype=tensor_of(q).dtype, device=tensor_of(q).device) / scale
     name = f"{SLOPES}_{zlib.crc32(repr((tuple(slopes), scale)).encode()):08x}"  # layers with the same slopes share it
     if not hasattr(make.graph_module, name):
@@ -36,10 +41,13 @@ def with_positions(q: Node, k: Node, slopes: Sequence[float], scale: float, make
     k_sizes = [make(aten.sym_size.int, k, axis) for axis in (0, 2)]
     heads, kv_heads = int(tensor_of(q).shape[1]), int(tensor_of(k).shape[1])
     column_q = make(aten.expand.default, head, [q_sizes[0], heads, q_sizes[1], 1])
-    counted = make(aten.arange.default, k_sizes[1], dtype=tensor_of(k).dtype, device=tensor_of(k).device)
-    column_k = make(
-        aten.expand.default, make(aten.reshape.default, counted, [1, 1, -1, 1]), [k_sizes[0], kv_heads, k_sizes[1], 1]
-    )
+    if counted is None:
+        at = make(aten.arange.default, k_sizes[1], dtype=tensor_of(k).dtype, device=tensor_of(k).device)
+        at = make(aten.reshape.default, at, [1, 1, -1, 1])
+    else:
+        at = make(aten.to.dtype, make(aten.cumsum.default, counted, -1), tensor_of(k).dtype)
+        at = make(aten.unsqueeze.default, make(aten.unsqueeze.default, at, 1), -1)
+    column_k = make(aten.expand.default, at, [k_sizes[0], kv_heads, k_sizes[1], 1])
     return make(aten.cat.default, [q, column_q], -1), make(aten.cat.default, [k, column_k], -1)
 
 

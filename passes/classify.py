@@ -41,6 +41,7 @@ class Findings:
     reads: list[str] = field(default_factory=list)
     probed: list[int] = field(default_factory=list)
 
+    counted: bool = False  # ALiBi over the real tokens alone, added up in the padding mask
     alibi: bool = False  # whether an ALiBi bias was asked for as part of the canonical form
 
     @property
@@ -74,6 +75,7 @@ def _classify(probe: Probe, alibi: bool) -> Findings:
     detect_polarity(probe, lengths[min(2, len(lengths) - 1)])
     response = find_response(probe, record, min(7, limit))
     findings = Findings("unknown", scale=response.scale, softcap=response.softcap, probed=list(lengths), alibi=alibi)
+    findings.counted = reading.counted
     seen = [observe(probe, near(probe, probe.sizes(t, batch=1 if t > 64 else 2)), response, record) for t in lengths]
     _name(findings, seen, probe)
     findings.reads = sorted(record.inputs)
@@ -120,7 +122,7 @@ def _reach(reading: Reading, findings: Findings, limit: int) -> int:
     if not reading.linear or not steepest:
         return limit
     reach = min(limit, int(-0.8 * MASKED / steepest))
-    if any(4 * abs(offset) > reach for _, offset in reading.lines):
+    if any(4 * abs(offset) > reach for _, offset in reading.lines) or (reading.irregular and reach < limit):
         raise Unstable("unprovable", "the mask changes further away than its bias can be told from a mask")
     return reach
 
@@ -343,13 +345,19 @@ def find_padding(probe: Probe, findings: Findings, reading: Reading, lengths: li
         findings.padding[name] = bool(probe.inverted.get(name))
 
 
+def _by_batch(allowed: Tensor, batch: int) -> Tensor:
+    """``[1, B·H, T, S]`` of scores that fuse batch and heads, as ``[B, H, T, S]`` (heads first shows in the proof)."""
+    fused = allowed.shape[0] == 1 and batch > 1 and allowed.shape[1] % batch == 0
+    return allowed.unflatten(1, (batch, -1))[0] if fused else allowed
+
+
 def _check_padding(probe: Probe, node: Node, plain_view: View, masked_view: object) -> None:
     assert callable(masked_view)
-    plain = allowed_keys(probe, plain_view)
     shape = plain_view.sizes.shape(tensor_of(node))
+    plain = _by_batch(allowed_keys(probe, plain_view), shape[0])
     for pattern, real in padding_patterns(*shape).items():
         value = ~real if probe.inverted.get(node.name) else real
-        seen = allowed_keys(probe, masked_view({node.name: value}))
+        seen = _by_batch(allowed_keys(probe, masked_view({node.name: value})), shape[0])
         if torch.equal(seen, plain) or seen.shape[0] != shape[0] or seen.shape[-1] != shape[1]:
             raise Unstable(
                 "unknown-mask",
@@ -369,7 +377,7 @@ def _check_padding(probe: Probe, node: Node, plain_view: View, masked_view: obje
     ):
         segments = torch.ones(shape, dtype=torch.int64)
         segments[:, shape[1] // 2 :] = 2
-        if not torch.equal(allowed_keys(probe, masked_view({node.name: segments})), plain):
+        if not torch.equal(_by_batch(allowed_keys(probe, masked_view({node.name: segments})), shape[0]), plain):
             raise Unstable(
                 "packed",
                 f"the numbers in '{node.name}' separate packed sequences; the canonical mask only knows padding",

@@ -28,8 +28,9 @@ class Form:
 
     ``slopes`` and ``offsets``: it is affine in its indices (several offsets: a constant tensor of several values).
     Otherwise its values only change across ``lines``, or, where ``linear`` names a node, are linear in positions
-    between them (ALiBi; ``shifted``: but for a number that depends on the length). ``irregular`` names the node after
-    which even that is unknown.
+    between them and vary with them ``along`` some axes (ALiBi). ``relative``: those positions aren't counted from the
+    first key of the row, so that nothing but a bias may be made of them: (kind, reason) of the refusal otherwise.
+    ``irregular`` names the node after which even that is unknown.
     """
 
     slopes: Slopes = ()
@@ -37,7 +38,8 @@ class Form:
     lines: frozenset[Line] = frozenset()
     irregular: str = ""
     linear: str = ""
-    shifted: bool = False
+    along: frozenset[int] = frozenset()
+    relative: tuple[str, str] | None = None
     from_scores: bool = False
     padding: bool = False
 
@@ -45,6 +47,16 @@ class Form:
     def affine(self) -> bool:
         """Whether it is a position along some axis (a plain constant isn't)."""
         return self.offsets is not None and bool(self.slopes)
+
+    @property
+    def positional(self) -> bool:
+        """Whether it depends on positions in any way."""
+        return self.affine or bool(self.linear or self.lines or self.irregular)
+
+    @property
+    def axes(self) -> frozenset[int]:
+        """The axes along which it grows with positions."""
+        return self.along | {axis for axis, _ in self.slopes}
 
     @property
     def constant(self) -> bool:
@@ -57,12 +69,14 @@ class Reading:
 
     ``sources``: nodes that hold positions themselves (``arange`` and the like), by which a probe places positions.
     ``tables``: lengths of the buffers it slices; no position beyond the shortest exists. ``linear``: between its
-    lines it grows linearly with positions, as ALiBi does, instead of being constant.
+    lines it grows linearly with positions, as ALiBi does, instead of being constant; ``counted``: with those of the
+    real tokens alone, added up in the padding mask.
     """
 
     lines: set[Line] = field(default_factory=set)
     irregular: str = ""
     linear: bool = False
+    counted: bool = False
     sources: dict[Node, Form] = field(default_factory=dict)
     triangles: list[Node] = field(default_factory=list)
     lookups: list[Node] = field(default_factory=list)

@@ -210,13 +210,16 @@ class Replacement:
     q: Node
     k: Node
     v: Node
+    padding: Node | None
     shape: tuple[int, int, int, int]
     inserted: set[Node]
 
     @property
     def bases(self) -> list[Node]:
         """Nodes of the original graph that q, k and v are computed from, each once."""
-        return list(dict.fromkeys(base for node in (self.q, self.k, self.v) for base in _bases(node, self.inserted)))
+        inner = self.inserted - {self.padding}
+        found = (base for node in (self.q, self.k, self.v) for base in _bases(node, inner))
+        return [base for base in dict.fromkeys(found) if base is not self.padding]
 
 
 class _Attempt:
@@ -255,12 +258,15 @@ def build(program: Program, candidate: Candidate, findings: Findings) -> Replace
             f"{heads} query heads, {kv_heads} key heads and {tensor_of(v).shape[1]} value heads don't form groups"
         )
     shape = (heads, kv_heads, int_dim(tensor_of(q).shape[-1], "head_dim"), int_dim(tensor_of(v).shape[-1], "value dim"))
+    key_padding = _key_padding(program, make, findings)
     if findings.bias == "alibi":
         assert findings.slopes is not None
         if tensor_of(q).dtype not in (torch.float32, torch.float64):
             raise Unsupported(f"ALiBi in {tensor_of(q).dtype}: positions need float32; load the model in float32")
-        q, k = with_positions(q, k, findings.slopes, float(findings.scale), make)
-    key_padding = _key_padding(program, make, findings)
+        if findings.counted and key_padding is None:
+            raise Unsupported("ALiBi counts the real tokens, but nothing masks the others")
+        counted = key_padding if findings.counted else None
+        q, k = with_positions(q, k, findings.slopes, float(findings.scale), counted, make)
     op = make(
         torch.ops.lincompile.softmax_attention.default,
         q,
@@ -273,7 +279,7 @@ def build(program: Program, candidate: Candidate, findings: Findings) -> Replace
         float(findings.softcap),
     )
     output = restore(op)
-    return Replacement(op, output, q, k, v, shape, set(program.graph_module.graph.nodes) - existing)
+    return Replacement(op, output, q, k, v, key_padding, shape, set(program.graph_module.graph.nodes) - existing)
 
 
 def int_dim(dim: int | torch.SymInt, what: str) -> int:

@@ -21,7 +21,9 @@ def _moved(form: Form, move: Callable[[int], int | None]) -> Form:
     def rename(slopes: Slopes) -> Slopes:
         return tuple(sorted((new, slope) for axis, slope in slopes if (new := move(axis)) is not None))
 
-    return replace(form, slopes=rename(form.slopes), lines=frozenset((rename(s), o) for s, o in form.lines))
+    along = frozenset(new for axis in form.along if (new := move(axis)) is not None)
+    lines = frozenset((rename(s), o) for s, o in form.lines)
+    return replace(form, slopes=rename(form.slopes), lines=lines, along=along)
 
 
 def _unsqueeze(reader: Reader, node: Node) -> Form:
@@ -65,8 +67,8 @@ def _reshape(reader: Reader, node: Node) -> Form:
     kept = 0
     while kept < min(len(old), len(new)) and same_dim(old[-1 - kept], new[-1 - kept]):
         kept += 1
-    used = {axis for slopes, _ in (*form.lines, (form.slopes, 0.0)) for axis, _ in slopes}
-    if all(axis >= -kept for axis in used) and (not form.linear or kept >= 2):
+    used = form.axes | {axis for slopes, _ in form.lines for axis, _ in slopes}
+    if all(axis >= -kept for axis in used):
         return form  # whether batch and heads still fit the padding is for the proof to see
     raise Unstable("unprovable", f"'{node.name}' reshapes the mask in a way that isn't followed")
 
@@ -81,9 +83,13 @@ def _slice(reader: Reader, node: Node) -> Form:
         start = int(expression(value_of(start))) if expression(value_of(start)).is_Integer else None
     if same_dim(shape[axis], tensor_of(node).shape[axis]):
         return form
+    if expression(tensor_of(node).shape[axis]).is_Integer and not (form.positional or form.padding or form.from_scores):
+        return form  # some of the heads
+    if start is None:
+        return _tail(reader, node, form, axis)
     if expression(shape[axis]).is_Integer and int(expression(shape[axis])) == 1:
         raise Unstable("unprovable", f"'{node.name}' slices an axis of length 1")
-    if start is None or not isinstance(start, int) or start < 0 or step != 1:
+    if not isinstance(start, int) or start < 0 or step != 1:
         raise Unstable(
             "length-dependent", f"'{node.name}' takes a part of the mask that depends on the sequence length"
         )
@@ -104,13 +110,36 @@ def _slice(reader: Reader, node: Node) -> Form:
     return Form(irregular=f"the table '{source.name}'")
 
 
+def _tail(reader: Reader, node: Node, form: Form, axis: int) -> Form:
+    """The last positions of a table that is linear in them: as a bias, that is the table from its start.
+
+    The whole of the longest sequence is looked at instead of places far away.
+    """
+    source = node.args[0]
+    assert isinstance(source, Node)
+    length = expression(tensor_of(source).shape[axis])
+    grows = form.affine or bool(form.linear)
+    if not grows or not length.is_Integer or argument(node, 4, "step", 1) != 1 or form.lines or form.padding:
+        raise Unstable(
+            "length-dependent", f"'{node.name}' takes a part of the mask that depends on the sequence length"
+        )
+    reader.reading.tables.append(int(length))
+    reason = f"'{node.name}' takes the last positions of a table, how many depends on the sequence length"
+    return Form(
+        irregular=f"the table '{source.name}'",
+        linear=form.linear or f"'{source.name}'",
+        along=form.axes,
+        relative=("length-dependent", reason),
+    )
+
+
 def _select(reader: Reader, node: Node) -> Form:
     source, axis, index = node.args[0], node.args[1], node.args[2]
     assert isinstance(source, Node) and isinstance(axis, int)
     form, rank = reader.of(source), tensor_of(source).dim()
     gone = axis % rank - rank
-    used = {a for slopes, _ in (*form.lines, (form.slopes, 0.0)) for a, _ in slopes}
-    if gone in used or form.padding or form.irregular or form.linear or not isinstance(index, int):
+    used = form.axes | {axis for slopes, _ in form.lines for axis, _ in slopes}
+    if gone in used or form.padding or form.irregular or not isinstance(index, int):
         raise Unstable("unprovable", f"'{node.name}' takes one row of the mask")
     return _moved(form, lambda a: a if a > gone else a + 1)
 

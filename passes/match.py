@@ -62,6 +62,8 @@ ELEMENTWISE = frozenset(
         aten.add_.Tensor,
         aten.maximum.default,
         aten.minimum.default,
+        aten.max.other,
+        aten.min.other,
         aten.clamp.default,
         aten.clamp_min.default,
         aten.neg.default,

@@ -99,6 +99,7 @@ LINEAR = frozenset(
         aten.where.Scalar,
     }
 )
+JOINS = frozenset({aten.cat.default, aten.concat.default, aten.stack.default})
 # Elementwise too, but what they do to positions isn't followed: such masks are known only where they are looked at.
 OPAQUE_POINTWISE = frozenset(
     {
@@ -121,6 +122,7 @@ OPAQUE_POINTWISE = frozenset(
         aten.square.default,
         aten.pow.Tensor_Scalar,
         aten.pow.Scalar,
+        aten.pow.Tensor_Tensor,
         aten.clamp_max.default,
         aten.clamp.Tensor,
         aten.floor_divide.default,

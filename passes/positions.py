@@ -38,6 +38,7 @@ from .op_kinds import (
     COMPARISONS,
     ELEMENTWISE_OF_SCORES,
     FILLED,
+    JOINS,
     LINEAR,
     ONES,
     OPAQUE_POINTWISE,
@@ -159,6 +160,8 @@ class Reader:
             return self.triangle(node)
         if target is aten.index.Tensor:
             return self.lookup(node)
+        if target in JOINS and not any(form.positional or form.padding for form in inputs):
+            return Form()  # the slopes of a number of heads that isn't a power of two, say
         if target in COMPARISONS:
             return self.comparison(node)
         if target in SUMS or target in PRODUCTS or target in QUOTIENTS:
@@ -184,7 +187,11 @@ class Reader:
         reading_mask = (
             target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and self.of(node.args[1]).from_scores
         )
-        scored = [item for item in _operands(node) if isinstance(item, Node) and self.of(item).from_scores]
+        scored = [
+            item
+            for item in _operands(node)
+            if isinstance(item, Node) and not is_symbolic(value_of(item)) and self.of(item).from_scores
+        ]
         allowed = target in ELEMENTWISE_OF_SCORES or target in CASTS or target in SAME or target in LAYOUTS
         if (
             not allowed
@@ -237,7 +244,9 @@ class Reader:
             start = int(expression(start)) if expression(start).is_Integer else start
         if is_symbolic(start) and isinstance(step, int):  # a shift of all positions, which no linear bias shows
             self.reading.sources[node] = Form(slopes=((-1, step),), offsets=(0.0,))
-            return self.exact(node, Form(linear=f"'{node.name}'", shifted=True))
+            reason = f"'{node.name}' counts from a number that depends on the sequence length"
+            along = frozenset({-1})
+            return self.exact(node, Form(linear=f"'{node.name}'", along=along, relative=("length-dependent", reason)))
         if not isinstance(start, int) or not isinstance(step, int):
             raise Unstable(
                 "length-dependent", f"'{node.name}' counts from a number that depends on the sequence length"
@@ -253,19 +262,20 @@ class Reader:
         """``cumsum`` of a constant is a position."""
         base = self.of(node.args[0])
         axis = int(node.args[1]) % tensor_of(node).dim() - tensor_of(node).dim()  # type: ignore[arg-type]
-        if not base.constant or base.offsets is None or len(base.offsets) != 1 or not base.offsets[0].is_integer():
-            return (
-                Form(irregular=f"'{node.name}'", padding=base.padding)
-                if not base.padding
-                else self.refuse_padding(node)
+        if base.padding and not base.lines and not base.irregular:
+            self.reading.sources[node] = Form(slopes=((axis, 1),), offsets=(1.0,))  # as it counts without padding
+            self.reading.counted = True
+            reason = f"'{node.name}' adds up the padding mask, so what a key sees depends on all of it"
+            along = frozenset({axis})
+            return self.exact(
+                node, Form(linear=f"'{node.name}'", along=along, relative=("unprovable", reason), padding=True)
             )
+        if not base.constant or base.offsets is None or len(base.offsets) != 1 or not base.offsets[0].is_integer():
+            return Form(irregular=f"'{node.name}'", padding=base.padding)
         step = int(base.offsets[0])
         form = Form(slopes=((axis, step),), offsets=(float(step),)) if step else base
         self.reading.sources[node] = form
         return self.exact(node, form)
-
-    def refuse_padding(self, node: Node) -> Form:
-        raise Unstable("unprovable", f"'{node.name}' adds up the padding mask, so what a key sees depends on all of it")
 
     # ---- ops
 
@@ -340,24 +350,28 @@ class Reader:
         lines = frozenset().union(*(form.lines for form in forms))
         origin = next((form.linear for form in forms if form.linear), f"'{node.name}' ({target_of(node)})")
         padding = any(form.padding for form in forms)
-        shifted = any(form.shifted for form in forms)
-        linear = origin if grows else ""
-        return self.exact(node, Form(lines=lines, irregular=irregular, linear=linear, shifted=shifted, padding=padding))
+        result = Form(lines=lines, irregular=irregular, padding=padding)
+        if not grows:
+            return result
+        along = frozenset().union(*(form.axes for form in forms))
+        relative = next((form.relative for form in forms if form.relative), None)
+        return self.exact(node, replace(result, linear=origin, along=along, relative=relative))
 
     def magnitude(self, node: Node) -> Form:
         """``abs`` of a position is linear on either side of where it changes sign."""
         form = self.of(node.args[0])
         if not form.affine:
             return self.opaque(node)
-        return self.exact(node, Form(lines=lines_of(form), linear=f"'{node.name}' ({target_of(node)})"))
+        return self.exact(
+            node, Form(lines=lines_of(form), linear=f"'{node.name}' ({target_of(node)})", along=form.axes)
+        )
 
     def opaque(self, node: Node) -> Form:
         forms = [self.of(item) for item in _operands(node)]
-        if any(form.shifted for form in forms):
-            raise Unstable(
-                "length-dependent", f"'{node.name}' computes with positions that are counted from the sequence length"
-            )
-        positional = any(form.affine or form.linear or form.lines or form.irregular for form in forms)
+        relative = next((form.relative for form in forms if form.relative), None)
+        if relative is not None:
+            raise Unstable(*relative)
+        positional = any(form.positional for form in forms)
         origin = next((form.irregular or form.linear for form in forms if form.irregular or form.linear), "")
         scored = any(form.from_scores for form in forms)
         padding = any(form.padding for form in forms)
@@ -372,13 +386,7 @@ class Reader:
             return self.opaque(node)
         self.reading.triangles.append(node)
         edge: Line = (((-2, -1), (-1, 1)), -diagonal[0])
-        return Form(
-            lines=base.lines | {edge},
-            irregular=base.irregular,
-            linear=base.linear,
-            shifted=base.shifted,
-            padding=base.padding,
-        )
+        return replace(base, lines=base.lines | {edge}, offsets=None)
 
     def lookup(self, node: Node) -> Form:
         """``mask[rows, columns]`` with the plain positions as indices only rearranges the mask."""

@@ -40,7 +40,7 @@ REFUSED: dict[str, tuple[Bias, str]] = {
     "by the length": (lambda i, j, n: SLOPES * (j - i) / n, "arbitrary"),
     "window from the end": (
         lambda i, j, n: SLOPES * (j - i) + torch.where(torch.arange(1 - n, 1) > -5000, 0.0, -1.0),
-        "counted from the sequence length",
+        "counts from a number that depends",
     ),
 }
 
