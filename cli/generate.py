@@ -197,8 +197,11 @@ class StateFiles:
         self, artefact: Artefact, session: StepSession, runtime: str, *, load: Path | None, save: Path | None
     ) -> None:
         from ..lowering.state_file import load_state
+        from ..passes.errors import LincompileError
 
         self._specs, self._runtime, self._file, self._model = session.states, runtime, save, artefact.identity
+        if save is not None and not save.absolute().parent.is_dir():
+            raise LincompileError(f"--save-state {save}: the folder {save.parent} doesn't exist")
         self.loaded: SavedState | None = None
         if load is not None:
             self.loaded = load_state(

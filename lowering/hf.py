@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from ..passes.errors import ArtefactError, LincompileError
 from .generate import PREFILL_CHUNK, Prefilled
-from .package import Artefact, hf_config, open_artefact
+from .graph_file import weights_of
+from .package import Artefact, hf_config, open_artefact, save
 from .state_file import SavedState, load_state, running_hash, save_state
 
 try:
@@ -270,15 +271,37 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         return StateCache(saved.state.states, lengths, int(lengths.max()), saved.state.logits.to(self.device))
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Copies the artefact folder; ``from_pretrained`` opens the copy.
+        """Saves the artefact with the weights as they are now; ``from_pretrained`` opens the copy.
+
+        Untouched weights copy the folder as it is; trained ones are written anew, without ``onnx/`` and ``aot/``,
+        which hold the old ones.
 
         Raises:
-            ArtefactError: the folder exists and isn't empty.
+            ArtefactError: the folder exists and isn't empty, or can't be written.
         """
-        target = Path(save_directory)
+        target, source = Path(save_directory), self.artefact.directory
         if target.exists() and any(target.iterdir()):
             raise ArtefactError(f"{target} isn't empty: save to a new folder")
-        shutil.copytree(self.artefact.directory, target, dirs_exist_ok=True)
+        if self.artefact.holds(weights_of(self.program)):
+            shutil.copytree(source, target, dirs_exist_ok=True)
+            return
+        manifest = {key: value for key, value in self.artefact.manifest.items() if key != "files"}
+        manifest["notes"] = [*manifest.get("notes", []), "saved by transformers with weights changed since compilation"]
+        written = {"lincompile.json", "model.safetensors", "program.pt2", "report.html", "config.json"}
+        kept = [file for file in source.iterdir() if file.is_file() and file.name not in written]
+
+        def tokenizer(folder: Path) -> None:
+            for file in kept:
+                shutil.copy(file, folder)
+
+        save(
+            self.artefact.step,
+            target,
+            manifest=manifest,
+            tokenizer=tokenizer,
+            eos_ids=self.artefact.eos_ids,
+            vocab_size=manifest["vocab_size"],
+        )
 
 
 def from_pretrained(

@@ -346,6 +346,14 @@ class Artefact:
             weights[name] = weights[original]
         return read_graph(self.directory / PROGRAM, weights, set(self.manifest["parameter_names"]))
 
+    def holds(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether the weights file holds exactly these tensors (by the names the graph has for them)."""
+        from safetensors import safe_open
+
+        tied = self.manifest["tied"]
+        with safe_open(self.directory / WEIGHTS, framework="pt") as file:
+            return all(torch.equal(file.get_tensor(tied.get(name, name)), t.cpu()) for name, t in weights.items())
+
     @cached_property
     def tokenizer(self) -> TextCodec:
         """The tokenizer; a LincompileError where the artefact has none."""

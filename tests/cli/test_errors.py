@@ -155,6 +155,10 @@ def test_an_output_that_cant_be_written(cli: Run) -> None:
         (["--prompt-ids", "1", "--max-new-tokens", "-1"], "max_new_tokens must be"),
         (["--prompt-file", "missing.txt"], "missing.txt can't be read"),
         (["--prompt-ids", "1", "--runtime", "onnx"], "has no ONNX program: run 'lincompile export"),
+        (["--prompt-ids", "1", "--runtime", "aot"], "has no compiled package: run 'lincompile export"),
+        (["--prompt-ids", "1", "--load-state", "missing"], "there is no state file missing"),
+        (["--prompt-ids", "1", "--load-state", "small_model.py"], "small_model.py can't be read"),
+        (["--prompt-ids", "1", "--save-state", "no/such"], "--save-state no/such: the folder no doesn't exist"),
     ],
 )
 def test_bad_prompts_and_options(cli: Run, artefact: Path, arguments: list[str], message: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lincompile.lowering import package
+from lincompile.lowering.graph_file import weights_of
 from lincompile.passes.errors import LincompileError
 
 from .conftest import write_word_tokenizer
@@ -138,3 +139,44 @@ def test_padding_between_tokens_is_refused(model: hf.LincompileForCausalLM) -> N
             attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1]]),
             past_key_values=cache,
         )
+
+
+def test_it_trains_under_trainer_and_saves_what_it_learned(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = hf.from_pretrained(folder)
+    assert model.artefact.holds(weights_of(model.program))
+    model.requires_grad_(True)
+    rows = [{"input_ids": torch.tensor(PROMPT[0]), "labels": torch.tensor(PROMPT[0])}] * 8
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=4,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+    )
+
+    @torch.no_grad()
+    def loss(of: hf.LincompileForCausalLM) -> float:
+        return float(of(torch.tensor(PROMPT), labels=torch.tensor(PROMPT)).loss)
+
+    before = loss(model)
+    transformers.Trainer(model, arguments, train_dataset=rows).train()
+    model.eval()
+    after = loss(model)
+    assert after < before
+    model.save_pretrained(tmp_path / "copy")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    assert loss(again) == pytest.approx(after)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "copy")("w4")["input_ids"] == [4]
+    assert "changed since compilation" in again.artefact.manifest["notes"][-1]
+    with pytest.raises(LincompileError, match="isn't empty"):
+        model.save_pretrained(tmp_path / "copy")
+
+
+def test_the_program_compiles_as_one_graph(model: hf.LincompileForCausalLM) -> None:
+    compiled = torch.compile(model.program, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (7, 3):
+        tokens = torch.tensor(PROMPT)[:, :length]
+        inputs = (tokens, torch.arange(length)[None], torch.ones_like(tokens).bool(), *model.session.initial_states(1))
+        torch.testing.assert_close(compiled(*inputs)[0], model.program(*inputs)[0])
