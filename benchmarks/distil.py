@@ -66,7 +66,6 @@ def tokens_of(source: str, loaded: Any) -> Tensor:
 @torch.no_grad()
 def perplexity(graph: TrainingGraph, ids: Tensor, context: int, limit: int | None) -> dict[str, float]:
     """Non-overlapping windows, each predicting its tokens but the first; the last may be shorter."""
-    graph.autocast = None
     total, count = 0.0, 0
     for start in range(0, len(ids) if limit is None else min(limit, len(ids)), context):
         window = ids[start : start + context].long()[None].to(graph.device)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ..errors import LincompileError
-from ..graph import Builder, aten, finish, set_tensor, tensor_of
-from ..linearize import find_operands
+from ..graph import Builder, aten, finish, set_tensor, target_of, tensor_of
+from ..linearize import PROJECTIONS, find_operands
+from ..match import CONTRACTIONS
 from ..methods import LinearMethod, method_class
 from ..program import Program, content_nodes, is_lincompile_op
 
@@ -124,7 +125,9 @@ def unpadded(program: Program) -> TrainingGraph:
     """The program itself, for windows without padding."""
     twin = program.clone()
     autocast = _autocast(twin)
-    _simplify_softmax(twin, autocast, content_nodes(twin))
+    content = content_nodes(twin)
+    _simplify_softmax(twin, autocast, content)
+    _keep_positions_exact(twin, autocast, content)
     finish(twin.graph_module)
     return TrainingGraph(twin, {}, autocast)
 
@@ -137,6 +140,7 @@ def _instrument(
     autocast = _autocast(program)
     content = content_nodes(program)
     _simplify_softmax(program, autocast, content)
+    _keep_positions_exact(program, autocast, content)
     branches: dict[str, LinearMethod] = {}
     results: list[Node] = []
     for site, twin in zip(program.sites, student.sites, strict=True):
@@ -170,6 +174,32 @@ def _instrument(
         output.args = (tuple(results),)  # the head of the model isn't needed, and dead code goes
     finish(module)
     return TrainingGraph(program, branches, autocast)
+
+
+class Exact:
+    """An op that autocast leaves alone."""
+
+    def __init__(self, op: Callable[..., Any], device: str) -> None:
+        self.op, self.device = op, device
+        self.__name__ = self.__qualname__ = f"exact_{getattr(op, '__name__', 'op')}".replace(".", "_")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.device, enabled=False):
+            return self.op(*args, **kwargs)
+
+
+def _keep_positions_exact(program: Program, autocast: torch.dtype | None, content: set[Node]) -> None:
+    """Products that no token enters stay in their own dtype.
+
+    A rotary embedding's angles are a matrix product of positions and frequencies: in bfloat16, which counts no further
+    than 256, they would be wrong, and every attention with them.
+    """
+    if autocast is None:
+        return
+    device = next(program.graph_module.parameters()).device.type
+    for node in program.graph_module.graph.nodes:
+        if target_of(node) in CONTRACTIONS | PROJECTIONS and node not in content:
+            node.target = Exact(node.target, device)
 
 
 def _autocast(program: Program) -> torch.dtype | None:
