@@ -121,11 +121,17 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", {}),
     "qwen2-moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", {}),
     "qwen3-moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {}),
-    "qwen3-next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", {}),
     "deepseek-v3": (
         "DeepseekV3Config",
         "DeepseekV3ForCausalLM",
-        {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+        {
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "head_dim": 4,
+        }
         | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4},
     ),
     "lfm2": ("Lfm2Config", "Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}),
@@ -169,6 +175,8 @@ def build(name: str) -> nn.Module:
     settable = [k for k in TINY if hasattr(defaults, k) and not isinstance(getattr(config_class, k, None), property)]
     fields = {key: TINY[key] for key in settable}
     dropouts = ("dropout", "_pdrop", "_prob", "dropout_rate")
+    aliases = getattr(config_class, "attribute_map", {})
+    fields = {k: value for k, value in fields.items() if aliases.get(k) not in more}
     fields |= {k: 0.0 for k, value in vars(defaults).items() if k.endswith(dropouts) and type(value) is float}
     torch.manual_seed(0)
     model: nn.Module = getattr(transformers, model_name)(config_class(**(fields | more)))

@@ -2,14 +2,15 @@
 
     python benchmarks/passes_scale.py [LAYERS ...]   # default 8 16 32 64 80, into benchmarks/results/passes_scale.json
 
-Export (torch's own) is timed apart. Seconds are of the process's CPU, so that a busy machine doesn't show in them; the
-peak memory is the process's. The fit is a straight line through the passes' totals: ``linear_residual`` is its largest
-relative deviation, and a quadratic part would show there.
+Export (torch's own) is timed apart. Seconds are of the process's CPU, so that a busy machine shows less in them; the
+peak memory is the process's. ``exponent`` is the power of the number of layers that the passes' total grows with, from
+the smallest to the largest model: 1 is linear, below 1 is a fixed part that doesn't grow.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import resource
 import sys
@@ -18,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
@@ -86,15 +86,15 @@ def main(wanted: list[int]) -> None:
     for layers in wanted or LAYERS:
         rows.append(measure(layers))
         print(json.dumps(rows[-1]), flush=True)
-    if len(rows) < 3:
+    if len(rows) < 2:
         return
-    x, y = (np.array([row[key] for row in rows], dtype=float) for key in ("layers", "passes_seconds"))
-    slope, offset = np.polyfit(x, y, 1)
+    first, last = rows[0], rows[-1]
+    grown = last["passes_seconds"] / first["passes_seconds"]
+    exponent = math.log(grown) / math.log(last["layers"] / first["layers"])
     document = {
         "model": "Llama-3-70B shape, bfloat16, meta device",
         "rows": rows,
-        "seconds_per_layer": round(float(slope), 4),
-        "linear_residual": round(float(np.abs((slope * x + offset - y) / y).max()), 3),
+        "exponent": round(exponent, 2),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
         "machine": f"{platform.processor() or platform.machine()}, CPU seconds of one process",
         "torch": torch.__version__,
