@@ -235,7 +235,9 @@ def main(names: list[str]) -> int:
         except Exception as crash:
             failed += 1
             sites, kinds, reasons, error = "FAILED", "", f"{type(crash).__name__}: {str(crash).splitlines()[0]}", 0.0
-        rows.append((name, sites, kinds, reasons.replace("|", "\\|"), f"{error:.0e}" if kinds else ""))
+        rows.append(
+            (name, sites, kinds, reasons.replace("|", "\\|"), (f"{error:.0e}" if error else "0") if kinds else "")
+        )
         print(f"{time.monotonic() - started:5.1f}s", *rows[-1], sep=" | ", flush=True)
     if not names and not failed:
         OUT.write_text(page(rows), encoding="utf-8")
