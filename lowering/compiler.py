@@ -96,8 +96,8 @@ class Options:
         if self.adapter is not None:
             if self.attn == "softmax":
                 raise LincompileError("--adapter holds linear attention; with --attn softmax there is nothing to apply")
-            if self.tokens or self.time or self.train:
-                raise LincompileError("--adapter takes the place of training: leave out --tokens, --time and --train")
+            if (self.tokens or self.time or self.train) and self.distil is None:
+                raise LincompileError("to train on from an adapter, add --distil FILE; without, leave out the budget")
             if self.keep_softmax is not None and parse_keep(self.keep_softmax)[2]:
                 raise LincompileError("--adapter goes with sites already chosen: name them in --keep-softmax")
             if not Path(self.adapter).is_file():
@@ -246,8 +246,8 @@ def compile(
         checkpoint: file that distillation saves itself to and resumes from.
         options: ``attn``, ``quant``, ``keep_softmax``, ``rewrite_sliding``, ``alibi``, ``window``, ``distil`` (a text
             file, token ids, or ``hf:name``), ``tokens``, ``time`` (seconds), ``train``, ``adapter``, ``length``,
-            ``batch``, ``target``, ``device``, ``dtype``, ``seed``: as in the CLI. With an adapter, ``distil`` only
-            calibrates quantization.
+            ``batch``, ``target``, ``device``, ``dtype``, ``seed``: as in the CLI. With an adapter and no budget,
+            ``distil`` only calibrates quantization.
 
     Raises:
         LincompileError: anything that can't be done as asked; nothing is ever done silently instead.
@@ -360,7 +360,7 @@ def distil(
     transfer_options: Transfer | None,
     checkpoint: Path | None,
 ) -> tuple[Program, Distilled | None, Tensor | None]:
-    """Trains the student on the text asked for, or applies an adapter.
+    """Trains the student on the text asked for, or applies an adapter, or trains on from one (at a tenth of the rates).
 
     Returns:
         The student (another one where layers were chosen), what was done, and the text's token ids.
@@ -368,7 +368,9 @@ def distil(
     ids = None if asked.distil is None else read_tokens(asked.distil, loaded.tokenizer)
     if asked.adapter is not None:
         apply_adapter(Path(asked.adapter), teacher, student, source_hash=loaded.source_hash)
-        return student, None, ids
+        if not (asked.tokens or asked.time or asked.train):
+            return student, None, ids
+        transfer_options = transfer_options or Transfer().scaled(0.1)
     if ids is None:
         return student, None, None
     on_gpu = asked.device != "cpu"
@@ -405,7 +407,7 @@ def quantize(student: Program, asked: Options, ids: Tensor | None) -> Program:
         return student
     plan = plan_for(asked)
     calibration = None
-    if ids is not None:
+    if ids is not None and (asked.quant == "int6" or asked.quant.startswith("auto")):  # the others choose nothing
         length = min(256, student.max_positions or 256, ids.numel())
         windows = [
             ids[i * length : (i + 1) * length][None].to(asked.device)

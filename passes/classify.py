@@ -23,6 +23,7 @@ from .program import Program
 
 BASE_LENGTHS = (1, 2, 3, 7, 12, 33)
 NAMED_LIMIT = 700  # constants up to here are probed past densely, to name chunks, strides and prefixes
+BEND = 64  # a linear bias, and a mask beside one, may change its course up to here
 TABLE_LIMIT = 4096  # longest mask table looked at as a whole
 
 
@@ -117,13 +118,18 @@ def _name(findings: Findings, seen: list[Observation], probe: Probe) -> None:
 
 
 def _reach(reading: Reading, findings: Findings, limit: int) -> int:
-    """Up to where positions are looked at: a linear bias would pass for a mask where it falls below ``MASKED``."""
-    steepest = max((abs(slope) for slope in findings.slopes or ()), default=0.0)
-    if not reading.linear or not steepest:
+    """Up to where positions are looked at.
+
+    A linear bias grows until rounding hides a step in it, and until it passes for a mask (``MASKED``): so it is looked
+    at near 0, which is enough where everything bends near 0.
+    """
+    if not reading.linear:
         return limit
-    reach = min(limit, int(-0.8 * MASKED / steepest))
-    if any(4 * abs(offset) > reach for _, offset in reading.lines) or (reading.irregular and reach < limit):
-        raise Unstable("unprovable", "the mask changes further away than its bias can be told from a mask")
+    steepest = max((abs(slope) for slope in findings.slopes or ()), default=0.0)
+    reach = limit if reading.irregular else min(limit, 4 * BEND)
+    bends = max((abs(offset) for _, offset in reading.lines), default=0)
+    if bends > BEND or reach < min(limit, 4 * bends) or steepest * reach > -0.8 * MASKED:
+        raise Unstable("unprovable", "the mask or its bias changes further away than a step in the bias can be seen")
     return reach
 
 
@@ -304,10 +310,8 @@ def _bias_of(item: Observation) -> tuple[str, tuple[float, ...] | None]:
         ratio = (relative[:, head] / offset.expand_as(relative)[:, head].clamp(min=1))[usable[:, head]]
         slopes.append(ratio.median().item() if ratio.numel() else 0.0)
     line = torch.tensor(slopes)[None, :, None, None] * offset
-    tolerance = 1e-4 + 1e-5 * float(line.abs().max())
-    if torch.allclose(
-        torch.where(usable, line, torch.zeros(())), torch.where(usable, relative, torch.zeros(())), atol=tolerance
-    ):
+    straight = (line - relative).abs() <= 1e-5 + 1e-6 * line.abs()
+    if bool((straight | ~usable).all()):
         return "alibi", tuple(float(f"{s:.8g}") for s in slopes)
     by_distance = all(
         _constant(torch.diagonal(bias[b, h], o)[torch.diagonal(allowed[b, h], o)])
@@ -348,7 +352,7 @@ def find_padding(probe: Probe, findings: Findings, reading: Reading, lengths: li
 def _by_batch(allowed: Tensor, batch: int) -> Tensor:
     """``[1, B·H, T, S]`` of scores that fuse batch and heads, as ``[B, H, T, S]`` (heads first shows in the proof)."""
     fused = allowed.shape[0] == 1 and batch > 1 and allowed.shape[1] % batch == 0
-    return allowed.unflatten(1, (batch, -1))[0] if fused else allowed
+    return torch.unflatten(allowed, 1, (batch, -1))[0] if fused else allowed
 
 
 def _check_padding(probe: Probe, node: Node, plain_view: View, masked_view: object) -> None:

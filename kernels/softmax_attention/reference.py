@@ -138,7 +138,7 @@ def _banded_backward(
         span = slice(first * window, (first + blocks + 1) * window)
 
         def split(x: Tensor, rows: slice = rows, blocks: int = blocks) -> Tensor:
-            return group_heads(x[:, :, rows], kv_heads).unflatten(3, (blocks, window)).to(dtype)
+            return torch.unflatten(group_heads(x[:, :, rows], kv_heads), 3, (blocks, window)).to(dtype)
 
         def spread(x: Tensor, axis: int, span: slice = span) -> Tensor:
             """Overlapping stretches of two blocks as a new axis before the token axis."""

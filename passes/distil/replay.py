@@ -63,7 +63,7 @@ class Replayed:
     def _record(self, tokens: Tensor) -> None:
         self.graph, self.result, self.gradients = None, None, []  # frees the memory of another shape
         self.tokens = tokens.to(self.parameters[0].device, copy=True)
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):

@@ -8,7 +8,7 @@ LoLCATs, arXiv 2410.10254, and LAWCAT, arXiv 2509.18467, with a relative error i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,12 @@ class Transfer(LoopOptions):
     gate_rate: float = 3e-2
     bias_rate: float = 3e-1
     compile: bool = False
+
+    def scaled(self, factor: float) -> Transfer:
+        """All rates times ``factor``: for a student that has been trained already."""
+        return replace(
+            self, rate=self.rate * factor, gate_rate=self.gate_rate * factor, bias_rate=self.bias_rate * factor
+        )
 
     def rate_of(self, name: str) -> float:
         """Peak rate of a parameter, by its name within its attention module."""

@@ -16,8 +16,9 @@ FIGURES = {
     "parameters_added": 2_345,
     "sites": {"found": 4, "proved": 4, "rewritten": 4},
     "bytes": {"float32": 4_000_000, "float16": 2_000_000, "ideal_6_bits": 750_000, "on_disk": 900_000},
-    "layer_errors": {f"layer.{i}": {"before": 1.0 + i, "after": 0.25 * i} for i in range(4)},
+    "layer_errors": {f"layer.{i}": {"before": 1.0 + i, "adapter": 0.5, "after": 0.25 * i} for i in range(4)},
     "distillation": {"seconds": 30.0, "tokens": 4096, "steps": 16},
+    "adapter": {"tokens": 5_000_000, "seconds": 78, "gpu": "GPU"},
     "perplexity": {name: {"perplexity": value, "nll": 1.0, "tokens": 511} for name, value in PERPLEXITIES.items()},
     "speed": {"teacher": SPEED, "student": SPEED},
     "state_bytes": {"8192": 3_300_000, "32768": 3_300_000},
@@ -40,7 +41,7 @@ def test_tables_show_every_figure_and_the_honest_ratio(capfd: pytest.CaptureFixt
         "3.3 MB state",
         "+ 2,345",
         "Hello ⏎ world [bold]",
-        "2.5 times the teacher's",
+        "2.50 times the teacher's",
         "--distil YOUR_TEXT.txt",
     ):
         assert text in shown, text
@@ -50,5 +51,5 @@ def test_tables_show_every_figure_and_the_honest_ratio(capfd: pytest.CaptureFixt
 def test_the_text_ships_and_nothing_held_out_is_trained_on() -> None:
     train, held_out = (file.read_text(encoding="utf-8") for file in (demo.TRAIN, demo.HELD_OUT))
     paragraphs = {text for text in held_out.split("\n\n") if len(text) > 80}
-    assert len(paragraphs) > 100
+    assert len(paragraphs) > 50
     assert not paragraphs & set(train.split("\n\n"))

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from distil_models import LENGTH, linear, proved, text, windows
+from distil_models import LENGTH, linear, mean, proved, text, windows
 
 import lincompile
 from lincompile.lowering.compiler import Options
 from lincompile.passes.distil.adapter import save_adapter
 from lincompile.passes.distil.logits import LogitDistillation, distil_logits
+from lincompile.passes.distil.transfer import Errors, Transfer, transfer
 from lincompile.passes.errors import LincompileError
 
 
@@ -48,6 +49,7 @@ def test_layer_choice_and_logit_distillation_reach_the_manifest(tmp_path: Path) 
 def test_an_adapter_takes_the_place_of_training(tmp_path: Path) -> None:
     teacher = proved()
     student = linear(teacher)
+    transfer(teacher, student, windows(), Transfer(steps=25))
     distil_logits(teacher, student, windows(), LogitDistillation(steps=5, train="lora:2"))
     file = tmp_path / "a.safetensors"
     save_adapter(file, teacher, student, record={"tokens": 480})
@@ -58,6 +60,12 @@ def test_an_adapter_takes_the_place_of_training(tmp_path: Path) -> None:
         assert (compiled.program(tokens) - trained).norm() < 0.05 * (untrained - trained).norm()
     assert compiled.manifest()["adapter"] == {"file": "a.safetensors", "tokens": 480}
     assert not any("not distilled" in note for note in compiled.notes)
+    further = lincompile.compile(
+        model(), example={"idx": zoo.tokens()}, adapter=str(file), distil=text(), tokens=4 * LENGTH, length=LENGTH
+    )
+    assert further.transfer is not None and further.transfer.steps == 4
+    fresh = Errors(teacher, linear(teacher)).by_path(windows().measure(4))
+    assert mean(further.transfer.before) < 0.95 * mean(fresh)  # it began where the adapter ended
 
 
 @pytest.mark.parametrize(
@@ -66,7 +74,7 @@ def test_an_adapter_takes_the_place_of_training(tmp_path: Path) -> None:
         ({"keep_softmax": "auto:2"}, "auto:N chooses layers by what they are worth after training: add --distil FILE"),
         ({"train": "some"}, "--train some: write none, full, or lora:R"),
         ({"adapter": "missing"}, "the adapter missing doesn't exist"),
-        ({"adapter": "a", "time": 5.0}, "--adapter takes the place of training"),
+        ({"adapter": "a", "time": 5.0}, "to train on from an adapter, add --distil FILE"),
         ({"adapter": "a", "attn": "softmax"}, "--adapter holds linear attention"),
         ({"adapter": "a", "keep_softmax": "auto:1", "distil": "t"}, "--adapter goes with sites already chosen"),
     ],
