@@ -4,8 +4,9 @@
         --adapter lawcat.safetensors --json benchmarks/results/distil-lawcat.json
 
 TEXT is a .npy of token ids, a .json list of documents, or anything the CLI's --distil takes. Perplexity is over
-non-overlapping windows without BOS (as ``lincompile eval``), in float32, teacher and student by the same code; the
-student measured is one rebuilt from the adapter, where one is written.
+non-overlapping windows without BOS (as ``lincompile eval``), in float32 on a CPU and with bfloat16 products on a GPU,
+teacher and student by the same code; the student measured is one rebuilt from the adapter, where one is written.
+With --evaluate ADAPTER nothing is trained.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--attn", default="lawcat")
     parser.add_argument("--keep-softmax", default=None, help="as in the CLI; auto:N chooses by KL after the transfer")
-    parser.add_argument("--train", required=True)
+    parser.add_argument("--train", help="text to train on; leave it out to measure --evaluate")
+    parser.add_argument("--evaluate", type=Path, metavar="ADAPTER", help="only measure what an adapter makes")
     parser.add_argument("--eval", action="append", default=[], metavar="NAME=TEXT")
     parser.add_argument("--transfer-seconds", type=float, default=120)
     parser.add_argument("--logit-seconds", type=float, default=240)
@@ -129,16 +131,29 @@ def main() -> None:
     automatic = int(keep[5:]) if keep and keep.startswith("auto:") else 0
     options = Options(attn=asked.attn, keep_softmax=None if automatic else keep, window=asked.window, seed=asked.seed)
     student = rewrite(teacher, options)
-    ids = tokens_of(asked.train, loaded)
+    if (asked.train is None) == (asked.evaluate is None):
+        parser.error("give --train TEXT, or --evaluate ADAPTER")
     texts = {name: tokens_of(path, loaded) for name, path in (item.split("=", 1) for item in asked.eval)}
-    say(f"rewritten; {len(ids):,} tokens to train on, {', '.join(f'{len(v):,} of {k}' for k, v in texts.items())}")
+    say(f"rewritten; {', '.join(f'{len(v):,} tokens of {k}' for k, v in texts.items())}")
 
-    result: dict[str, Any] = {"command": " ".join(sys.argv), "options": vars(asked) | {"json": str(asked.json)}}
-    result["options"]["adapter"] = str(asked.adapter) if asked.adapter else None
+    result: dict[str, Any] = {
+        "command": " ".join(sys.argv),
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(asked).items()},
+    }
     result["versions"] = versions(asked.device)
     result["teacher"] = evaluate(unpadded(teacher), texts, asked.context, asked.limit)
     say(f"teacher {summary(result['teacher'])}")
+    if asked.evaluate:
+        result["adapter"] = apply_adapter(asked.evaluate, teacher, student, source_hash=loaded.source_hash)
+        result["student"] = evaluate(instead(teacher, student), texts, asked.context, asked.limit)
+        say(f"student {summary(result['student'], result['teacher'])}")
+        write(asked.json, result)
+        ablate(result, teacher, student, texts, asked)
+        write(asked.json, result)
+        return
 
+    ids = tokens_of(asked.train, loaded)
+    say(f"{len(ids):,} tokens to train on")
     data = TokenWindows(ids, asked.length, asked.transfer_batch, asked.seed, held_out=0.005)
     chosen = Transfer(steps=1 << 30, seconds=asked.transfer_seconds, compile=asked.compile != "none")
     moved = transfer(teacher, student, data, chosen, progress=progress("transfer"))
@@ -176,16 +191,23 @@ def main() -> None:
     result["student"] = evaluate(instead(teacher, student), texts, asked.context, asked.limit)
     say(f"student {summary(result['student'], result['teacher'])}")
     write(asked.json, result)
-    if asked.window:
-        result["ablations"] = {}
-        for name, far, near in (("window only", 0, 1), ("linear only", 1, 0), ("no attention", 0, 0)):
-            with shares_times(far, near):
-                result["ablations"][name] = evaluate(
-                    instead(teacher, student), texts, asked.context, asked.limit or ABLATION_TOKENS
-                )
-            say(f"{name} {summary(result['ablations'][name])}")
+    ablate(result, teacher, student, texts, asked)
     result["seconds"] = time.monotonic() - BEGAN
     write(asked.json, result)
+
+
+def ablate(
+    result: dict[str, Any], teacher: Program, student: Program, texts: dict[str, Tensor], asked: argparse.Namespace
+) -> None:
+    """What the window and the linear attention do alone, where there are both."""
+    if not asked.window:
+        return
+    result["ablations"] = {}
+    for name, far, near in (("window only", 0, 1), ("linear only", 1, 0), ("no attention", 0, 0)):
+        with shares_times(far, near):
+            limit = asked.limit or ABLATION_TOKENS
+            result["ablations"][name] = evaluate(instead(teacher, student), texts, asked.context, limit)
+        say(f"{name} {summary(result['ablations'][name])}")
 
 
 @contextlib.contextmanager
