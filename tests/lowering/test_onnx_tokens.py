@@ -84,3 +84,11 @@ def test_greedy_tokens_equal_torch(trained: Program, scheme: str, tmp_path: Path
         logits, _ = session(tokens, positions, torch.ones_like(tokens).bool(), session.initial_states(1))
         chosen = logits[0, len(prompt) - 1 :].argmax(-1)
         assert int((chosen == torch.tensor(continuation)).sum()) >= NEW - 2
+
+
+def test_int6_means_float_activations_for_onnx_only() -> None:
+    from lincompile.lowering.compiler import Options, plan_for
+
+    assert plan_for(Options(quant="int6", target="onnx")) == "w6a16"
+    assert plan_for(Options(quant="int6")) == "int6"
+    assert plan_for(Options(quant="w6a8", target="onnx")) == "w6a8"
