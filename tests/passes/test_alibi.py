@@ -33,8 +33,9 @@ SPELLINGS: dict[str, Bias] = {
 }
 REFUSED: dict[str, tuple[Bias, str]] = {
     "starts at 300": (lambda i, j, n: SLOPES * (j - i + 300).clamp(max=0), "toeplitz"),
-    "kink at 3000": (lambda i, j, n: SLOPES * torch.where(i - j < 3000, j - i, 2 * (j - i)), "per-head"),
-    "kink at 8000": (lambda i, j, n: SLOPES * torch.where(i - j < 8000, j - i, 2 * (j - i)), "further away than its"),
+    "kink at 3000": (lambda i, j, n: SLOPES * torch.where(i - j < 3000, j - i, 2 * (j - i)), "further away"),
+    "step at 3000": (lambda i, j, n: SLOPES * (j - i) + torch.where(i - j < 3000, 0.0, 0.01), "further away"),
+    "step at 40": (lambda i, j, n: SLOPES * (j - i) + torch.where(i - j < 40, 0.0, 0.002), "position bias"),
     "squared": (lambda i, j, n: -SLOPES * ((i - j) * (i - j)), "toeplitz"),
     "rounded": (lambda i, j, n: (SLOPES * (j - i)).bfloat16().float(), "which rounds them"),
     "by the length": (lambda i, j, n: SLOPES * (j - i) / n, "arbitrary"),
