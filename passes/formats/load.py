@@ -103,6 +103,8 @@ def _load_path(path: Path, model: str | None, example: Example | None, options: 
         from .gguf_file import load_gguf
 
         return load_gguf(path, options, example)
+    if found == "safetensors" and model is None and (path.resolve().parent / "lincompile.json").is_file():
+        raise ModelLoadError(f"{path}: the weights of a compiled model; use 'lincompile generate {path.parent}'")
     if found in {"state_dict", "safetensors"} and model is None and _configured(path):
         return load_file(path, found, dataclasses.replace(options, meta=False), example)
     if found in {"pt2", "torchscript"}:

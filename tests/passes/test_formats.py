@@ -69,10 +69,13 @@ def test_missing_file_and_folders_without_a_model(tmp_path: Path) -> None:
     assert "without config.json" in refusal(tmp_path)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     assert "give one of its files: a.gguf" in refusal(tmp_path)
-    (tmp_path / "lincompile.json").write_text("{}")
-    assert "already compiled" in refusal(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "adapter without its base model" in refusal(tmp_path)
+    (tmp_path / "lincompile.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "lincompile"}')  # an artefact has one too
+    assert "already compiled" in refusal(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert "the weights of a compiled model" in refusal(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.7, 0.99])
