@@ -243,6 +243,8 @@ def build(program: Program, candidate: Candidate, findings: Findings) -> Replace
             raise Unsupported(f"ALiBi in {tensor_of(q).dtype}: positions need float32; load the model in float32")
         if findings.counted and key_padding is None:
             raise Unsupported("ALiBi counts the real tokens, but nothing masks the others")
+        if len(findings.slopes) not in (1, heads):
+            raise Unsupported(f"{len(findings.slopes)} ALiBi slopes (batch and heads in one axis?) for {heads} heads")
         counted = key_padding if findings.counted else None
         q, k = with_positions(q, k, findings.slopes, float(findings.scale), counted, make)
     op = make(
