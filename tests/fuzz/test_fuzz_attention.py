@@ -363,6 +363,11 @@ FOUND = {
         PLAIN,
     ],
     "a plain site after one with other probabilities": [replace(PLAIN, after="add"), PLAIN],
+    # one slope was counted for every batch row's heads
+    "ALiBi over batch and heads in one axis": [
+        PLAIN,
+        Spec("bmm", 2, "expand", None, "fill", 0.5, "tensor", "alibi", "log", "none"),
+    ],
 }
 
 
