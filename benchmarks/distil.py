@@ -1,7 +1,7 @@
 """Distils a model to linear attention on a GPU and measures it: loads, proves, rewrites, transfers, distils, evaluates.
 
     python benchmarks/distil.py MODEL --train TEXT --eval NAME=TEXT --transfer-seconds 120 --logit-seconds 240 \
-        --adapter lawcat.safetensors --json benchmarks/results/distil-lawcat.json
+        --adapter lawcat.safetensors --json distil-lawcat.json
 
 TEXT is a .npy of token ids, a .json list of documents, or anything the CLI's --distil takes. Perplexity is over
 non-overlapping windows without BOS (as ``lincompile eval``), in float32 on a CPU and with bfloat16 products on a GPU,
