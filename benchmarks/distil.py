@@ -42,6 +42,7 @@ from lincompile.passes.pipeline import Pipeline
 from lincompile.passes.program import Program
 
 ABLATION_TOKENS = 40_960  # of each text
+RESERVE = 30.0  # seconds for the adapter and the evaluation after it
 BEGAN = time.monotonic()
 
 
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--eval", action="append", default=[], metavar="NAME=TEXT")
     parser.add_argument("--transfer-seconds", type=float, default=120)
     parser.add_argument("--logit-seconds", type=float, default=240)
+    parser.add_argument("--until", type=float, help="cut the second stage short so that all is written by this second")
     parser.add_argument("--mode", default="lora:16", help="full or lora:R")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--transfer-batch", type=int, default=8)
@@ -175,9 +177,10 @@ def main() -> None:
 
     data = TokenWindows(ids, asked.logit_length or asked.length, asked.batch, asked.seed + 1, held_out=0.005)
     rates = {} if asked.rate is None else {"rate": asked.rate, "lora_rate": asked.rate}
-    stage = LogitDistillation(
-        steps=1 << 30, seconds=asked.logit_seconds, train=asked.mode, compile=asked.compile, **rates
-    )
+    seconds = asked.logit_seconds
+    if asked.until is not None:
+        seconds = max(0.0, min(seconds, asked.until - (time.monotonic() - BEGAN) - RESERVE))
+    stage = LogitDistillation(steps=1 << 30, seconds=seconds, train=asked.mode, compile=asked.compile, **rates)
     learnt = distil_logits(teacher, student, data, stage, progress=progress("logits"), note=say)
     result["logits"] = thin(asdict(learnt))
     say(f"logits: KL {learnt.before:.3f} -> {learnt.after:.3f}, {learnt.tokens:,} tokens, {learnt.seconds:.0f} s")
