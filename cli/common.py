@@ -38,7 +38,7 @@ def count(value: str) -> int:
     """A positive whole number, with an optional K, M or G: ``20M``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)", value.strip().lower())
     number = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2]] if match else 0.0
-    if number < 1 or number != int(number):
+    if not 1 <= number < 1 << 53 or number != int(number):
         raise click.BadParameter(f"'{value}' isn't a positive whole number such as 4096, 500K or 20M")
     return int(number)
 

@@ -90,7 +90,7 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
     default="none",
     show_default=True,
     callback=quant_option,
-    metavar="none|int6|w6a6|w6a8|w8a8|auto:BITS",
+    metavar="none|int6|w6a6|w6a8|w6a16|w8a8|auto:BITS",
     help="int6 = six-bit weights, activations per layer.",
 )
 @click.option("--distil", metavar="FILE|hf:NAME", help="Text to distil on (.txt, .jsonl, .parquet, .npy of ids).")
@@ -207,7 +207,10 @@ def print_summary(compiled: Compiled, folder: Path) -> None:
         f"[bold]{folder}[/bold]: {human_bytes(bytes_on_disk(folder))}, {compiled.teacher.parameters:,} parameters"
     )
     if sites:
-        out.print(f"{len(rewritten)} of {len(sites)} attention sites are {compiled.options.attn}")
+        window = f" beside a window of {compiled.options.window}" if compiled.options.window and rewritten else ""
+        what = "stay" if compiled.options.attn == "softmax" else "are"
+        count = len(sites) if compiled.options.attn == "softmax" else len(rewritten)
+        out.print(f"{count} of {len(sites)} attention sites {what} {compiled.options.attn}{window}")
     for site in sites:
         if site.method == "softmax" and compiled.options.attn != "softmax":
             out.print(f"  [yellow]{site.path}[/] stays softmax: {site.reason}")
@@ -225,4 +228,5 @@ def print_summary(compiled: Compiled, folder: Path) -> None:
         )
     if compiled.step.states:
         out.print(f"state per sequence at 32,768 tokens: {human_bytes(compiled.step.state_bytes(1, 32768))}")
-        out.print(f"next: lincompile generate {folder} --prompt 'The capital of France is'", soft_wrap=True)
+        prompt = "--prompt-ids 1,2,3" if compiled.loaded.tokenizer is None else "--prompt 'The capital of France is'"
+        out.print(f"next: lincompile generate {folder} {prompt}", soft_wrap=True)

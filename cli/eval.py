@@ -115,4 +115,5 @@ def _teacher(
     else:
         ids = codec_of(loaded.tokenizer).encode(text)
     program = common.captured(loaded)
-    return logits_of_program(program), ids, loaded.max_positions
+    limits = [limit for limit in (loaded.max_positions, program.max_positions) if limit is not None]
+    return logits_of_program(program), ids, min(limits, default=None)

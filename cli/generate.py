@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 = greedy.")
 @click.option("--top-k", type=int, default=0, help="Choose among the K likeliest (0 = all).")
 @click.option("--top-p", type=float, default=1.0, help="Choose among the likeliest that make up P.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option(
     "--save-state", type=click.Path(path_type=Path), help="File for the state after the prompt (a prompt cache)."
 )
@@ -140,7 +140,10 @@ def command(
                 "decode_tokens_per_second": result.decode_tokens_per_second,
             }
         )
-    elif verbose:
+        return
+    if result.finish[0] == "max_positions":
+        common.note(f"stopped at the model's {session.max_positions} positions")
+    if verbose:
         common.note(
             f"{result.prompt_tokens[0]} prompt tokens at {result.prefill_tokens_per_second:.0f}/s, "
             f"{len(result.tokens[0])} new at {result.decode_tokens_per_second:.1f}/s, ended by {result.finish[0]}"
@@ -157,7 +160,10 @@ def _prompt(
         if chat:
             raise click.UsageError("--chat needs text: give --prompt or --prompt-file")
         try:
-            return [int(item) for item in ids.split(",") if item.strip()], ids
+            numbers = [int(item) for item in ids.split(",") if item.strip()]
+            if big := [number for number in numbers if abs(number) >= 1 << 31]:
+                raise click.UsageError(f"--prompt-ids: {big[0]} is no token id")
+            return numbers, ids
         except ValueError:
             raise click.UsageError(f"--prompt-ids '{ids}': write whole numbers separated by commas") from None
     if file is not None:
@@ -196,12 +202,14 @@ class StateFiles:
     def __init__(
         self, artefact: Artefact, session: StepSession, runtime: str, *, load: Path | None, save: Path | None
     ) -> None:
-        from ..lowering.state_file import load_state
+        from ..lowering.state_file import is_state_file, load_state
         from ..passes.errors import LincompileError
 
         self._specs, self._runtime, self._file, self._model = session.states, runtime, save, artefact.identity
         if save is not None and not save.absolute().parent.is_dir():
             raise LincompileError(f"--save-state {save}: the folder {save.parent} doesn't exist")
+        if save is not None and save.exists() and not is_state_file(save):
+            raise LincompileError(f"--save-state {save}: the file exists and is no state file: give another name")
         self.loaded: SavedState | None = None
         if load is not None:
             self.loaded = load_state(

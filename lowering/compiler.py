@@ -297,6 +297,9 @@ def compile(
                     "--quant w6a8 decodes faster and in less memory, and can differ from torch at near ties"
                 )
             student = quantize(student, asked, ids)
+            remark = student.metadata["quantization"].get("choice", {}).get("note", "")
+            if remark.startswith("no calibration"):
+                notes.append(f"{asked.quant}: {remark}; --distil FILE calibrates")
             step = redeployed(student, step)
     if asked.target == "triton":
         with _timed(say, times, "lower"):

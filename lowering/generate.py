@@ -240,6 +240,10 @@ class Sampling:
             raise LincompileError(f"top_k must be 0 (off) or a positive count, not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise LincompileError(f"top_p must be above 0 and at most 1 (off), not {self.top_p}")
+        if self.temperature == 0 and (self.top_k > 1 or self.top_p < 1):
+            raise LincompileError(
+                "temperature 0 is greedy, and top_k and top_p change nothing then: give a temperature"
+            )
 
 
 def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:

@@ -376,6 +376,17 @@ class Artefact:
         return generate(self.session, prompts, max_new_tokens, **{"eos_ids": self.eos_ids, **options})
 
 
+# What opening and running read without asking; a manifest edited by hand may lack it.
+MANIFEST_TYPES: dict[str, type] = {
+    "files": dict,
+    "states": list,
+    "windows": dict,
+    "eos_ids": list,
+    "parameter_names": list,
+    "tied": dict,
+}
+
+
 def open_artefact(directory: Path | str, *, device: str | torch.device = "cpu", verify: bool = True) -> Artefact:
     """Opens an artefact folder.
 
@@ -404,6 +415,9 @@ def open_artefact(directory: Path | str, *, device: str | torch.device = "cpu", 
         raise ArtefactError(
             f"{directory} has format version {version}, this lincompile reads {FORMAT_VERSION}: upgrade lincompile"
         )
+    broken = [name for name, kind in MANIFEST_TYPES.items() if not isinstance(manifest.get(name), kind)]
+    if broken:
+        raise ArtefactError(f"{file} is damaged: '{broken[0]}' is missing or isn't what it should be; compile again")
     for name, record in manifest["files"].items():
         _check_file(directory / name, record, verify)
     return Artefact(directory, manifest, torch.device(device))

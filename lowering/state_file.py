@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,14 @@ def save_state(path: Path | str, saved: SavedState, specs: Sequence[StateSpec]) 
         "hashes": saved.hashes,
         "complete": saved.complete,
     }
+    if path.exists() and not is_state_file(path):
+        raise LincompileError(f"{path} exists and is no state file: give another name")
     temporary: str | None = None
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
         os.close(handle)
         plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        header["content"] = _content(plain)
         save_file(plain, temporary, metadata={_KEY: json.dumps(header)})
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
@@ -110,6 +113,26 @@ def save_state(path: Path | str, saved: SavedState, specs: Sequence[StateSpec]) 
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
     return path
+
+
+def is_state_file(path: Path) -> bool:
+    """Whether a file is one that :func:`save_state` wrote."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors' names and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_state(
@@ -152,6 +175,8 @@ def load_state(
     if batch is not None and lengths.shape[0] != batch:
         raise LincompileError(f"{path} holds {lengths.shape[0]} sequences, {batch} are wanted")
     states = [_checked(path, spec, tensors[_tensor_name(spec)], lengths.shape[0]).to(device) for spec in specs]
+    if header.get("content") != _content(tensors):
+        raise ArtefactError(f"{path} is damaged: its states don't match their hash; save it again")
     prefilled = Prefilled(tensors[_LOGITS], states, lengths)
     return SavedState(prefilled, model, runtime, list(header["hashes"]), bool(header["complete"]))
 

@@ -33,9 +33,18 @@ LONGEST = 12  # length of the tables compared
 
 
 def sequence_symbol(tokens: Node) -> str:
-    """Name of the size symbol of the sequence axis."""
-    symbols = symbols_in(tensor_of(tokens).shape[1])
-    assert len(symbols) == 1
+    """Name of the size symbol of the sequence axis.
+
+    Raises:
+        RefusedError: the captured graph takes sequences of one length only.
+    """
+    length = tensor_of(tokens).shape[1]
+    symbols = symbols_in(length)
+    if len(symbols) != 1:
+        raise RefusedError(
+            f"the captured graph takes exactly {length} tokens (something in the model fixes the length of "
+            f"'{tokens.name}'), so it can't read prompts: make that part work at any length"
+        )
     return next(iter(symbols))
 
 

@@ -130,6 +130,11 @@ def _mixes(node: Node, content: set[Node], sequence: str) -> str | None:
         axis = int(argument(node, 1, "dim", 0)) % tensor_of(node).dim()
         whole = expression(tensor_of(node).shape[axis]) == expression(tensor_of(node.args[0]).shape[axis])
         return f"{what} moves tokens" if axis in _axes(per_token[0], sequence) and not whole else None
+    if target is aten.index_select.default:
+        axis = int(argument(node, 1, "dim")) % tensor_of(node.args[0]).dim()
+        return f"{what} picks tokens by position" if axis in _axes(per_token[0], sequence) else None
+    if target is aten.embedding.default and node.args[0] in content:
+        return f"{what} looks up in a table made from tokens"
     if target in (aten.conv1d.default, aten.conv2d.default):
         kernel = tensor_of(node.args[1]).shape[2:]
         return None if all(int(n) == 1 for n in kernel) else f"{what} reaches other tokens"

@@ -41,6 +41,16 @@ def _sites(student: Program) -> dict[str, str]:
     return {s.path: s.method + (f"+{window[s.path]}" if window[s.path] else "") for s in student.sites}
 
 
+def _options(sites: dict[str, str]) -> str:
+    """The options that make these sites."""
+    kept = [str(index) for index, method in enumerate(sites.values()) if method == "softmax"]
+    attn, _, window = next((m for m in sites.values() if m != "softmax"), "softmax").partition("+")
+    options = f"--attn {attn}"
+    if window:
+        options += f" --window {window}"
+    return options + (f" --keep-softmax {','.join(kept)}{',' if len(kept) == 1 else ''}" if kept else "")
+
+
 def save_adapter(
     path: Path,
     teacher: Program,
@@ -100,10 +110,8 @@ def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash
     sites = json.loads(metadata["sites"])
     if sites != _sites(student):
         methods = sorted(set(sites.values()))
-        kept = sum(method == "softmax" for method in sites.values())
         raise LincompileError(
-            f"the adapter {path} is for {len(sites)} sites with {', '.join(methods)} ({kept} softmax): "
-            "give the same --attn, --window and --keep-softmax"
+            f"the adapter {path} is for {len(sites)} sites with {', '.join(methods)}: give {_options(sites)}"
         )
     own_parameters(student, teacher)
     parameters = dict(student.graph_module.named_parameters(remove_duplicate=False))
@@ -137,7 +145,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         raise LincompileError(f"the adapter {path} is damaged or isn't a safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
-        raise LincompileError(f"{path} isn't an adapter of this version ({FORMAT})")
+        what = "holds no adapter" if "format" not in metadata else f"is an adapter of format {metadata['format']}"
+        raise LincompileError(f"{path} {what}; this version reads {FORMAT}")
     return tensors, metadata
 
 

@@ -174,6 +174,8 @@ def change_manifest(folder: Path, **values: Any) -> None:
         (lambda f: (f / "lincompile.json").unlink(), "isn't a lincompile artefact"),
         (lambda f: (f / "lincompile.json").write_text("[]"), "no format_version"),
         (lambda f: change_manifest(f, format_version=99), "format version 99, .* upgrade lincompile"),
+        (lambda f: (f / "lincompile.json").write_text('{"format_version": 1}'), "is damaged: 'files' is missing"),
+        (lambda f: change_manifest(f, states=None), "is damaged: 'states' is missing"),
     ],
 )
 def test_damage_is_named(toy: SimpleNamespace, tmp_path: Path, damage: Any, message: str) -> None:

@@ -97,6 +97,8 @@ def damaged(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path
         (lambda file: file.write_bytes(file.read_bytes().replace(b'version\\": 1', b'version\\": 9')), "version 9"),
         (damaged(lambda tensors: tensors.pop("logits")), "lacks 'logits'"),
         (damaged(lambda tensors: tensors.update({"state.0.state": torch.zeros(1, 2)})), "'0.state' is"),
+        (damaged(lambda tensors: tensors["logits"].neg_()), "don't match their hash"),
+        (damaged(lambda tensors: tensors["lengths"].add_(1)), "don't match their hash"),
     ],
 )
 def test_damaged_files(artefact: package.Artefact, tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
@@ -104,6 +106,14 @@ def test_damaged_files(artefact: package.Artefact, tmp_path: Path, spoil: Callab
     spoil(file)
     with pytest.raises(ArtefactError, match=message):
         artefact.load_state(file)
+
+
+def test_other_files_are_not_overwritten(artefact: package.Artefact) -> None:
+    weights = artefact.directory / "model.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(LincompileError, match="exists and is no state file"):
+        artefact.save_state(weights, read(artefact, PROMPT), [PROMPT])
+    assert weights.read_bytes() == before
 
 
 def test_states_of_something_else(artefact: package.Artefact, tmp_path: Path) -> None:
