@@ -1,6 +1,6 @@
 """A small language model over bytes in plain PyTorch: no Hugging Face code, nothing that lincompile knows by name.
 
-    cd examples && lincompile nano:build --attn lawcat --quant w6a8 -o nano-linear
+cd examples && lincompile nano:build --attn lawcat --quant w6a8 -o nano-linear
 """
 
 from __future__ import annotations

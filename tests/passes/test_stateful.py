@@ -18,7 +18,7 @@ from lincompile.passes.identity import ProveAttention
 from lincompile.passes.linearize import LinearizeAttention
 from lincompile.passes.pipeline import Pipeline
 from lincompile.passes.program import Program
-from lincompile.passes.stateful import StepProgram, make_stateful
+from lincompile.passes.stateful import StepProgram, make_full, make_stateful
 
 Proved = Callable[[str], SimpleNamespace]
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -203,7 +203,6 @@ MIXERS: dict[str, Callable[[Tensor], Tensor]] = {
     "far-norm": lambda x: x * (1 + (x.square().sum(1, keepdim=True) > 1e9)),
     "length": lambda x: x * (x.shape[1] / 600 + 1),
     "index-select": lambda x: x + x.index_select(1, torch.arange(x.shape[1]).clamp(max=20)),
-    "fixed-length": lambda x: x + torch.linspace(0, 1, x.shape[1])[:, None],
 }
 
 
@@ -211,8 +210,15 @@ MIXERS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_mixing_outside_attention_is_refused(name: str) -> None:
     program = prove(Mixer(MIXERS[name]), {"idx": zoo.tokens()})
     assert program.sites[0].proved
-    with pytest.raises(RefusedError, match="takes exactly" if name == "fixed-length" else "no step form"):
+    with pytest.raises(RefusedError, match="no step form"):
         make_stateful(Pipeline([LinearizeAttention("lawcat")])(program))
+
+
+def test_a_model_of_one_length_has_no_program_to_save() -> None:
+    program = prove(Mixer(lambda x: x + torch.linspace(0, 1, x.shape[1])[:, None]), {"idx": zoo.tokens()})
+    assert any("sequence" in note for note in program.notes)
+    with pytest.raises(RefusedError, match=f"takes exactly {zoo.tokens().shape[1]} tokens"):
+        make_full(program)
 
 
 class Rotary(nn.Module):
