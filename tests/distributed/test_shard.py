@@ -25,7 +25,7 @@ CASES = [
     ("bert", "hedgehog", [], 12),
     ("mistral", "softmax", [], 12),
 ]
-WORLDS = [2, 3] if os.environ.get("LINCOMPILE_NIGHTLY") is None else [1, 2, 3, 4, 8]
+WORLDS = [3] if os.environ.get("LINCOMPILE_NIGHTLY") is None else [1, 2, 3, 4, 8]
 
 
 Measured = tuple[int, list[list[dict[str, float]]]]

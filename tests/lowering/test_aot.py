@@ -18,7 +18,10 @@ from lincompile.lowering.aot import AotSession, export_aot
 from lincompile.lowering.generate import generate
 from lincompile.passes.errors import ArtefactError
 
-pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler"),
+    pytest.mark.slow,  # each package is compiled by a C++ compiler
+]
 
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [5, 9], [30, 3, 11, 20]]
 ELSEWHERE = """
