@@ -122,7 +122,8 @@ def test_history_trace_and_progress(captured: Program) -> None:
     assert "softmax_attention" not in pipeline.dumps[1][1]
     assert "= lincompile.softmax_attention(transpose" in pipeline.dumps[2][1]
     assert [entry["pass"] for entry in program.history] == ["canonicalize", "prove"]
-    assert program.history[1]["report"]["proved"] == 2 and program.history[1]["options"] == {"tolerance": 1e-5, "alibi": False}
+    assert program.history[1]["report"]["proved"] == 2
+    assert program.history[1]["options"] == {"tolerance": 1e-5, "alibi": False}
     assert verify(program) is None
     assert not captured.history, "a clone shares its history with the original"
 
