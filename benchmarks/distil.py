@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from versions import versions
 
 from lincompile.lowering.compiler import Options, capture_loaded, rewrite
 from lincompile.lowering.text import read_tokens
@@ -34,6 +34,7 @@ from lincompile.passes.distil.choose import choose
 from lincompile.passes.distil.data import TokenWindows
 from lincompile.passes.distil.instrument import TrainingGraph, instead, unpadded
 from lincompile.passes.distil.logits import LogitDistillation, distil_logits, logits_of
+from lincompile.passes.distil.recipe import with_branches_of
 from lincompile.passes.distil.transfer import Transfer, transfer
 from lincompile.passes.formats.load import load_model
 from lincompile.passes.identity import ProveAttention
@@ -142,7 +143,7 @@ def main() -> None:
         "command": " ".join(sys.argv),
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(asked).items()},
     }
-    result["versions"] = versions(asked.device)
+    result["versions"] = versions()
     result["teacher"] = evaluate(unpadded(teacher), texts, asked.context, asked.limit)
     say(f"teacher {summary(result['teacher'])}")
     if asked.evaluate:
@@ -173,7 +174,7 @@ def main() -> None:
         result["choice"] = asdict(choice)
         say(f"kept softmax: {choice.kept}; KL {choice.linear:.3f} -> {choice.chosen:.3f}")
         options = replace(options, keep_softmax=",".join(map(str, choice.kept)) + ",")
-        student = restrict(teacher, student, options)
+        student = with_branches_of(student, rewrite(teacher, options))
 
     data = TokenWindows(ids, asked.logit_length or asked.length, asked.batch, asked.seed + 1, held_out=0.005)
     rates = {} if asked.rate is None else {"rate": asked.rate, "lora_rate": asked.rate}
@@ -229,17 +230,6 @@ def shares_times(far: float, near: float) -> Iterator[None]:
         Shares.forward = plain  # type: ignore[method-assign]
 
 
-def restrict(teacher: Program, student: Program, options: Options) -> Program:
-    """A student with fewer rewritten sites that starts from the trained attention modules of ``student``."""
-    smaller = rewrite(teacher, options)
-    trained = dict(student.graph_module.named_parameters())
-    with torch.no_grad():
-        for name, parameter in smaller.graph_module.named_parameters():
-            if name.startswith("lincompile_attention"):
-                parameter.copy_(trained[name])
-    return smaller
-
-
 def summary(result: dict[str, Any], teacher: dict[str, Any] | None = None) -> str:
     def one(name: str) -> str:
         value = result[name]["perplexity"]
@@ -256,17 +246,6 @@ def thin(report: dict[str, Any], points: int = 200) -> dict[str, Any]:
     report["losses"] = [round(sum(p) / len(p), 5) for p in (losses[i : i + size] for i in range(0, len(losses), size))]
     report["losses_averaged_over"] = size
     return report
-
-
-def versions(device: str) -> dict[str, str]:
-    import transformers
-
-    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    if device.startswith("cuda"):
-        import triton
-
-        found |= {"triton": triton.__version__, "gpu": torch.cuda.get_device_name()}
-    return found
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:

@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import gc
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -35,9 +34,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional
+from versions import versions
 
 from lincompile.kernels import ops
 from lincompile.kernels.decay_gate import reference as gate_reference
@@ -531,18 +530,6 @@ def report(name: str, row: dict[str, Any]) -> None:
     if not row.get("ok"):
         detail += f"; wrong {row.get('wrong')}, two runs agree: {row.get('deterministic')}"
     print(f"{'ok  ' if row.get('ok') else 'FAIL'} {name:22s} {detail} {row.get('seconds', 0)}s", flush=True)
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    found["gpu"] = torch.cuda.get_device_name()
-    with contextlib.suppress(ImportError):
-        import fla
-
-        found["fla"] = fla.__version__
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    found["commit"] = git.stdout.strip()
-    return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from versions import versions
 
 from lincompile.kernels import ops
 from lincompile.kernels.linear_attention import reference
@@ -313,18 +311,6 @@ def profile(shape: tuple[int, int, int, int]) -> None:
     print(shape, "us per call:")
     for event in sorted(trace.key_averages(), key=lambda e: -e.device_time_total)[:14]:
         print(f"  {event.device_time_total / 5:9.1f} x{event.count // 5} {event.key[:60]}")
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    found["gpu"] = torch.cuda.get_device_name()
-    with contextlib.suppress(ImportError):
-        import fla
-
-        found["fla"] = fla.__version__
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    found["commit"] = git.stdout.strip()
-    return found
 
 
 def main() -> int:

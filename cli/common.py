@@ -188,12 +188,10 @@ def open_checked(path: str, device: str = "cpu") -> Artefact:
 
 def captured(loaded: LoadedModel) -> Program:
     """The program of a loaded model, not yet rewritten."""
-    from ..passes.capture import capture, from_exported
+    from ..lowering.compiler import capture_loaded
 
     with working("capturing (torch.export)"):
-        if loaded.exported is not None:
-            return from_exported(loaded.exported, prefix=loaded.prefix, example=loaded.example)
-        program = capture(loaded.module, loaded.example)
+        program = capture_loaded(loaded)
     for remark in program.notes:
         note(remark)
     return program

@@ -100,11 +100,9 @@ def command(
 
 def measure(compiled: Compiled, artefact: Artefact, reporter: Any, context: int, tokens: int) -> Measured:
     """Perplexity on the held-out text, speed, and text, of the teacher and of what was packaged."""
-    import torch
-
     from ..lowering.evaluate import bench, logits_of_program, logits_of_session, perplexity
     from ..lowering.generate import Session
-    from ..lowering.text import SEPARATOR, read_texts
+    from ..lowering.text import read_tokens
     from ..passes.distil.data import TokenWindows
     from ..passes.distil.transfer import Errors
     from ..passes.linearize import LinearizeAttention
@@ -133,7 +131,7 @@ def measure(compiled: Compiled, artefact: Artefact, reporter: Any, context: int,
     assert compiled.transfer is not None
     fresh_errors = compiled.transfer.before
     if compiled.options.adapter is not None:  # what training reported began at the adapter: the same text, untrained
-        train_ids = torch.tensor(artefact.tokenizer.encode(SEPARATOR.join(read_texts(str(TRAIN)))))
+        train_ids = read_tokens(str(TRAIN), compiled.loaded.tokenizer)
         fresh_errors = Errors(compiled.teacher, untrained).by_path(TokenWindows(train_ids, LENGTH, 1).measure(4))
     reporter.stage("artefact")
     student = run(logits_of_session(artefact.session))

@@ -115,5 +115,4 @@ def _teacher(
     else:
         ids = codec_of(loaded.tokenizer).encode(text)
     program = common.captured(loaded)
-    limits = [limit for limit in (loaded.max_positions, program.max_positions) if limit is not None]
-    return logits_of_program(program), ids, min(limits, default=None)
+    return logits_of_program(program), ids, program.max_positions

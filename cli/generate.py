@@ -202,14 +202,14 @@ class StateFiles:
     def __init__(
         self, artefact: Artefact, session: StepSession, runtime: str, *, load: Path | None, save: Path | None
     ) -> None:
-        from ..lowering.state_file import is_state_file, load_state
+        from ..lowering.state_file import check_destination, load_state
         from ..passes.errors import LincompileError
 
         self._specs, self._runtime, self._file, self._model = session.states, runtime, save, artefact.identity
         if save is not None and not save.absolute().parent.is_dir():
             raise LincompileError(f"--save-state {save}: the folder {save.parent} doesn't exist")
-        if save is not None and save.exists() and not is_state_file(save):
-            raise LincompileError(f"--save-state {save}: the file exists and is no state file: give another name")
+        if save is not None:
+            check_destination(save)
         self.loaded: SavedState | None = None
         if load is not None:
             self.loaded = load_state(

@@ -96,8 +96,7 @@ def save_state(path: Path | str, saved: SavedState, specs: Sequence[StateSpec]) 
         "hashes": saved.hashes,
         "complete": saved.complete,
     }
-    if path.exists() and not is_state_file(path):
-        raise LincompileError(f"{path} exists and is no state file: give another name")
+    check_destination(path)
     temporary: str | None = None
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
@@ -115,15 +114,23 @@ def save_state(path: Path | str, saved: SavedState, specs: Sequence[StateSpec]) 
     return path
 
 
-def is_state_file(path: Path) -> bool:
-    """Whether a file is one that :func:`save_state` wrote."""
+def check_destination(path: Path) -> None:
+    """Refuses to write a state file over anything else.
+
+    Raises:
+        LincompileError: the path exists, and :func:`save_state` didn't write it.
+    """
     from safetensors import SafetensorError, safe_open
 
+    if not path.exists():
+        return
     try:
         with safe_open(path, framework="pt") as file:
-            return _KEY in (file.metadata() or {})
+            ours = _KEY in (file.metadata() or {})
     except (SafetensorError, OSError):
-        return False
+        ours = False
+    if not ours:
+        raise LincompileError(f"{path} exists and is no state file: give another name")
 
 
 def _content(tensors: Mapping[str, Tensor]) -> str:

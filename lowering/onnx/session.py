@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...passes.errors import ArtefactError, LincompileError
+from ...passes.stateful import StateSpec, trimmed, visible_tokens
 from .export import MODEL_FILE
 from .extra import require
-
-if TYPE_CHECKING:
-    from ...passes.stateful import StateSpec
-    from .signature import BoundState
 
 _GROWING_ROLES = ("key", "value")
 _MINIMUM_RUNTIME = (1, 32)
@@ -48,7 +45,6 @@ class OnnxSession:
         require("onnxruntime")
         import onnxruntime
 
-        from ...passes.stateful import StateSpec
         from .signature import Signature
 
         path = Path(folder)
@@ -73,11 +69,7 @@ class OnnxSession:
         self.causal = signature.causal
         self.max_positions = signature.max_positions
         self.uniform_positions = signature.uniform_positions
-        self._windows = signature.windows
         self._grows = any(state.role in _GROWING_ROLES for state in self._bound)
-        caching = {state.site for state in self._bound if state.role == "key"}
-        # Where every cache is trimmed to a window, so is the mask over them.
-        self._mask_limit = max(self._windows.values()) if caching and caching <= self._windows.keys() else None
         self._outputs = ["logits", *(state.present for state in self._bound)]
         self._inputs = {item.name for item in self._session.get_inputs()}
         self.states: list[StateSpec] = [
@@ -87,6 +79,7 @@ class OnnxSession:
         if self._grows:
             mask = StateSpec(name="attention_mask", site="", role="mask", shape=(None,), dtype=torch.bool)
             self.states.insert(0, mask)
+        self._limits = [visible_tokens(spec, self.states, signature.windows) for spec in self.states]
 
     def initial_states(self, batch: int) -> list[Tensor]:
         """Zeros, of length 0 on growing axes."""
@@ -126,19 +119,10 @@ class OnnxSession:
             feed[bound.past] = state.detach().contiguous().numpy()
         feed = {name: value for name, value in feed.items() if name in self._inputs}
         logits, *present = (torch.from_numpy(value) for value in self._session.run(self._outputs, feed))
-        present = [self._trim(bound, state) for bound, state in zip(self._bound, present, strict=True)]
-        if self._mask_limit is not None:
-            seen = seen[:, -self._mask_limit :]
-        return logits, ([seen] if self._grows else []) + present
+        new = zip(self.states, self._limits, ([seen] if self._grows else []) + present, strict=True)
+        return logits, [trimmed(spec.role, limit, state) for spec, limit, state in new]
 
     step = __call__  # the name the generation loop uses
-
-    def _trim(self, bound: BoundState, state: Tensor) -> Tensor:
-        """Drops cached keys and values that no later query of a sliding site can see."""
-        window = self._windows.get(bound.site)
-        if window is None or bound.role not in _GROWING_ROLES or state.shape[2] <= window:
-            return state
-        return state[:, :, state.shape[2] - window :]
 
     def _check(self, tokens: Tensor, positions: Tensor, mask: Tensor, states: Sequence[Tensor]) -> None:
         for name, value in (("tokens", tokens), ("positions", positions)):

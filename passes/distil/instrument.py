@@ -123,11 +123,7 @@ class Switch(nn.Module):
 
 def unpadded(program: Program) -> TrainingGraph:
     """The program itself, for windows without padding."""
-    twin = program.clone()
-    autocast = _autocast(twin)
-    content = content_nodes(twin)
-    _simplify_softmax(twin, autocast, content)
-    _keep_positions_exact(twin, autocast, content)
+    twin, autocast, _ = _prepared(program)
     finish(twin.graph_module)
     return TrainingGraph(twin, {}, autocast)
 
@@ -135,12 +131,8 @@ def unpadded(program: Program) -> TrainingGraph:
 def _instrument(
     teacher: Program, student: Program, wrap: Wrap, instead: bool, with_softmax: bool = False
 ) -> TrainingGraph:
-    program = teacher.clone()
+    program, autocast, content = _prepared(teacher)
     module = program.graph_module
-    autocast = _autocast(program)
-    content = content_nodes(program)
-    _simplify_softmax(program, autocast, content)
-    _keep_positions_exact(program, autocast, content)
     branches: dict[str, LinearMethod] = {}
     results: list[Node] = []
     for site, twin in zip(program.sites, student.sites, strict=True):
@@ -174,6 +166,16 @@ def _instrument(
         output.args = (tuple(results),)  # the head of the model isn't needed, and dead code goes
     finish(module)
     return TrainingGraph(program, branches, autocast)
+
+
+def _prepared(program: Program) -> tuple[Program, torch.dtype | None, set[Node]]:
+    """A copy to train with, the dtype of its matrix products, and its content nodes."""
+    twin = program.clone()
+    autocast = _autocast(twin)
+    content = content_nodes(twin)
+    _simplify_softmax(twin, autocast, content)
+    _keep_positions_exact(twin, autocast, content)
+    return twin, autocast, content
 
 
 class Exact:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -205,3 +206,13 @@ def test_an_interrupted_run_leaves_nothing(module: Path, tmp_path: Path, number:
     assert "Traceback" not in rest
     assert rest.rstrip().splitlines()[-1].startswith("lincompile: interrupted")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_eval_beyond_the_positions(cli: Run, artefact: Path, tmp_path: Path, compiled: bool) -> None:
+    """An uncompiled model's limit is found as a compiled one's is: in the table of its positions."""
+    np.save(tmp_path / "ids.npy", np.arange(200) % 50)
+    model = artefact if compiled else "small_model:build"
+    result = cli("eval", model, "--text", tmp_path / "ids.npy", "--context", "129")
+    assert result.code == 2
+    assert "--context 129: the model accepts at most 128 positions" in result.error
