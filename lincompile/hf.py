@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .lowering.hf import LincompileConfig, LincompileForCausalLM, StateCache, from_pretrained
+from .lowering.hf import LincompileConfig, LincompileForCausalLM, from_pretrained
+from .lowering.hf_cache import StateCache
 
 __all__ = ["LincompileConfig", "LincompileForCausalLM", "StateCache", "from_pretrained"]

@@ -19,6 +19,10 @@ from ..passes.errors import LincompileError
 from ..passes.stateful import StateSpec, StepProgram
 
 PREFILL_CHUNK = 256
+NO_STEP_FORM = (
+    "the artefact runs whole sequences, without states (an encoder, or a model without a step form), so it can't "
+    "generate: lincompile.open(DIR).step(tokens, positions, mask, []) gives its outputs"
+)
 
 
 class StepSession(Protocol):
@@ -168,7 +172,7 @@ def prefill(
         )
     if after is not None:
         _check_continuation(after, batch, mask)
-    _check_vocabulary(session, tokens)
+    check_vocabulary(session, tokens)
     before = torch.zeros(batch, dtype=torch.int64) if after is None else after.lengths
     total = int((before + mask.sum(-1)).max())
     if session.max_positions is not None and total > session.max_positions:
@@ -209,7 +213,7 @@ def _check_continuation(after: Prefilled, batch: int, mask: Tensor) -> None:
         )
 
 
-def _check_vocabulary(session: StepSession, tokens: Tensor) -> None:
+def check_vocabulary(session: StepSession, tokens: Tensor) -> None:
     """An id outside the vocabulary would read past the embedding (an abort on a GPU): name it instead."""
     wrong = (tokens < 0) | (tokens >= session.vocab_size)
     if bool(wrong.any()):
@@ -354,9 +358,7 @@ def generate(
     if max_new_tokens < 0:
         raise LincompileError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     if not session.states:
-        raise LincompileError(
-            "the artefact runs whole sequences, without states (its model has no step form): it can't generate"
-        )
+        raise LincompileError(NO_STEP_FORM)
     sampling = Sampling(temperature, top_k, top_p, seed)
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     started = time.perf_counter()

@@ -1,7 +1,7 @@
-"""An artefact as a transformers model: ``generate`` with beams, sampling, streaming, batches padded on the left.
+"""An artefact as a transformers model: ``generate`` with beams, sampling, assistants, streaming, left-padded batches.
 
 The model is the step program itself, so what ships is what runs. transformers' loop hands the states through as its
-cache (``past_key_values``): passing them back in continues a conversation without reading it again.
+cache (``past_key_values``, see :mod:`.hf_cache`): passing them back in goes on without reading anything again.
 
 Importing this module registers the model type ``lincompile``, so that ``AutoModelForCausalLM.from_pretrained(DIR)`` and
 ``pipeline("text-generation", model=DIR)`` work.
@@ -9,20 +9,22 @@ Importing this module registers the model type ``lincompile``, so that ``AutoMod
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from ..passes.errors import ArtefactError, LincompileError
-from .generate import PREFILL_CHUNK, Prefilled
+from ..passes.errors import LincompileError
+from .generate import NO_STEP_FORM, Prefilled, Session
 from .graph_file import weights_of
-from .package import Artefact, hf_config, open_artefact, save
-from .state_file import SavedState, load_state, running_hash, save_state
+from .hf_cache import Prefix, StateCache
+from .hf_read import caught_up, causal_loss, new_tokens, read
+from .hf_save import GENERATION_CONFIG, save_copy
+from .package import Artefact, hf_config, open_artefact
+from .state_file import SavedState, load_state, save_state
+from .triton import lower
 
 try:
     from transformers import (
@@ -33,6 +35,7 @@ try:
         PretrainedConfig,
         PreTrainedModel,
     )
+    from transformers.cache_utils import Cache
     from transformers.modeling_outputs import CausalLMOutputWithPast
 except ImportError as error:
     raise LincompileError("lincompile.hf needs transformers: pip install 'lincompile[hf]'") from error
@@ -56,12 +59,15 @@ _IGNORED = {
     "trust_remote_code",
     "use_safetensors",
 }
+# What nn.Module keeps its tensors and children in: the model's are its program's.
+_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 class LincompileConfig(PretrainedConfig):  # type: ignore[misc]
     """What transformers wants to know: sizes and special tokens, from the manifest."""
 
     model_type = "lincompile"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers adds it to a list)
 
     def __init__(self, vocab_size: int = 0, max_position_embeddings: int | None = None, **kwargs: Any) -> None:
         self.vocab_size = vocab_size
@@ -69,143 +75,197 @@ class LincompileConfig(PretrainedConfig):  # type: ignore[misc]
         super().__init__(**kwargs)
 
 
-class StateCache:
-    """The states of a batch, in the place of a KV cache.
-
-    Attributes:
-        states: one tensor per state of the step program, batch first.
-        lengths: int64 ``[B]``, real tokens read per row.
-        columns: tokens read per row with padding, which is what transformers counts.
-        logits: float ``[B, V]`` after the last token, or None where nothing has been read.
-    """
-
-    is_compileable = False
-
-    def __init__(self, states: list[Tensor], lengths: Tensor, columns: int = 0, logits: Tensor | None = None) -> None:
-        self.states, self.lengths, self.columns, self.logits = states, lengths, columns, logits
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens read so far, padding included."""
-        return self.columns
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows follow the beams that were chosen."""
-        self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row ``repeats`` times, side by side."""
-        self._each(lambda tensor: tensor.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these rows."""
-        self.reorder_cache(indices)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.states = [change(state) for state in self.states]
-        self.lengths = change(self.lengths)
-        self.logits = None if self.logits is None else change(self.logits)
-
-
 class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """A step program behind transformers' interface; made by :func:`from_pretrained`."""
+    """A step program behind transformers' interface; made by :func:`from_pretrained`.
+
+    It has no layers of its own: its parameters and buffers are the program's, under the names that they have in the
+    artefact, which are the teacher's wherever the teacher has them.
+    """
 
     config_class = LincompileConfig
     main_input_name = "input_ids"
-    _is_stateful = True  # states can't be cropped, so no assisted decoding
+    accepts_loss_kwargs = True
 
     def __init__(self, artefact: Artefact) -> None:
         if not artefact.states:
-            raise LincompileError(f"{artefact.directory} runs whole sequences, without states: it can't generate")
+            raise LincompileError(f"{artefact.directory}: {NO_STEP_FORM}")
         eos = artefact.eos_ids
         config = LincompileConfig(**hf_config(artefact.manifest))
         config.name_or_path = str(artefact.directory)
         super().__init__(config)
-        self.artefact = artefact
-        self.session = artefact.session
-        self.program = artefact.step.graph_module
+        self.artefact, self.identity = artefact, artefact.identity
+        self._run(artefact.session)
+        self._keys_to_ignore_on_save = set(artefact.manifest["tied"])  # names of tensors that another name stores
         self.generation_config = GenerationConfig(eos_token_id=eos or None, pad_token_id=eos[0] if eos else 0)
+
+    def _run(self, session: Session) -> None:
+        """Makes this session's program the one that runs, and its tensors the model's own."""
+        # Not as a submodule: its name would stand before every parameter's.
+        self.__dict__["session"], self.__dict__["program"] = session, session.program.graph_module
+        self.__dict__.update({name: self.program.__dict__[name] for name in _SHARED})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take: the tensors go with the program."""
+        return {name: value for name, value in self.__dict__.items() if name not in _SHARED}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """The tensors are the program's again."""
+        self.__dict__.update(state)
+        self._run(self.session)
+        super().__setstate__({})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LincompileForCausalLM:
+        """``to``, ``cuda``, ``half``, …: another device is taken, another dtype refused."""
+        for tensor in weights_of(self.program).values():
+            if (wanted := fn(tensor.new_empty(0)).dtype) != tensor.dtype:
+                raise LincompileError(
+                    f"a compiled program can't go from {tensor.dtype} to {wanted}: compile the model with --dtype"
+                )
+        super()._apply(fn, recurse)
+        device = next(iter(weights_of(self.program).values())).device
+        if device != self.session.device:
+            step = self.session.program
+            step = lower(step)[0] if device.type == "cuda" else step  # fused for a GPU; a CPU runs that, too
+            self._run(Session(step, vocab_size=self.session.vocab_size))
+        return self
+
+    # ---- what transformers' generation asks for
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **inputs: Any) -> tuple[Tensor, dict[str, Any]]:
-        """Beams and several sequences per prompt: states that were handed in are repeated with their rows."""
-        cache = inputs.get("past_key_values")
-        if isinstance(cache, StateCache) and expand_size > 1:
-            cache = StateCache(cache.states, cache.lengths, cache.columns, cache.logits)
-            cache.batch_repeat_interleave(expand_size)
+        """States that were handed in stay as they are: a copy goes on, repeated with its rows."""
+        if (given := inputs.get("past_key_values")) is not None:
+            cache = self._mine(given).copy()
+            cache.trusted, cache.recording, cache.snapshots = not cache.columns, False, []
+            if expand_size > 1:
+                cache.batch_repeat_interleave(expand_size)
             inputs["past_key_values"] = cache
         expanded: tuple[Tensor, dict[str, Any]] = super()._expand_inputs_for_generation(expand_size, **inputs)
         return expanded
 
-    def forward(
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode: Any, *rest: Any
+    ) -> None:
+        """A cache from the start, and one that can go back where candidates will be tried."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *rest)
+        generation_config.prefill_chunk_size = None  # a prompt is read in chunks anyway, and no cache changes in place
+        if generation_config.use_cache is False:
+            return
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = StateCache(self.identity)
+        cache = model_kwargs["past_key_values"]
+        if generation_config.is_assistant or getattr(generation_mode, "value", "") == "assisted_generation":
+            cache.activate_past_recording()
+
+    def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: StateCache | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What :meth:`forward` is called with; states that were handed in must be those of the text's beginning."""
+        cache = past_key_values
+        if cache is not None and not cache.trusted:
+            length = input_ids.shape[1]
+            # Without a mask, only the ids can say whether they are all of the text or what is new.
+            whole = next_sequence_length is not None or cache.recording
+            whole = whole or (attention_mask is not None and attention_mask.shape[1] == length)
+            if whole:
+                cache.check_beginning(input_ids, attention_mask)
+                next_sequence_length = length - cache.columns
+                cache.replay = next_sequence_length == 0
+            cache.trusted = True
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        return inputs
+
+    # ---- one call
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: StateCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+        **unknown: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of the new tokens.
 
         Args:
             input_ids: int64 ``[B, T]``: the new tokens, or the whole sequence, of which the unread end is used.
-            attention_mask: ``[B, read + T]``, 0 = padding (on the left).
+            attention_mask: ``[B, read + T]``, 0 = padding, on the left (on the right only where nothing follows).
             past_key_values: what an earlier call returned.
             labels: int64 ``[B, T]``, −100 = not predicted; adds ``loss``.
-            logits_to_keep: compute only the last so many positions' logits (0 = all).
+            use_cache: False returns no states.
+            logits_to_keep: compute only the last so many positions' logits (0 = all), or those at these positions.
+            num_items_in_batch: what the summed loss is divided by, in the place of the number of labels (``Trainer``
+                gives it, so that accumulated gradients weigh every token alike).
+            return_dict: False returns a tuple.
 
         Returns:
             ``logits`` float ``[B, T or logits_to_keep, V]``, ``past_key_values``, ``loss``.
 
         Raises:
-            LincompileError: states of another batch size, or more tokens than the model has positions.
+            LincompileError: states of another model or batch size, a row without a token, padding between tokens, an
+                unknown token id, more tokens than the model has positions, or an argument that can't be honoured.
         """
-        cache = past_key_values if past_key_values is not None else self._fresh(input_ids)
-        if cache.lengths.shape[0] != input_ids.shape[0]:
-            raise LincompileError(f"the states hold {cache.lengths.shape[0]} rows, the input has {input_ids.shape[0]}")
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if attention_mask is not None and past_key_values is not None:
-            new = min(input_ids.shape[1], attention_mask.shape[1] - cache.columns)
-            input_ids, mask = input_ids[:, -new:], attention_mask[:, -new:]
-        mask = mask.bool()
-        if bool((~mask.all(-1) & (cache.lengths > 0)).any()):
-            raise LincompileError("padding after tokens already read would enter the states: continue such rows alone")
-        positions = (cache.lengths[:, None] + mask.long().cumsum(-1) - 1).clamp(min=0)
-        lengths = cache.lengths + mask.sum(-1)
-        limit = self.session.max_positions
-        if limit is not None and int(lengths.max()) > limit:
-            raise LincompileError(f"{int(lengths.max())} tokens: the model accepts at most {limit} positions")
-        if self.session.uniform_positions and not bool((lengths == lengths[0]).all()):
-            raise LincompileError("this model counts positions itself: the rows of a batch must have equal lengths")
-        logits, states = self._read(input_ids, positions, mask, cache.states, logits_to_keep)
-        columns = cache.columns + input_ids.shape[1]
-        loss = None
-        if labels is not None:
-            flat = logits[:, :-1].float().flatten(0, 1)
-            loss = functional.cross_entropy(flat, labels[:, -logits.shape[1] :][:, 1:].flatten(), ignore_index=-100)
-        kept = None if use_cache is False else StateCache(states, lengths, columns, logits[:, -1].detach())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept)
-
-    def _fresh(self, input_ids: Tensor) -> StateCache:
+        if refused := sorted(name for name, value in unknown.items() if value is not None and value is not False):
+            raise LincompileError(
+                f"a compiled model takes no '{refused[0]}': it takes input_ids, attention_mask, past_key_values, labels"
+            )
+        if input_ids is None or input_ids.dim() != 2 or input_ids.is_floating_point() or not input_ids.numel():
+            raise LincompileError("give input_ids: int64 token ids [batch, length], at least one in each row")
         batch = input_ids.shape[0]
-        return StateCache(self.session.initial_states(batch), torch.zeros(batch, dtype=torch.int64, device=self.device))
+        cache = StateCache(self.identity) if past_key_values is None else self._mine(past_key_values)
+        cache = cache if cache.rows else self._fresh(batch, cache.recording)
+        if cache.rows != batch:
+            raise LincompileError(f"the states hold {cache.rows} rows, the input has {batch}")
+        if cache.replay:
+            kept = caught_up(self.session, cache).copy()
+            kept.replay, logits = False, kept.known_logits()[:, None]
+        else:
+            tokens, mask = new_tokens(self.session, input_ids.to(self.device), attention_mask, cache)
+            every = isinstance(logits_to_keep, Tensor)
+            logits, kept = read(self.session, tokens, mask, cache, 0 if every else int(logits_to_keep))
+        if labels is not None and (isinstance(logits_to_keep, Tensor) or labels.shape != input_ids.shape):
+            raise LincompileError(f"labels must be like input_ids, {list(input_ids.shape)}, and need all the logits")
+        loss = None if labels is None else causal_loss(logits, labels.to(self.device), num_items_in_batch)
+        logits = logits[:, logits_to_keep.to(self.device)] if isinstance(logits_to_keep, Tensor) else logits
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=None if use_cache is False else kept)
+        return output.to_tuple() if return_dict is False else output
 
-    def _read(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor, states: list[Tensor], keep: int
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Runs the program: at once while training or when every logit is wanted, else in chunks."""
-        chunk = PREFILL_CHUNK if keep and not torch.is_grad_enabled() else tokens.shape[1]
-        parts: list[Tensor] = []
-        for start in range(0, tokens.shape[1], chunk):
-            part = slice(start, start + chunk)
-            logits, states = self.session.advance(tokens[:, part], positions[:, part], mask[:, part], states)
-            parts = [*parts, logits] if not keep else [*parts, logits][-(-(-keep // chunk) + 1) :]
-        whole = torch.cat(parts, 1)
-        return (whole[:, -keep:] if keep else whole), states
+    def _mine(self, cache: Any) -> StateCache:
+        if not isinstance(cache, StateCache):
+            raise LincompileError(
+                f"past_key_values is a {type(cache).__name__}: a compiled model continues only the states that it or "
+                "load_states returned"
+            )
+        if cache.model != self.identity:
+            raise LincompileError(
+                f"past_key_values holds the states of another model ({cache.model[:12]}…, this one is "
+                f"{self.identity[:12]}…): read the text again"
+            )
+        return cache
+
+    def _fresh(self, batch: int, recording: bool = False) -> StateCache:
+        lengths = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        return StateCache(self.identity, self.session.initial_states(batch), lengths, recording=recording)
+
+    # ---- from and to disk
 
     @classmethod
     def from_pretrained(
@@ -231,31 +291,72 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             raise LincompileError(
                 f"from_pretrained has no option '{unknown[0]}' for a compiled model; it takes device_map and dtype"
             )
-        model = cls(open_artefact(pretrained_model_name_or_path, device=_one_device(device_map)))
+        folder = Path(pretrained_model_name_or_path)
+        model = cls(open_artefact(folder, device=_one_device(device_map)))
         asked = dtype if dtype is not None else torch_dtype
         if asked not in (None, "auto", model.dtype, str(model.dtype).removeprefix("torch.")):
             raise LincompileError(
                 f"dtype {asked}: the artefact holds {model.dtype}; compile the model with --dtype, or leave dtype out"
             )
+        if (folder / GENERATION_CONFIG).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         model.eval()
         return model
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        safe_serialization: bool = True,
+        **options: Any,
+    ) -> None:
+        """Saves the artefact with the weights as they are now; ``from_pretrained`` opens the copy.
+
+        Untouched weights copy the folder as it is; trained ones are written anew, without ``onnx/`` and ``aot/``,
+        which hold the old ones. Files of other kinds in the folder (a ``Trainer``'s) stay.
+
+        Args:
+            is_main_process: False writes nothing.
+            state_dict: weights to save in the place of the model's own (gathered from shards, for example).
+            safe_serialization: weights are always safetensors; False is refused.
+
+        Raises:
+            ArtefactError: the folder holds another model, or can't be written.
+            LincompileError: an option that can't be honoured, or weights that are spread over processes.
+        """
+        ours = ("token", "save_peft_format")  # transformers' own, without a meaning here
+        if refused := sorted(name for name, value in options.items() if value and name not in ours):
+            raise LincompileError(f"save_pretrained has no option '{refused[0]}' for a compiled model")
+        if not safe_serialization:
+            raise LincompileError("weights are saved as safetensors only: leave safe_serialization out")
+        if not is_main_process:
+            return
+        weights = weights_of(self.program)
+        weights |= {name: tensor for name, tensor in (state_dict or {}).items() if name in weights}
+        save_copy(self.artefact, weights, Path(save_directory))
+        self.generation_config.save_pretrained(save_directory)
 
     def save_states(self, path: str | Path, cache: StateCache, input_ids: Tensor | None = None) -> Path:
         """Writes a prompt cache: what ``past_key_values`` holds, in a file (see :mod:`.state_file`).
 
         Args:
-            input_ids: int64 ``[B, T]``, the tokens it has read, which then are told from others by
-                ``lincompile generate --load-state``. Only for rows without padding.
+            input_ids: int64 ``[B, T]``, the tokens it has read: only checked, the cache knows them.
 
         Raises:
-            LincompileError: nothing has been read, or the file can't be written.
+            LincompileError: nothing has been read, other tokens have, or the file can't be written.
         """
-        if cache.logits is None:
+        cache = self._mine(cache)
+        if not cache.columns:
             raise LincompileError("the cache holds nothing that has been read: run the model first")
-        rows = [] if input_ids is None else input_ids[:, : cache.columns].tolist()
-        hashes = [running_hash(row) for row in rows] or [""] * cache.lengths.shape[0]
+        if input_ids is not None:
+            cache.check_beginning(input_ids, None)
+        cache = caught_up(self.session, cache)
+        if cache.logits is None or cache.closed:
+            raise LincompileError("these states can't be continued, so saving them is of no use: pad on the left")
         state = Prefilled(cache.logits, cache.states, cache.lengths)
-        return save_state(path, SavedState(state, self.artefact.identity, "torch", hashes), self.artefact.states)
+        return save_state(path, SavedState(state, self.identity, "torch", cache.hashes()), self.artefact.states)
 
     def load_states(self, path: str | Path, *, batch: int | None = None) -> StateCache:
         """Reads a prompt cache written by :meth:`save_states` or ``lincompile generate --save-state``.
@@ -263,45 +364,13 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         Raises:
             LincompileError: no state file, a damaged one, or one of another model, runtime or batch size.
         """
-        artefact = self.artefact
         saved = load_state(
-            path, model=artefact.identity, runtime="torch", specs=artefact.states, batch=batch, device=self.device
+            path, model=self.identity, runtime="torch", specs=self.artefact.states, batch=batch, device=self.device
         )
         lengths = saved.state.lengths.to(self.device)
-        return StateCache(saved.state.states, lengths, int(lengths.max()), saved.state.logits.to(self.device))
-
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Saves the artefact with the weights as they are now; ``from_pretrained`` opens the copy.
-
-        Untouched weights copy the folder as it is; trained ones are written anew, without ``onnx/`` and ``aot/``,
-        which hold the old ones.
-
-        Raises:
-            ArtefactError: the folder exists and isn't empty, or can't be written.
-        """
-        target, source = Path(save_directory), self.artefact.directory
-        if target.exists() and any(target.iterdir()):
-            raise ArtefactError(f"{target} isn't empty: save to a new folder")
-        if self.artefact.holds(weights_of(self.program)):
-            shutil.copytree(source, target, dirs_exist_ok=True)
-            return
-        manifest = {key: value for key, value in self.artefact.manifest.items() if key != "files"}
-        manifest["notes"] = [*manifest.get("notes", []), "saved by transformers with weights changed since compilation"]
-        written = {"lincompile.json", "model.safetensors", "program.pt2", "report.html", "config.json"}
-        kept = [file for file in source.iterdir() if file.is_file() and file.name not in written]
-
-        def tokenizer(folder: Path) -> None:
-            for file in kept:
-                shutil.copy(file, folder)
-
-        save(
-            self.artefact.step,
-            target,
-            manifest=manifest,
-            tokenizer=tokenizer,
-            eos_ids=self.artefact.eos_ids,
-            vocab_size=manifest["vocab_size"],
-        )
+        prefix = Prefix(int(lengths.max()), saved.hashes)
+        logits = saved.state.logits.to(self.device)
+        return StateCache(self.identity, saved.state.states, lengths, prefix.columns, logits, prefix=prefix)
 
 
 def from_pretrained(
@@ -336,5 +405,7 @@ def _one_device(device_map: Any) -> torch.device:
         raise LincompileError(f"device_map {device_map!r} names no device: {str(error).splitlines()[0]}") from error
 
 
+# Before transformers 5.17, crop(n) says how many tokens to keep; since then, minus how many to drop.
+StateCache.crop_keeps = not hasattr(Cache, "activate_past_recording")
 AutoConfig.register(LincompileConfig.model_type, LincompileConfig, exist_ok=True)
 AutoModelForCausalLM.register(LincompileConfig, LincompileForCausalLM, exist_ok=True)

@@ -74,7 +74,7 @@ def test_only_the_last_logits(model: hf.LincompileForCausalLM) -> None:
 
 def test_loss_and_gradients(model: hf.LincompileForCausalLM) -> None:
     tokens = torch.tensor([PROMPTS[0]])
-    gate = dict(model.named_parameters())["program.gate.weight"].requires_grad_(True)
+    gate = dict(model.named_parameters())["gate.weight"].requires_grad_(True)
     try:
         output = model(tokens, labels=tokens)
         expected = torch.nn.functional.cross_entropy(output.logits[0, :-1], tokens[0, 1:])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -141,37 +144,108 @@ def test_padding_between_tokens_is_refused(model: hf.LincompileForCausalLM) -> N
         )
 
 
-def test_it_trains_under_trainer_and_saves_what_it_learned(folder: Path, tmp_path: Path) -> None:
+def rows() -> list[dict[str, torch.Tensor]]:
+    """Training examples of different lengths."""
+    lengths = [7, 3, 5, 7, 2, 6, 4, 7]
+    return [{"input_ids": torch.arange(4, 4 + n), "labels": torch.arange(4, 4 + n)} for n in lengths]
+
+
+@torch.no_grad()
+def loss(of: hf.LincompileForCausalLM) -> float:
+    return float(of(torch.tensor(PROMPT), labels=torch.tensor(PROMPT)).loss)
+
+
+def trainer(model: hf.LincompileForCausalLM, output: Path, **options: object) -> transformers.Trainer:
     pytest.importorskip("accelerate")
+    known: dict[str, object] = {
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+    }
+    known |= {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+    arguments = transformers.TrainingArguments(output_dir=str(output), **{**known, **options})
+    return transformers.Trainer(model.requires_grad_(True), arguments, train_dataset=rows(), eval_dataset=rows()[:2])
+
+
+def test_it_trains_under_trainer_and_saves_what_it_learned(folder: Path, tmp_path: Path) -> None:
     model = hf.from_pretrained(folder)
     assert model.artefact.holds(weights_of(model.program))
-    model.requires_grad_(True)
-    rows = [{"input_ids": torch.tensor(PROMPT[0]), "labels": torch.tensor(PROMPT[0])}] * 8
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path / "run"),
-        max_steps=4,
-        learning_rate=1e-2,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-    )
-
-    @torch.no_grad()
-    def loss(of: hf.LincompileForCausalLM) -> float:
-        return float(of(torch.tensor(PROMPT), labels=torch.tensor(PROMPT)).loss)
-
     before = loss(model)
-    transformers.Trainer(model, arguments, train_dataset=rows).train()
+    run = trainer(model, tmp_path / "run", max_steps=4, save_strategy="steps", save_steps=2)
+    run.train()
+    assert run.evaluate()["eval_loss"] > 0
     model.eval()
     after = loss(model)
     assert after < before
-    model.save_pretrained(tmp_path / "copy")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    run.save_model()  # beside the checkpoints
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert loss(again) == pytest.approx(after)
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "copy")("w4")["input_ids"] == [4]
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "run")("w4")["input_ids"] == [4]
     assert "changed since compilation" in again.artefact.manifest["notes"][-1]
-    with pytest.raises(LincompileError, match="isn't empty"):
-        model.save_pretrained(tmp_path / "copy")
+    again.save_pretrained(tmp_path / "run")  # an artefact is replaced
+    resumed = hf.from_pretrained(folder)
+    trainer(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert loss(resumed.eval()) == pytest.approx(after, rel=1e-4), "two steps, stopped, two more = four steps"
+
+
+def test_accumulated_gradients_weigh_every_token_alike(folder: Path, tmp_path: Path) -> None:
+    """Rows of different lengths, one at a time, must give the gradient that they give together."""
+    run = trainer(hf.from_pretrained(folder), tmp_path, max_steps=1, gradient_accumulation_steps=len(rows()))
+    run.train()
+    model = hf.from_pretrained(folder).requires_grad_(True)
+    items = sum(len(row["labels"]) - 1 for row in rows())
+    for row in rows():
+        model(row["input_ids"][None], labels=row["labels"][None], num_items_in_batch=items).loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert run.state.log_history[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "message"),
+    [
+        (lambda f: (f / "config.json").write_text("{}"), {}, "holds another model"),
+        (lambda f: f.rmdir() or f.write_text(""), {}, "isn't a folder"),
+        (lambda f: None, {"push_to_hub": True}, "no option 'push_to_hub'"),
+        (lambda f: None, {"safe_serialization": False}, "as safetensors only"),
+    ],
+)
+def test_what_save_pretrained_refuses(
+    model: hf.LincompileForCausalLM, tmp_path: Path, prepare: Any, options: dict[str, object], message: str
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    prepare(target)
+    with pytest.raises(LincompileError, match=message):
+        model.save_pretrained(target, **options)
+
+
+def test_names_are_the_programs_own(model: hf.LincompileForCausalLM, toy: SimpleNamespace) -> None:
+    ours = dict(model.named_parameters(remove_duplicate=False))
+    theirs = dict(toy.graph_module.named_parameters(remove_duplicate=False))
+    assert ours.keys() == theirs.keys()
+    model.load_state_dict(toy.graph_module.state_dict())
+    twin = copy.deepcopy(model)
+    assert twin.head.weight is twin.program.head.weight and twin.head.weight is not model.head.weight
+    assert pickle.loads(pickle.dumps(model)).generate(torch.tensor(PROMPT), **GREEDY).tolist() == (
+        twin.generate(torch.tensor(PROMPT), **GREEDY).tolist()
+    )
+    with pytest.raises(LincompileError, match=r"can't go from torch.float32 to torch.float16"):
+        model.half()
+
+
+def test_generation_settings_are_saved(folder: Path, tmp_path: Path) -> None:
+    model = hf.from_pretrained(folder)
+    model.generation_config.max_new_tokens = 3
+    model.save_pretrained(tmp_path / "copy")
+    again = hf.from_pretrained(tmp_path / "copy")
+    assert again.generate(torch.tensor(PROMPT)).shape == (1, 10)
 
 
 def test_the_program_compiles_as_one_graph(model: hf.LincompileForCausalLM) -> None:
