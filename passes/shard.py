@@ -1,14 +1,14 @@
-"""Sequence parallelism as a pass: LASP-2 for linear sites, LASP-2H for kept softmax sites.
+"""Sequence parallelism as a pass: LASP-2 for linear sites, LASP-2H for kept softmax sites (arXiv 2502.07563).
 
 Every rank runs the same graph on its own contiguous slice of the sequence.
 
-- Linear attention: the slice's state and total decay are gathered (one all-gather, state-sized, float32) while the
-  slice's own output is computed from zero; the state that reaches the slice is then added in. The backward pass
-  gathers once too. (LASP-2, arXiv 2502.07563; with decays as derived in ``kernels/sequence_parallel/op.py``.)
-- Short convolutions get the previous rank's last inputs.
-- Softmax sites gather keys and values (un-expanded heads), rotated so that the rank's own slice comes last: causal
-  and sliding masks are aligned to the end, and later ranks' keys are masked away like padding.
+- Linear attention and the delta rule: the slice's summary is gathered (one all-gather, as large as a state) while the
+  slice's own output is computed from zero; what reaches the slice is then added. The backward pass gathers once too.
+- Short convolutions and sliding windows get the last tokens of the rank before.
+- Other softmax sites gather keys and values (un-expanded heads).
 - Models that count positions themselves count from the slice's start.
+
+The formulas are in ``shard_sites.py``, the exchanges in ``kernels/sequence_parallel``; ``shard_batch.py`` cuts batches.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ from torch.fx import Node
 
 from ..kernels.sequence_parallel import op as _op  # also registers the exchange ops
 from .errors import RefusedError
-from .graph import Builder, argument, aten, finish, tensor_of
+from .graph import Builder, argument, aten, finish, redirect, symbols_in, tensor_of, value_of
 from .offsets import continue_positions, sequence_symbol
 from .pipeline import PassResult, register
-from .program import Program
+from .program import AttentionSite, Program
+from .shard_batch import sequence_loss as sequence_loss
+from .shard_batch import shard_batch as shard_batch
+from .shard_check import check_fingerprints, check_shard, fingerprint
+from .shard_sites import Slices, refuse_cross
+from .tokenwise import mixing
 from .verify import op_name
 
 ops = torch.ops.lincompile
-EPSILON = 1e-10  # of the normaliser, as in linear_attention
 
 
 @register("shard")
@@ -37,36 +41,45 @@ EPSILON = 1e-10  # of the normaliser, as in linear_attention
 class SequenceParallel:
     """Makes a program run on slices of the sequence, one per rank of a process group.
 
+    All ranks must run the pass together: it compares their programs, and the sharded program's outputs on a few tokens
+    with the whole program's.
+
     Args:
-        mesh_dim: name of the mesh axis the sequence is split over (for the record).
-        group: name of the process group (``dist.group.WORLD.group_name`` by default, or a mesh axis's group).
-        world: its size; read from the group by default.
+        mesh_dim: name of the mesh axis the sequence is split over.
+        balance: causal softmax sites work on head–tail pairs of pieces, so that no rank waits for the last one
+            (slices must have even lengths; queries and outputs travel once more).
+        world: number of ranks expected; the group's by default.
+        check: compare with the whole program (skipped where it has no weights).
+        mesh: the device mesh that ``mesh_dim`` is an axis of; without one the group is the default one.
+        group: name of a process group, instead of a mesh.
 
     Raises (from ``run``):
-        RefusedError: torch.distributed isn't initialised, or the program has a site that can't be split.
+        RefusedError: torch.distributed isn't initialised, ranks hold different programs, or the program has a part
+            that can't be split; the message names it.
     """
 
     mesh_dim: str = "sp"
-    group: str | None = None
+    balance: bool = False
     world: int | None = None
+    check: bool = True
+    mesh: Any = field(default=None, compare=False, repr=False, metadata={"text": False})
+    group: str | None = field(default=None, metadata={"text": False})
     name: str = field(default="shard", init=False, metadata={"text": False})
 
     def run(self, program: Program) -> PassResult:
         if program.metadata.get("sequence_parallel"):
             return PassResult(program, False, dict(program.metadata["sequence_parallel"]))
         group, world = self.resolve()
-        tokens = program.input_with_role("tokens") or program.input_with_role("features")
-        if tokens is None:
-            raise RefusedError("shard: the program takes no token sequence to split")
-        unproved = [site for site in program.sites if site.node is None]
-        if unproved:
-            raise RefusedError(
-                f"shard: the attention at '{unproved[0].path}' isn't proved and can't be split ({unproved[0].reason})"
-            )
-        sharder = _Sharder(program, program.placeholder(tokens.name), group, world)
-        report = {"mesh_dim": self.mesh_dim, "world": world} | sharder.run()
-        program.metadata["sequence_parallel"] = report
-        return PassResult(program, True, report)
+        inputs = [(item.name, item.role) for item in program.inputs]
+        check_fingerprints(fingerprint(program.graph_module, inputs), group, world)
+        tokens = splittable(program)
+        twin = program.clone()
+        sharder = Sharder(twin, twin.placeholder(tokens.name), Slices(group, world, self.balance))
+        report: dict[str, Any] = {"mesh_dim": self.mesh_dim, "world": world, "balance": self.balance} | sharder.run()
+        if self.check:
+            report["max_error"] = check_shard(program, twin, group, world, even=self.balance)
+        twin.metadata["sequence_parallel"] = report
+        return PassResult(twin, True, report)
 
     def resolve(self) -> tuple[str, int]:
         """(group name, number of ranks)."""
@@ -74,206 +87,155 @@ class SequenceParallel:
 
         if not dist.is_available() or not dist.is_initialized():
             raise RefusedError("shard: torch.distributed isn't initialised; start with torchrun and init_process_group")
-        world_group = dist.group.WORLD
-        assert world_group is not None
-        group = self.group or world_group.group_name
-        return group, self.world or dist.get_world_size(_op.process_group(group))
+        if self.mesh is not None:
+            names = self.mesh.mesh_dim_names or ()
+            if self.mesh_dim not in names:
+                raise RefusedError(
+                    f"shard: the mesh has no axis '{self.mesh_dim}' (it has {', '.join(names) or 'no names'})"
+                )
+            group = self.mesh.get_group(self.mesh_dim).group_name
+        else:
+            world_group = dist.group.WORLD
+            assert world_group is not None
+            group = self.group or world_group.group_name
+        found = dist.get_world_size(_op.process_group(group))
+        if self.world is not None and self.world != found:
+            raise RefusedError(f"shard: world={self.world}, but the process group has {found} ranks")
+        return group, found
 
 
-class _Sharder:
+def splittable(program: Program) -> Any:
+    """The input that holds the sequence.
+
+    Raises:
+        RefusedError: something in the program can't be split over its tokens, and what.
+    """
+    tokens = program.input_with_role("tokens") or program.input_with_role("features")
+    if tokens is None or "sequence" not in "".join(tokens.axes.values()):
+        raise RefusedError("shard: the program takes no token sequence of any length to split")
+    unproved = [site for site in program.sites if site.node is None]
+    if unproved:
+        others = f" (and {len(unproved) - 1} more)" if len(unproved) > 1 else ""
+        raise RefusedError(
+            f"shard: the attention at '{unproved[0].path}' isn't proved and can't be split: "
+            f"{unproved[0].reason}{others}"
+        )
+    sequence = sequence_symbol(program.placeholder(tokens.name))
+    reason = mixing(program, sequence)
+    if reason is not None:
+        raise RefusedError(f"shard: {reason}, across the slices of other ranks")
+    output = next(node for node in program.graph_module.graph.nodes if node.op == "output")
+    for node in output.all_input_nodes:
+        if isinstance(value_of(node), Tensor) and sequence not in symbols_in(tensor_of(node)):
+            raise RefusedError(f"shard: the model returns '{node.name}', which isn't one row per token")
+    return tokens
+
+
+class Sharder:
     """Rewrites one program in place."""
 
-    def __init__(self, program: Program, tokens: Node, group: str, world: int) -> None:
-        self.program, self.tokens, self.group, self.world = program, tokens, group, world
+    def __init__(self, program: Program, tokens: Node, slices: Slices) -> None:
+        self.program, self.tokens, self.slices = program, tokens, slices
         self.module = program.graph_module
         self.graph = self.module.graph
-        self.counts = {"linear": 0, "softmax": 0, "conv": 0}
-        self.rank: Node | None = None
-        self.mask: Node | None = None
+        self.counts = {"linear": 0, "softmax": 0, "window": 0, "conv": 0}
 
     def run(self) -> dict[str, Any]:
-        continue_positions(self.program, sequence_symbol(self.tokens), self._offset)
+        try:
+            continue_positions(self.program, sequence_symbol(self.tokens), self._offset)
+        except RefusedError as error:
+            raise RefusedError(str(error).replace("no step form", "shard")) from error
+        self._check_slices()
+        self.sites()
+        finish(self.module)
+        return {"sites": {name: count for name, count in self.counts.items() if count}}
+
+    def sites(self) -> None:
+        """Every op that mixes tokens."""
         sites = self.program.site_of_op()
         for node in list(self.graph.nodes):
             name = op_name(node)
-            if name == "linear_attention":
-                sites[node].node = self._linear(node)
-                self.counts["linear"] += 1
-            elif name == "short_conv":
-                self._conv(node)
-                self.counts["conv"] += 1
-            elif name == "softmax_attention":
-                self._softmax(node)
-                self.counts["softmax"] += 1
-            elif name in ("gated_delta", "softmax_attention_step"):
-                raise RefusedError(f"shard: {name} has no sequence-parallel form yet")
-        finish(self.module)
-        return {"sites": dict(self.counts)}
+            rewrite = getattr(self, f"_{name}", None)
+            if rewrite is not None:
+                rewrite(node, sites.get(node))
 
     def _anchor(self) -> Node:
         anchor: Node = next(node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr"))
         return anchor
 
-    def _rank(self) -> Node:
-        if self.rank is None:
-            self.rank = Builder(self.module, self._anchor())(ops.rank_index.default, self.tokens, self.group)
-        return self.rank
+    def _check_slices(self) -> None:
+        make = Builder(self.module, self._anchor())
+        redirect(self.tokens, make(ops.equal_slices.default, self.tokens, self.slices.world, self.slices.group))
 
     def _offset(self) -> Node:
         """Tokens before this rank's slice (slices are of one length)."""
-        rank = self._rank()
-        make = Builder(self.module, rank.next)
+        make = Builder(self.module, self._anchor())
+        rank = make(ops.rank_index.default, self.tokens, self.slices.group)
         return make(aten.mul.Tensor, rank, make(aten.sym_size.int, self.tokens, 1))
 
-    def _linear(self, node: Node) -> Node:
+    def _linear_attention(self, node: Node, site: AttentionSite | None) -> None:
         q, k, v, decay, initial = node.args[:5]
         scale, causal, normalize = (argument(node, i, n) for i, n in ((5, "scale"), (6, "causal"), (7, "normalize")))
-        if initial is not None:
-            raise RefusedError(
-                f"shard: '{node.name}' already starts from a state; shard the program before make_stateful"
-            )
         make = Builder(self.module, node)
-        dtype = torch.float64 if tensor_of(q).dtype == torch.float64 else torch.float32
-        values = v
-        if normalize:
-            ones = make(aten.ones_like.default, make(aten.slice.Tensor, v, 3, 0, 1))
-            values = make(aten.cat.default, [v, ones], -1)
-        packed = self._summary(make, k, values, decay, dtype)
-        gathered = make(ops.gather_states.default, packed, self.world, self.group)
-        own = None
-        if causal:  # beside the all-gather: what the slice sees of itself
-            own_op = make(ops.linear_attention.default, q, k, values, decay, None, scale, True, False)
-            own = make(aten.to.dtype, make.item(own_op, 0), dtype)
-        arrived = make(ops.prefix_state.default, gathered, self.world, decay is not None, causal, self.group)
-        before = make.item(arrived, 0)
-        out = self._read(make, q, decay, before, scale, dtype)
-        out = out if own is None else make(aten.add.Tensor, own, out)
-        if normalize:
-            width = tensor_of(v).shape[-1]
-            weight = make(aten.add.Tensor, make(aten.slice.Tensor, out, 3, width, width + 1), EPSILON)
-            out = make(aten.div.Tensor, make(aten.slice.Tensor, out, 3, 0, width), weight)
-        out = make(aten.to.dtype, out, tensor_of(v).dtype)
+        refuse_cross(q, k, site.path if site else node.name)
+        out, final = self.slices.linear(make, q, k, v, decay, initial, scale, causal, normalize)
+        self._replace(node, site, out, final, initial)
+        self.counts["linear"] += 1
+
+    def _gated_delta(self, node: Node, site: AttentionSite | None) -> None:
+        q, k, v, beta, decay, initial = node.args[:6]
+        make = Builder(self.module, node)
+        out, final = self.slices.delta(make, q, k, v, beta, decay, initial, argument(node, 6, "scale"))
+        self._replace(node, site, out, final, initial)
+        self.counts["linear"] += 1
+
+    def _short_conv(self, node: Node, site: AttentionSite | None) -> None:
+        x, weight, initial = node.args
+        out, final = self.slices.convolution(Builder(self.module, node), x, weight, initial)
+        self._replace(node, site, out, final, initial)
+        self.counts["conv"] += 1
+
+    def _replace(self, node: Node, site: AttentionSite | None, out: Node, final: Node | None, initial: Any) -> None:
+        """Puts (output, last state) in place of an op that returned them."""
         for user in list(node.users):
             if user.args[1] == 0:
                 user.replace_all_uses_with(out)
             elif user.users:
-                raise RefusedError(f"shard: the final state of '{node.name}' is used, which no single rank has")
+                if initial is None or final is None:
+                    raise RefusedError(
+                        f"shard: the final state of '{node.name}' is used, which training doesn't hand on; shard the "
+                        "step program (shard_step)"
+                    )
+                user.replace_all_uses_with(final)
             self.graph.erase_node(user)
+        if site is not None:
+            site.node = out
         self.graph.erase_node(node)
-        return before
 
-    def _summary(self, make: Builder, k: Any, values: Any, decay: Any, dtype: torch.dtype) -> Node:
-        """``[B, Hkv, D, E]``: the state that the slice leaves from zero; with decay, its sum as one more column."""
-        keys, columns = make(aten.to.dtype, k, dtype), make(aten.to.dtype, values, dtype)
-        total = None
-        if decay is not None:
-            log = make(aten.expand_as.default, make(aten.to.dtype, decay, dtype), keys)
-            # decay from each token to the slice's end: sums of later rows only, so −inf never meets −inf
-            later = make(aten.constant_pad_nd.default, make(aten.slice.Tensor, log, 2, 1), [0, 0, 0, 1])
-            suffix = make(aten.flip.default, make(aten.cumsum.default, make(aten.flip.default, later, [2]), 2), [2])
-            keys = make(aten.mul.Tensor, keys, make(aten.exp.default, suffix))
-            total = make(aten.unsqueeze.default, make(aten.sum.dim_IntList, log, [2]), -1)
-        state = make(aten.matmul.default, make(aten.transpose.int, keys, 2, 3), columns)
-        return state if total is None else make(aten.cat.default, [state, total], -1)
-
-    def _read(self, make: Builder, q: Any, decay: Any, state: Node, scale: float, dtype: torch.dtype) -> Node:
-        """``scale · (q ⊙ e^G) P`` for every query head; G is the decay since the slice's start."""
-        heads, kv_heads = tensor_of(q).shape[1], tensor_of(state).shape[1]
-        groups = int(heads) // int(kv_heads)
-        queries = make(aten.unflatten.int, make(aten.to.dtype, q, dtype), 1, [int(kv_heads), groups])
-        if decay is not None:
-            since = make(aten.exp.default, make(aten.cumsum.default, make(aten.to.dtype, decay, dtype), 2))
-            queries = make(aten.mul.Tensor, queries, make(aten.unsqueeze.default, since, 2))
-        read = make(aten.matmul.default, queries, make(aten.unsqueeze.default, state, 2))
-        return make(aten.mul.Tensor, make(aten.flatten.using_ints, read, 1, 2), scale)
-
-    def _gather(self, make: Builder, x: Node) -> Node:
-        """``[d0, …]`` on each rank → ``[world, d0, …]`` on all; the backward pass reduce-scatters."""
-        flat = make(aten.contiguous.default, x)
-        gathered = make(
-            torch.ops._c10d_functional_autograd.all_gather_into_tensor.default, flat, self.world, self.group
-        )
-        waited = make(torch.ops._c10d_functional.wait_tensor.default, gathered)
-        return make(aten.unflatten.int, waited, 0, [self.world, -1])
-
-    def _conv(self, node: Node) -> None:
-        x, weight, initial = node.args
-        if initial is not None:
-            raise RefusedError(
-                f"shard: '{node.name}' already starts from a state; shard the program before make_stateful"
-            )
-        halo = int(tensor_of(weight).shape[1]) - 1
-        if halo == 0 or self.world == 1:
-            return
+    def _softmax_attention(self, node: Node, site: AttentionSite | None) -> None:
+        q, k, v, real = node.args[:4]
+        kind, window = argument(node, 4, "kind"), argument(node, 5, "window")
+        options = [argument(node, 6, "scale"), argument(node, 7, "softcap")]
+        refuse_cross(q, k, site.path if site else node.name)
         make = Builder(self.module, node)
-        tails = self._gather(make, make(aten.slice.Tensor, x, 1, -halo))
-        zeros = make(aten.zeros_like.default, make(aten.slice.Tensor, tails, 0, 0, 1))
-        before = make(aten.cat.default, [zeros, make(aten.slice.Tensor, tails, 0, 0, self.world - 1)], 0)
-        mine = make(aten.squeeze.dim, make(aten.index_select.default, before, 0, self._as_index(make)), 0)
-        node.args = (x, weight, make(aten.transpose.int, mine, 1, 2))
+        if kind == "sliding":
+            out = self.slices.window(make, q, k, v, real, (None, None, None), window, options)
+        else:
+            out = self.slices.softmax(make, q, k, v, real, kind, options)
+        self._swap(node, site, out)
+        self.counts["window" if kind == "sliding" else "softmax"] += 1
 
-    def _as_index(self, make: Builder) -> Node:
-        return make(aten.unsqueeze.default, self._rank(), 0)
+    def _swap(self, node: Node, site: AttentionSite | None, out: Node) -> None:
+        node.replace_all_uses_with(out)
+        if site is not None:
+            if site.near is node:
+                site.near = out
+            else:
+                site.node = out
+        self.graph.erase_node(node)
 
-    def _order(self, make: Builder) -> Node:
-        """Ranks rotated so that this one comes last: (arange(world) + rank + 1) % world."""
-        steps = make(aten.arange.default, self.world, device=tensor_of(self.tokens).device)
-        shifted = make(aten.add.Tensor, make(aten.add.Tensor, steps, self._rank()), 1)
-        return make(aten.remainder.Scalar, shifted, self.world)
+    def _hedgehog_features(self, node: Node, site: AttentionSite | None) -> None:
+        raise RefusedError(f"shard: '{node.name}' is a fused op of a lowered program; shard before lowering")
 
-    def _softmax(self, node: Node) -> None:
-        q, k, v, padding = node.args[:4]
-        kind = argument(node, 4, "kind")
-        make = Builder(self.module, node)
-        order = self._order(make)
-        keys, values = (self._rotated(make, x, order, axis=2) for x in (k, v))
-        real = padding
-        if real is None:
-            ones = make(aten.ones_like.default, make(aten.select.int, make(aten.select.int, k, 1, 0), 2, 0))
-            real = make(aten.ne.Scalar, ones, 0)
-        visible = self._rotated(make, make(aten.to.dtype, real, torch.int64), order, axis=1, group_axis=True)
-        if kind != "full":
-            earlier = make(aten.le.Tensor, order, self._rank())
-            mask = make(aten.unsqueeze.default, make(aten.unsqueeze.default, earlier, 0), -1)
-            visible = make(aten.mul.Tensor, visible, make(aten.to.dtype, mask, torch.int64))
-        flat = make(aten.ne.Scalar, make(aten.flatten.using_ints, visible, 1, 2), 0)
-        node.args = (q, keys, values, flat, *node.args[4:])
-
-    def _rotated(self, make: Builder, x: Any, order: Node, axis: int, group_axis: bool = False) -> Node:
-        """All ranks' slices of ``x`` joined along ``axis``, this rank's last (kept apart with ``group_axis``)."""
-        gathered = make(aten.index_select.default, self._gather(make, x), 0, order)
-        rank_axes = list(range(tensor_of(gathered).dim()))
-        rank_axes.insert(axis, rank_axes.pop(0))
-        arranged = make(aten.permute.default, gathered, rank_axes)
-        return arranged if group_axis else make(aten.flatten.using_ints, arranged, axis, axis + 1)
-
-
-def shard_batch(inputs: dict[str, Tensor], rank: int, world: int, labels: Tensor | None = None) -> dict[str, Tensor]:
-    """One rank's slice of a batch, padded at the end to equal slices.
-
-    Args:
-        inputs: tensors ``[B, T, …]`` by name; a name with "mask" is padded with zeros, "position" by counting on.
-        labels: ``[B, T]`` next-token labels; token t is trained to predict ``labels[:, t + 1]``, so labels are shifted
-            *before* they are cut: the last token of a slice predicts the first of the next. Padding gets −100.
-
-    Returns:
-        The slices, and ``labels`` (already shifted: use them without shifting again) where labels were given.
-    """
-    length = next(iter(inputs.values())).shape[1]
-    size = -(-length // world)
-    missing = size * world - length
-    result: dict[str, Tensor] = {}
-    for name, value in inputs.items():
-        if missing:
-            extra = value[:, -1:].expand(-1, missing, *value.shape[2:])
-            if "mask" in name:
-                extra = torch.zeros_like(extra)
-            elif "position" in name:
-                extra = extra + torch.arange(1, missing + 1, device=value.device)
-            value = torch.cat([value, extra], 1)
-        result[name] = value[:, rank * size : (rank + 1) * size].contiguous()
-    if labels is not None:
-        ignored = labels.new_full((labels.shape[0], missing + 1), -100)
-        shifted = torch.cat([labels[:, 1:], ignored], 1)
-        result["labels"] = shifted[:, rank * size : (rank + 1) * size].contiguous()
-    return result
+    def _softmax_attention_step(self, node: Node, site: AttentionSite | None) -> None:
+        raise RefusedError(f"shard: '{node.name}' keeps a cache; shard the step program with shard_step")

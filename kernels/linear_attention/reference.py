@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..shapes import accumulator_dtype, group_heads
+from .segments import chain, prefix_exclusive, suffix_exclusive, suffix_inclusive
 
 NORMALIZER_EPS = 1e-10
 CHUNK = 64
@@ -207,12 +208,8 @@ class _Run:
     def _scan(self, state: Tensor) -> Tensor:
         """States before each chunk and, last, after all of them: ``[B, G, N + 1, D, E]``."""
         added = self.k_out.transpose(-1, -2) @ self.v
-        states = [state]
-        for n in range(added.shape[2]):
-            state = state * self.decay.whole[:, :, n] if self.decay is not None else state
-            state = state + added[:, :, n]
-            states.append(state)
-        return torch.stack(states, 2)
+        passing = None if self.decay is None else self.decay.whole.unbind(2)
+        return torch.stack(chain(added.unbind(2), passing, state), 2)
 
     def output(self) -> Tensor:
         """Un-normalised outputs ``[B, G, N, R, C, E]``."""
@@ -257,7 +254,7 @@ class _Run:
             d_q, d_k = d_q * self.decay.from_start.unsqueeze(3), d_k * self.decay.to_end
             d_prefix = (self.q_in * d_q_in).sum(3)
             d_prefix[..., -1, :] += (self.decay.whole * before * after).sum(-1)
-            d_g = _suffix_inclusive(d_prefix) + _prefix_exclusive(self.k_out * d_k_out)
+            d_g = suffix_inclusive(d_prefix) + prefix_exclusive(self.k_out * d_k_out)
         if self.decay is None or self.decay.anchored is not None:
             left, right = self._anchored()
             d_v = d_v + self._scores(left, right).transpose(-1, -2) @ flat
@@ -265,7 +262,7 @@ class _Run:
             d_left, d_right = (d_scores @ right).reshape(left.shape), d_scores.transpose(-1, -2) @ left.flatten(3, 4)
             if self.decay is not None and self.decay.anchored is not None and d_g is not None:
                 # The anchor itself has no gradient: the scores don't depend on where it is.
-                d_g = d_g + _suffix_inclusive((left * d_left).sum(3) - right * d_right)
+                d_g = d_g + suffix_inclusive((left * d_left).sum(3) - right * d_right)
                 d_left, d_right = (
                     d_left * self.decay.anchored.exp().unsqueeze(3),
                     d_right * (-self.decay.anchored).exp(),
@@ -288,21 +285,16 @@ class _Run:
             level.half(d_v, 0).add_(scores.transpose(-1, -2) @ part)
             level.query_half(d_q).add_(d_left * level.from_middle.unsqueeze(4))
             level.half(d_k, 0).add_(d_right * level.to_middle)
-            level.half(d_g, 1).add_(_suffix_inclusive((level.q * d_left).sum(4)))
-            level.half(d_g, 0).add_(_prefix_exclusive(level.k * d_right))
+            level.half(d_g, 1).add_(suffix_inclusive((level.q * d_left).sum(4)))
+            level.half(d_g, 0).add_(prefix_exclusive(level.k * d_right))
         weight = (grad * self.v.unsqueeze(3)).sum(-1, keepdim=True)
         d_q.add_(weight * self.k.unsqueeze(3))
         d_k.add_((weight * self.q).sum(3))
         d_v.add_(((self.q * self.k.unsqueeze(3)).sum(-1, keepdim=True) * grad).sum(3))
 
     def _reverse_scan(self, added: Tensor, grad_state: Tensor) -> Tensor:
-        d_state = grad_state
-        d_states = [d_state]
-        for n in reversed(range(added.shape[2])):
-            d_state = d_state * self.decay.whole[:, :, n] if self.decay is not None else d_state
-            d_state = d_state + added[:, :, n]
-            d_states.append(d_state)
-        return torch.stack(d_states[::-1], 2)
+        passing = None if self.decay is None else self.decay.whole.unbind(2)[::-1]
+        return torch.stack(chain(added.unbind(2)[::-1], passing, grad_state)[::-1], 2)
 
     def _to_inputs(self, d_q: Tensor, d_k: Tensor, d_v: Tensor, d_g: Tensor | None, d_initial: Tensor) -> Grads:
         q, k, v, log_decay, initial_state = self.inputs
@@ -334,7 +326,7 @@ class _ChunkDecay:
         anchored = prefix - prefix[..., prefix.shape[-2] // 2, None, :]
         # NaN (from -inf minus -inf) and +inf both fail this comparison.
         narrow = bool(anchored.abs().amax() <= ANCHOR_RANGE) if anchored.numel() else True
-        to_end = _suffix_exclusive(g).exp()
+        to_end = suffix_exclusive(g).exp()
         return _ChunkDecay(prefix.exp(), to_end, prefix[..., -1, :, None].exp(), anchored if narrow else None)
 
 
@@ -351,7 +343,7 @@ class _Level:
     @staticmethod
     def of(q: Tensor, k: Tensor, g: Tensor, half_size: int) -> _Level:
         late, early = _half(g, half_size, 1), _half(g, half_size, 0)
-        from_middle, to_middle = late.cumsum(-2).exp(), _suffix_exclusive(early).exp()
+        from_middle, to_middle = late.cumsum(-2).exp(), suffix_exclusive(early).exp()
         queries = _query_half(q, half_size) * from_middle.unsqueeze(4)
         return _Level(half_size, queries, _half(k, half_size, 0) * to_middle, from_middle, to_middle)
 
@@ -393,16 +385,3 @@ def _finish_backward(grad: Tensor, out: Tensor) -> Tensor:
     inverse = 1.0 / (out[..., -1:] + NORMALIZER_EPS)
     d_numerator = grad * inverse
     return torch.cat((d_numerator, -(d_numerator * out[..., :-1]).sum(-1, keepdim=True) * inverse), -1)
-
-
-def _suffix_inclusive(x: Tensor) -> Tensor:
-    return x.flip(-2).cumsum(-2).flip(-2)
-
-
-def _suffix_exclusive(x: Tensor) -> Tensor:
-    """Sums of later rows only; written without a subtraction, so that ``-inf`` never meets ``-inf``."""
-    return _suffix_inclusive(F.pad(x[..., 1:, :], (0, 0, 0, 1)))
-
-
-def _prefix_exclusive(x: Tensor) -> Tensor:
-    return F.pad(x[..., :-1, :], (0, 0, 1, 0)).cumsum(-2)

@@ -1,0 +1,82 @@
+"""Process groups as graphs refer to them (by name), this process's place in one, and equal slices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+functional = torch.ops._c10d_functional
+
+_CHECKED: set[tuple[int, str, tuple[int, ...]]] = set()
+
+
+def process_group(group: str) -> Any:
+    """The process group of a name."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
+
+
+def rank_in(group: str) -> int:
+    """This process's rank in a process group, by the group's name."""
+    from torch.distributed import get_rank
+
+    return get_rank(process_group(group))
+
+
+def gather(x: Tensor, world: int, group: str) -> Tensor:
+    """``[d0, …]`` on each rank → ``[world, d0, …]`` on all, waited for; without gradients."""
+    narrow = x.to(torch.uint8) if x.dtype == torch.bool else x
+    gathered = functional.wait_tensor(functional.all_gather_into_tensor(narrow.contiguous(), world, group))
+    result: Tensor = gathered.view(world, *x.shape)
+    return result.bool() if x.dtype == torch.bool else result
+
+
+@custom_op("lincompile::rank_index", mutates_args=(), schema="(Tensor like, str group) -> Tensor")
+def rank_index(like: Tensor, group: str) -> Tensor:
+    """This rank, as an int64 scalar tensor on ``like``'s device: graphs stay the same on every rank."""
+    return torch.tensor(rank_in(group), dtype=torch.int64, device=like.device)
+
+
+@rank_index.register_fake
+def _(like: Tensor, group: str) -> Tensor:
+    return like.new_empty((), dtype=torch.int64)
+
+
+@custom_op("lincompile::equal_slices", mutates_args=(), schema="(Tensor x, int world, str group) -> Tensor")
+def equal_slices(x: Tensor, world: int, group: str) -> Tensor:
+    """``x [B, T, …]`` as it is, once all ranks have been seen to hold slices of the same shape.
+
+    Positions and states would be silently wrong otherwise. One message of a few integers the first time a shape is met;
+    ranks that meet different shapes differ in their next collective at the latest, which fails.
+
+    Raises:
+        ValueError: the shapes differ, with every rank's.
+    """
+    key = (id(process_group(group)), group, tuple(x.shape))
+    if key not in _CHECKED:
+        mine = torch.tensor(x.shape[:2], dtype=torch.int64, device=x.device)
+        shapes = gather(mine, world, group).tolist()
+        if any(shape != shapes[0] for shape in shapes):
+            listed = ", ".join(f"rank {rank}: {shape}" for rank, shape in enumerate(shapes))
+            raise ValueError(
+                f"lincompile.equal_slices: the ranks hold slices of different shapes [B, T] ({listed}); cut the batch "
+                "with shard_batch, which makes them equal"
+            )
+        _CHECKED.add(key)
+    return x.clone()
+
+
+@equal_slices.register_fake
+def _(x: Tensor, world: int, group: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _same(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return grad, None, None
+
+
+equal_slices.register_autograd(_same)
