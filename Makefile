@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip
 PYTEST_ARGS ?=
+# One test process for each core, at most four (each holds a model or two), with one thread each.
+PYTEST := HF_HUB_OFFLINE=1 PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n auto --maxprocesses 4
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -27,14 +29,14 @@ demo: $(VENV)/.ready-demo  ## SmolLM2-135M to linear attention and 6 bits, then 
 	$(VENV)/bin/lincompile demo $(DEMO_ARGS)
 
 test: $(VENV)/.ready-test  ## the whole test suite
-	HF_HUB_OFFLINE=1 PYTHONSAFEPATH=1 $(VENV)/bin/pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready-dev  ## ruff and mypy --strict
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
 docs: $(VENV)/.ready-test  ## run the commands and the Python of README.md and docs/
-	HF_HUB_OFFLINE=1 $(VENV)/bin/pytest tests/test_docs.py --run-docs
+	$(PYTEST) tests/test_docs.py --run-docs
 
 clean:  ## remove the virtual environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-out

@@ -117,7 +117,8 @@ def main() -> None:
         "--window", type=int, default=None, help="softmax over the nearest tokens beside the linear part"
     )
     parser.add_argument("--logit-length", type=int, default=None, help="tokens per window of the second stage")
-    parser.add_argument("--compile", default="none", choices=["none", "modules", "graphs"])
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    parser.add_argument("--start", type=Path, metavar="ADAPTER", help="begin from an adapter, without a transfer")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapter", type=Path)
@@ -158,16 +159,23 @@ def main() -> None:
     ids = tokens_of(asked.train, loaded)
     say(f"{len(ids):,} tokens to train on")
     data = TokenWindows(ids, asked.length, asked.transfer_batch, asked.seed, held_out=0.005)
-    chosen = Transfer(steps=1 << 30, seconds=asked.transfer_seconds, compile=asked.compile != "none")
-    moved = transfer(teacher, student, data, chosen, progress=progress("transfer"))
-    result["transfer"] = thin(asdict(moved))
-    before, after = (sum(d.values()) / len(d) for d in (moved.before, moved.after))
-    say(f"transfer: relative error {before:.3f} -> {after:.3f}, {moved.tokens:,} tokens, {moved.seconds:.0f} s")
-    if asked.adapter:  # what there is if the next stage is cut off
-        partial = asked.adapter.with_suffix(".transfer.safetensors")
-        save_adapter(partial, teacher, student, source_hash=loaded.source_hash, record={"tokens": moved.tokens})
+    tokens = 0
+    if asked.start:
+        result["start"] = apply_adapter(asked.start, teacher, student, source_hash=loaded.source_hash)
+        tokens = int(result["start"].get("tokens", 0))
+    else:
+        chosen = Transfer(steps=1 << 30, seconds=asked.transfer_seconds, compile=asked.compile)
+        moved = transfer(teacher, student, data, chosen, progress=progress("transfer"), note=say)
+        result["transfer"] = thin(asdict(moved))
+        before, after = (sum(d.values()) / len(d) for d in (moved.before, moved.after))
+        say(f"transfer: relative error {before:.3f} -> {after:.3f}, {moved.tokens:,} tokens, {moved.seconds:.0f} s")
+        tokens = moved.tokens
+        if asked.adapter:  # what there is if the next stage is cut off
+            partial = asked.adapter.with_suffix(".transfer.safetensors")
+            save_adapter(partial, teacher, student, source_hash=loaded.source_hash, record={"tokens": tokens})
     result["after_transfer"] = evaluate(instead(teacher, student), texts, asked.context, asked.limit)
     say(f"after transfer {summary(result['after_transfer'], result['teacher'])}")
+    write(asked.json, result)
 
     if automatic:
         choice = choose(teacher, student, data.measure(8), automatic)
@@ -187,7 +195,7 @@ def main() -> None:
     say(f"logits: KL {learnt.before:.3f} -> {learnt.after:.3f}, {learnt.tokens:,} tokens, {learnt.seconds:.0f} s")
     write(asked.json, result)
     if asked.adapter:
-        record = {k: result[k] for k in ("options", "versions")} | {"tokens": moved.tokens + learnt.tokens}
+        record = {k: result[k] for k in ("options", "versions")} | {"tokens": tokens + learnt.tokens}
         save_adapter(asked.adapter, teacher, student, source_hash=loaded.source_hash, record=record)
         student = rewrite(teacher, options)
         apply_adapter(asked.adapter, teacher, student, source_hash=loaded.source_hash)

@@ -22,23 +22,9 @@ from ..linearize import PROJECTIONS, find_operands
 from ..match import CONTRACTIONS
 from ..methods import LinearMethod, method_class
 from ..program import Program, content_nodes, is_lincompile_op
+from .regions import compile_regions, switch
 
 Wrap = Callable[[str, LinearMethod], nn.Module]
-
-
-class Compiled(nn.Module):
-    """A module that ``torch.compile`` runs while it learns, and that runs as it is when it is only measured.
-
-    All sites share one compiled function: they differ in their parameters alone.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.compiled = torch.compile(module, dynamic=False)
-
-    def forward(self, *operands: Tensor) -> Any:
-        return (self.compiled if torch.is_grad_enabled() else self.module)(*operands)
 
 
 @dataclass
@@ -54,7 +40,7 @@ class TrainingGraph:
     program: Program
     branches: dict[str, LinearMethod]
     autocast: torch.dtype | None
-    compiled: Callable[..., Any] | None = None
+    divided: bool = False
 
     @property
     def graph_module(self) -> GraphModule:
@@ -67,14 +53,15 @@ class TrainingGraph:
     def __call__(self, tokens: Tensor, compiled: bool = False) -> object:
         """Runs token windows ``[B, T]``; returns what the graph returns.
 
-        ``compiled``: by ``torch.compile``, for this one shape (a minute or two on the first call).
+        ``compiled``: what lies between the products by ``torch.compile``, for this shape (some seconds at first).
         """
+        if compiled and not self.divided:
+            compile_regions(self.graph_module, self.autocast)
+            self.divided = True
+        switch(self.graph_module, compiled)
         inputs = model_inputs(self.program, tokens)
-        if compiled and self.compiled is None:
-            self.compiled = torch.compile(self.graph_module, dynamic=False)
-        run = self.compiled if compiled and self.compiled is not None else self.graph_module
         with torch.autocast(tokens.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            return run(*inputs)
+            return self.graph_module(*inputs)
 
 
 def beside(teacher: Program, student: Program, wrap: Wrap) -> TrainingGraph:

@@ -26,10 +26,11 @@ from ..linearize import MODULE_PREFIX
 from ..methods import LinearMethod
 from ..program import Program
 from .data import TokenWindows
-from .instrument import Compiled, TrainingGraph, instead, unpadded, weights_checksum
+from .instrument import TrainingGraph, instead, unpadded, weights_checksum
 from .loop import LoopOptions, LoopReport, Part, Progress, train
 from .lora import PREFIX as LORA_PREFIX
 from .lora import add_lora, merge_lora
+from .regions import Compiled, agrees
 from .replay import Replayed
 
 ROWS = 2048
@@ -46,8 +47,6 @@ class LogitDistillation(LoopOptions):
         train: "full", or "lora:R" for low-rank additions of rank R to every linear layer; vectors (norms, biases)
             and the attention modules learn whole either way.
         recompute: keep no activations of the attention modules, compute them again in the backward pass.
-        compile: what ``torch.compile`` compiles: "none", "modules" (the attention modules) or "graphs" (teacher and
-            student whole; the fastest, after a minute or two).
     """
 
     rate: float = 3e-4
@@ -55,12 +54,9 @@ class LogitDistillation(LoopOptions):
     attention_rate: float = 1e-3
     train: str = "full"
     recompute: bool = False
-    compile: str = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.compile not in ("none", "modules", "graphs"):
-            raise LincompileError(f"compile={self.compile!r}: choose none, modules or graphs")
         lora_rank(self.train)
 
     def rate_of(self, name: str) -> float:
@@ -94,6 +90,21 @@ class LogitReport(LoopReport):
     notes: list[str] = field(default_factory=list)
 
 
+def _rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of KL(teacher ‖ student) over rows ``[R, V]``, and its gradient for the student's logits (float32)."""
+    log_student = functional.log_softmax(student.float(), -1)
+    log_teacher = functional.log_softmax(teacher.float(), -1)
+    probabilities = log_teacher.exp()
+    total = (probabilities * (log_teacher - log_student)).sum()
+    return total, log_student.exp() - probabilities
+
+
+@functools.cache
+def compiled_rows() -> Any:
+    """``_rows`` as two or three kernels."""
+    return torch.compile(_rows, dynamic=False)
+
+
 class _Divergence(torch.autograd.Function):
     """Mean KL(teacher ‖ student) over tokens; the gradient is computed with it, a few rows at a time.
 
@@ -101,31 +112,30 @@ class _Divergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, want_gradient: bool) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, want_gradient: bool, compiled: bool) -> Tensor:
         flat, wanted = student.flatten(0, -2), teacher.flatten(0, -2)
         gradient = torch.empty_like(flat) if want_gradient else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
+        rows_of = compiled_rows() if compiled else _rows
         for start in range(0, flat.shape[0], ROWS):
             rows = slice(start, start + ROWS)
-            log_student = functional.log_softmax(flat[rows].float(), -1)
-            log_teacher = functional.log_softmax(wanted[rows].float(), -1)
-            probabilities = log_teacher.exp()
-            total += (probabilities * (log_teacher - log_student)).sum().double()
+            part, slope = rows_of(flat[rows], wanted[rows])
+            total += part.double()
             if gradient is not None:
-                gradient[rows] = (log_student.exp_().sub_(probabilities) / flat.shape[0]).to(flat.dtype)
+                gradient[rows] = slope / flat.shape[0]
         if gradient is not None:
             ctx.save_for_backward(gradient.view_as(student))
         return (total / flat.shape[0]).float()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None
+        return gradient * grads[0].to(gradient.dtype), None, None, None
 
 
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+def divergence(student: Tensor, teacher: Tensor, compiled: bool = False) -> Tensor:
     """Mean KL(teacher ‖ student) in nats per token, of logits ``[..., V]``; differentiable in the student's."""
-    return _Divergence.apply(student, teacher, student.requires_grad)  # type: ignore[no-any-return, no-untyped-call]
+    return _Divergence.apply(student, teacher, student.requires_grad, compiled)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def logits_of(graph: TrainingGraph, tokens: Tensor, compiled: bool = False) -> Tensor:
@@ -146,10 +156,8 @@ class Distiller:
 
     def __init__(self, teacher: Program, student: Program, options: LogitDistillation) -> None:
         def wrap(path: str, branch: LinearMethod) -> nn.Module:
-            module: nn.Module = Compiled(branch) if options.compile == "modules" else branch
-            return Recomputed(module) if options.recompute else module
+            return Recomputed(Compiled(branch)) if options.recompute else Compiled(branch)
 
-        self.whole = options.compile == "graphs"
         self.teacher = unpadded(teacher)
         self.student = instead(teacher, student, wrap)
 
@@ -162,12 +170,12 @@ class Distiller:
             values.append(float(divergence(logits_of(self.student, tokens), logits_of(self.teacher, tokens))))
         return sum(values) / len(values)
 
-    def learn(self, tokens: Tensor, share: float) -> Tensor:
+    def learn(self, tokens: Tensor, share: float, compiled: bool = False) -> Tensor:
         """Adds ``share`` times the KL's gradient; returns the KL."""
         tokens = tokens.to(self.teacher.device)
         with torch.no_grad():
-            wanted = logits_of(self.teacher, tokens, self.whole)
-        loss = divergence(logits_of(self.student, tokens, self.whole), wanted)
+            wanted = logits_of(self.teacher, tokens, compiled)
+        loss = divergence(logits_of(self.student, tokens, compiled), wanted, compiled)
         del wanted
         (loss * share).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -251,6 +259,15 @@ def _distil(
 
     learn: dict[float, Replayed] = {}  # by the piece's share of the step: the last one may be smaller
 
+    def learner(piece: Tensor, share: float) -> Replayed:
+        if share not in learn:
+            compiled = options.compiles(distiller.teacher.device) and agrees(
+                functools.partial(distiller.learn, piece, share), list(trained.values()), note
+            )
+            adding = functools.partial(distiller.learn, share=share, compiled=compiled)
+            learn[share] = Replayed(adding, list(trained.values()), options.replay)
+        return learn[share]
+
     def losses_of(step: int) -> tuple[Tensor, int]:
         tokens = data.step(step)
         while True:
@@ -258,10 +275,7 @@ def _distil(
                 loss = torch.zeros((), dtype=torch.float64)
                 for piece in torch.split(tokens, report.micro_batch):
                     share = len(piece) / len(tokens)
-                    if share not in learn:
-                        adding = functools.partial(distiller.learn, share=share)
-                        learn[share] = Replayed(adding, list(trained.values()), options.replay)
-                    loss += learn[share](piece).double().cpu() * share
+                    loss += learner(piece, share)(piece).double().cpu() * share
                 return loss[None], tokens.numel()
             except torch.OutOfMemoryError:
                 if report.micro_batch == 1:

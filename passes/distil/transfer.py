@@ -8,6 +8,8 @@ LoLCATs, arXiv 2410.10254, and LAWCAT, arXiv 2509.18467, with a relative error i
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from ..errors import LincompileError
 from ..methods import LinearMethod, mixed
 from ..program import Program
 from .data import TokenWindows
-from .instrument import Compiled, TrainingGraph, beside, weights_checksum
+from .instrument import TrainingGraph, beside, weights_checksum
 from .loop import LoopOptions, LoopReport, Part, Progress, train
+from .regions import Compiled, agrees
 from .replay import Replayed
 
 ALONE = 0.1  # weight of the linear attention's own error beside a softmax window
@@ -34,13 +37,11 @@ class Transfer(LoopOptions):
         rate: peak learning rate of feature maps, convolutions and output scales.
         gate_rate: peak learning rate of the gates' projections.
         bias_rate: peak learning rate of the gates' biases, which set half-lives and have far to go.
-        compile: compile the attention modules with ``torch.compile`` (worth its minute on a GPU).
     """
 
     rate: float = 1e-2
     gate_rate: float = 3e-2
     bias_rate: float = 3e-1
-    compile: bool = False
 
     def scaled(self, factor: float) -> Transfer:
         """All rates times ``factor``: for a student that has been trained already."""
@@ -83,10 +84,9 @@ class _SiteError(nn.Module):
 class _Compare(nn.Module):
     """Computes one site's relative error; with ``learning`` it also adds the gradients to the module's."""
 
-    def __init__(self, branch: LinearMethod, compile: bool) -> None:
+    def __init__(self, branch: LinearMethod) -> None:
         super().__init__()
-        site: nn.Module = _SiteError(branch)
-        self.site = Compiled(site) if compile else site
+        self.site = Compiled(_SiteError(branch))
         self.learning = False
 
     def forward(self, wanted: Tensor, *operands: Tensor) -> Tensor:
@@ -108,11 +108,11 @@ def relative_error(got: Tensor, wanted: Tensor) -> Tensor:
 class Errors:
     """The relative error of every rewritten site, from one teacher forward."""
 
-    def __init__(self, teacher: Program, student: Program, compile: bool = False) -> None:
+    def __init__(self, teacher: Program, student: Program) -> None:
         self.comparisons: list[_Compare] = []
 
         def wrap(path: str, branch: LinearMethod) -> nn.Module:
-            self.comparisons.append(_Compare(branch, compile))
+            self.comparisons.append(_Compare(branch))
             return self.comparisons[-1]
 
         self.graph: TrainingGraph = beside(teacher, student, wrap)
@@ -121,12 +121,12 @@ class Errors:
     def branches(self) -> dict[str, LinearMethod]:
         return self.graph.branches
 
-    def __call__(self, tokens: Tensor, learn: bool = False) -> Tensor:
+    def __call__(self, tokens: Tensor, learn: bool = False, compiled: bool = False) -> Tensor:
         """Errors ``[sites]`` on windows ``[B, T]``; with ``learn`` also adds to the modules' gradients."""
         for comparison in self.comparisons:
             comparison.learning = learn
         with torch.no_grad():
-            losses = self.graph(tokens.to(self.graph.device))
+            losses = self.graph(tokens.to(self.graph.device), compiled)
         assert isinstance(losses, tuple)
         return torch.stack([loss.double() for loss in losses])
 
@@ -145,6 +145,7 @@ def transfer(
     checkpoint: Path | None = None,
     progress: Progress | None = None,
     measure_windows: int = 4,
+    note: Callable[[str], None] = warnings.warn,
 ) -> TransferReport:
     """Trains the student's linear sites in place.
 
@@ -153,6 +154,7 @@ def transfer(
         student: the rewritten program; only the parameters of its ``lincompile_attention`` modules change.
         data: token windows.
         checkpoint: file that the run saves itself to, and continues from if it exists.
+        note: told when compiled code is left aside because it computes something else.
 
     Returns:
         A report with per-site errors on held-out windows before and after.
@@ -160,7 +162,7 @@ def transfer(
     Raises:
         LincompileError: nothing to distil, a loss that isn't finite, or a checkpoint of another run.
     """
-    errors = Errors(teacher, student, options.compile)
+    errors = Errors(teacher, student)
     parts = [
         Part(path, dict(branch.named_parameters()), {n: options.rate_of(n) for n, _ in branch.named_parameters()})
         for path, branch in errors.branches.items()
@@ -174,15 +176,17 @@ def transfer(
         report.before = errors.by_path(held_out)
         _check_start(report.before)
 
-    learn = Replayed(
-        lambda tokens: errors(tokens, learn=True),
-        [parameter for part in parts for parameter in part.parameters.values()],
-        options.replay,
-    )
+    parameters = [parameter for part in parts for parameter in part.parameters.values()]
+    learn: list[Replayed] = []
 
     def losses_of(step: int) -> tuple[Tensor, int]:
         tokens = data.step(step)
-        return learn(tokens).cpu(), tokens.numel()
+        if not learn:  # here, where the loop has made the parameters learn
+            compiled = options.compiles(errors.graph.device) and agrees(
+                lambda compiled: errors(tokens, learn=True, compiled=compiled), parameters, note
+            )
+            learn.append(Replayed(lambda t: errors(t, learn=True, compiled=compiled), parameters, options.replay))
+        return learn[0](tokens).cpu(), tokens.numel()
 
     train(parts, losses_of, options, checkpoint=checkpoint, identity=identity, report=report, progress=progress)
     report.after = errors.by_path(held_out)

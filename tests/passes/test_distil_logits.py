@@ -117,7 +117,7 @@ def test_running_out_of_memory_takes_smaller_pieces_and_says_so(
 ) -> None:
     learn = Distiller.learn
 
-    def tight(self: Distiller, tokens: Tensor, share: float) -> Tensor:
+    def tight(self: Distiller, tokens: Tensor, share: float, compiled: bool) -> Tensor:
         if len(tokens) > 1:
             raise torch.OutOfMemoryError
         return learn(self, tokens, share)

@@ -1,0 +1,225 @@
+"""What lies between a training graph's matrix products, compiled: a few kernels instead of dozens.
+
+Norms, rotary embeddings, activations and residual sums run op by op at the memory's speed, each reading and writing
+everything: on a GPU they take longer than the products. Compiling a graph as a whole takes minutes; but its layers are
+alike, so the regions between products come in a handful of shapes, and each shape is compiled once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.passes.utils.fuser_utils import fuse_by_partitions
+
+from ..graph import VIEWS, Builder, aten, finish, is_mutation, target_of, value_of, written_nodes
+from ..linearize import PROJECTIONS
+from ..match import CONTRACTIONS
+
+PREFIX = "lincompile_region_"
+LOSSES_AGREE, GRADIENTS_AGREE = 0.02, 0.1  # relative: products are rounded to bfloat16, and in another order
+REDUCTIONS = frozenset(
+    {
+        aten.mean.dim,
+        aten.sum.dim_IntList,
+        aten.var.correction,
+        aten.softmax.int,
+        aten.cat.default,
+        aten.layer_norm.default,
+        aten.rms_norm.default,
+    }
+)
+
+
+class Compiled(nn.Module):
+    """A module that ``torch.compile`` runs while ``on`` is set, and that runs as it is otherwise.
+
+    Calls of one module, and modules that differ in their parameters alone, share what is compiled.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.compiled = torch.compile(module, dynamic=False)
+        self.on = False
+
+    def forward(self, *operands: Tensor) -> Any:
+        return (self.compiled if self.on else self.module)(*operands)
+
+
+def switch(module: nn.Module, on: bool) -> None:
+    """Sets every compiled part of a training graph on or off."""
+    for part in module.modules():
+        if isinstance(part, Compiled):
+            part.on = on
+
+
+def agrees(learn: Callable[[bool], Tensor], parameters: Sequence[nn.Parameter], note: Callable[[str], None]) -> bool:
+    """Whether compiled code computes what plain code does; where not, that is noted and training runs plain.
+
+    ``learn(compiled)`` returns losses and adds to the gradients of ``parameters``, which are left as they were.
+    Compared are the losses and, so that nothing as large as the gradients is kept, each gradient's norm and its product
+    with a random vector, which moves by about the size of the gradient's error.
+    """
+    plain, norms, probes = _probed(learn, False, parameters)
+    try:
+        losses, other_norms, other_probes = _probed(learn, True, parameters)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler's backend raises: plain code needs none of it
+        note(f"training runs without torch.compile, and slower: {type(error).__name__}: {str(error)[:300]}")
+        return False
+    wrong = ~((losses - plain).abs() <= LOSSES_AGREE * plain.abs() + 1e-4)
+    scale = norms.max()  # a gradient far smaller than the others is rounding
+    far = ~((other_norms - norms).abs() <= GRADIENTS_AGREE * (norms + 0.01 * scale))
+    far |= ~((other_probes - probes).abs() <= 4 * GRADIENTS_AGREE * (norms + 0.01 * scale))
+    if bool(wrong.any()) or bool(far.any()):
+        note(
+            f"training runs without torch.compile, and slower: compiled, {int(wrong.sum())} of {len(wrong)} losses and "
+            f"{int(far.sum())} of {len(far)} gradients were others"
+        )
+        return False
+    return True
+
+
+def _probed(
+    learn: Callable[[bool], Tensor], compiled: bool, parameters: Sequence[nn.Parameter]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, norms of the gradients, products with random vectors) of one step, in float64 on the CPU."""
+    had = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        losses = learn(compiled).double().reshape(-1).cpu()
+        norms, probes = [], []
+        for index, parameter in enumerate(parameters):
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            generator = torch.Generator(gradient.device).manual_seed(index)
+            direction = torch.randn(gradient.shape, generator=generator, device=gradient.device)
+            norms.append(gradient.double().norm())
+            probes.append((gradient.double() * direction).sum())
+        return losses, torch.stack(norms).cpu(), torch.stack(probes).cpu()
+    finally:
+        for parameter, kept in zip(parameters, had, strict=True):
+            parameter.grad = kept
+
+
+def compile_regions(module: GraphModule, products: torch.dtype | None) -> int:
+    """Puts what lies between products into modules of their own, one for all regions that are alike.
+
+    ``products``: the dtype that autocast gives the products; what feeds them is cast once, inside the region.
+    Returns the number of different regions.
+    """
+    if products is not None:
+        _cast_once(module, products)
+    regions = _regions(module)
+    if not regions:
+        return 0
+    fuse_by_partitions(module, [dict.fromkeys(region) for region in regions], prefix=PREFIX, always_return_tuple=True)
+    known: dict[Any, str] = {}
+    for node in [n for n in module.graph.nodes if n.op == "call_module" and str(n.target).startswith(PREFIX)]:
+        name = str(node.target)
+        region = module.get_submodule(name)
+        assert isinstance(region, GraphModule)
+        signature = _signature(region)
+        if signature in known:
+            node.target = known[signature]
+            delattr(module, name)
+        else:
+            known[signature] = name
+            setattr(module, name, Compiled(region))
+    finish(module)
+    return len(known)
+
+
+def _light(node: Node, written: set[Node]) -> bool:
+    """Whether a node computes element by element, reduces or views, and nothing more."""
+    target = target_of(node)
+    if target in PROJECTIONS | CONTRACTIONS or not isinstance(value_of(node), (Tensor, tuple, list)):
+        return False
+    if node in written or is_mutation(node):
+        return False
+    if target in VIEWS or target in REDUCTIONS:
+        return True
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def _regions(module: GraphModule) -> list[list[Node]]:
+    """Connected light nodes of one depth: the number of heavy nodes that any path to a node passes at most.
+
+    A path from one light node through a heavy one to another makes the second one deeper, so nodes of one depth can
+    run together whatever else connects them.
+    """
+    written = written_nodes(module)
+    depth: dict[Node, int] = {}
+    light: dict[Node, Node] = {}  # a union-find forest
+
+    def root(node: Node) -> Node:
+        while light[node] is not node:
+            light[node] = light[light[node]]
+            node = light[node]
+        return node
+
+    for node in module.graph.nodes:
+        is_light = _light(node, written)
+        depth[node] = max((depth[i] + (is_light and i not in light) for i in node.all_input_nodes), default=0)
+        if is_light:
+            light[node] = node
+            for item in node.all_input_nodes:
+                if item in light and depth[item] == depth[node]:
+                    light[root(item)] = root(node)
+    groups: dict[Node, list[Node]] = defaultdict(list)
+    for node in light:
+        groups[root(node)].append(node)
+    return [group for group in map(_without_last_views, groups.values()) if sum(map(_works, group)) > 1]
+
+
+def _works(node: Node) -> bool:
+    """Whether a light node costs anything."""
+    return target_of(node) not in VIEWS or target_of(node) is aten.to.dtype
+
+
+def _without_last_views(group: list[Node]) -> list[Node]:
+    """The group but for views that only others read: a compiled module returns memory of its own more cheaply."""
+    members = set(group)
+    for node in reversed(group):
+        if not _works(node) and not any(user in members for user in node.users):
+            members.remove(node)
+    return [node for node in group if node in members]
+
+
+def _cast_once(module: GraphModule, dtype: torch.dtype) -> None:
+    """Casts activations for the products they feed where they are made: autocast would cast them at each product."""
+    for node in list(module.graph.nodes):
+        value = value_of(node)
+        if node.op != "call_function" or not isinstance(value, Tensor) or value.dtype != torch.float32:
+            continue
+        readers = [user for user in node.users if target_of(user) in PROJECTIONS]
+        if target_of(node) in PROJECTIONS or not readers:
+            continue
+        cast = Builder(module, node.next)(aten.to.dtype, node, dtype)
+        for user in readers:
+            user.replace_input_with(node, cast)
+
+
+def _signature(region: GraphModule) -> tuple[Any, ...]:
+    """Equal for regions that compute the same: their ops, constants, wiring, and the inputs' types and shapes."""
+    places: dict[Node, int] = {}
+
+    def described(node: Node) -> Iterator[Any]:
+        yield node.op
+        yield str(node.target) if node.op == "call_function" else ""
+        yield str(torch.fx.map_arg((node.args, node.kwargs), lambda n: f"%{places[n]}"))
+        value = value_of(node)
+        if node.op == "placeholder":
+            yield (value.dtype, str(tuple(value.shape))) if isinstance(value, Tensor) else str(type(value))
+
+    rows = []
+    for node in region.graph.nodes:
+        rows.append(tuple(described(node)))
+        places[node] = len(places)
+    return tuple(rows)

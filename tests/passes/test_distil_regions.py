@@ -1,0 +1,141 @@
+"""Training with compiled regions: the same losses and weights as without, and left aside where it isn't so."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import distil_models as models
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+from lincompile.passes.capture import capture
+from lincompile.passes.distil import logits, regions
+from lincompile.passes.distil.instrument import TrainingGraph, instead, unpadded
+from lincompile.passes.distil.logits import LogitDistillation, distil_logits
+from lincompile.passes.distil.lora import add_lora
+from lincompile.passes.distil.transfer import Transfer, transfer
+from lincompile.passes.identity import ProveAttention
+from lincompile.passes.pipeline import Pipeline
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile as far as autograd's graphs: a C++ compiler would take a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    logits.compiled_rows.cache_clear()
+
+
+def kinds_and_calls(graph: TrainingGraph) -> tuple[int, int]:
+    kinds = regions.compile_regions(graph.graph_module, graph.autocast)
+    calls = [node for node in graph.graph_module.graph.nodes if str(node.target).startswith(regions.PREFIX)]
+    return kinds, len(calls)
+
+
+def test_layers_share_their_regions() -> None:
+    graph = unpadded(Pipeline([ProveAttention()])(capture(*zoo.build("llama"))))
+    tokens = zoo.tokens()
+    layers = len(graph.program.sites)
+    with torch.no_grad():
+        before = logits.logits_of(graph, tokens)
+        kinds, calls = kinds_and_calls(graph)
+        torch.testing.assert_close(logits.logits_of(graph, tokens), before, rtol=0, atol=0)
+    # the angles, the first norm and the last; rotations of q and of k, two norms with their sums, an activation
+    assert kinds <= 8 and calls > 4 * layers
+
+
+def test_low_rank_sums_are_regions_too() -> None:
+    teacher = models.proved()
+    graph = instead(teacher, models.linear(teacher))
+    add_lora(graph.graph_module, 2)
+    regions.compile_regions(graph.graph_module, torch.bfloat16)
+    sums = [node for node in graph.graph_module.graph.nodes if node.target is torch.ops.aten.add.Tensor]
+    assert not sums
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_compiled_training_equals_plain(quick: None, window: int | None) -> None:
+    results = []
+    for compile in (False, True):
+        notes: list[str] = []
+        teacher = models.proved()
+        student = models.linear(teacher, window=window) if window else models.linear(teacher)
+        moved = transfer(teacher, student, models.windows(), Transfer(steps=3, compile=compile), note=notes.append)
+        options = LogitDistillation(steps=3, compile=compile, train="lora:2")
+        learnt = distil_logits(teacher, student, models.windows(), options, note=notes.append)
+        results.append((torch.tensor([*moved.losses, *learnt.losses]), models.trained(student)))
+        assert not notes
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-4, atol=1e-6)
+    for name, wanted in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], wanted, rtol=1e-2, atol=1e-3)
+
+
+def wrong_loss(x: Tensor) -> Tensor:
+    return (x * 1.1).square().sum()
+
+
+def wrong_gradient(x: Tensor) -> Tensor:
+    return x.square().sum() + (x - x.detach()).sum()
+
+
+def not_a_number(x: Tensor) -> Tensor:
+    return x.square().sum() * float("nan")
+
+
+def failing(x: Tensor) -> Tensor:
+    raise RuntimeError("no such instruction")
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (wrong_loss, "1 of 1 losses"),
+        (wrong_gradient, "1 of 2 gradients"),
+        (not_a_number, "1 of 1 losses"),
+        (failing, "no such instruction"),
+    ],
+)
+def test_compiled_code_that_computes_something_else_is_left_aside(other: Any, says: str) -> None:
+    used, unused = nn.Parameter(torch.randn(50)), nn.Parameter(torch.randn(3))
+    used.grad = torch.ones(50)
+    notes: list[str] = []
+
+    def learn(compiled: bool) -> Tensor:
+        loss: Tensor = (other if compiled else lambda x: x.square().sum())(used)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    assert not regions.agrees(learn, [used, unused], notes.append)
+    assert len(notes) == 1 and says in notes[0] and "torch.compile" in notes[0]
+    assert torch.equal(used.grad, torch.ones(50)) and unused.grad is None, "gradients are left as they were"
+    assert regions.agrees(lambda compiled: learn(False), [used, unused], notes.append) and len(notes) == 1
+
+
+def test_memory_errors_pass_through() -> None:
+    def learn(compiled: bool) -> Tensor:
+        if compiled:
+            raise torch.OutOfMemoryError("full")
+        return torch.zeros(())
+
+    with pytest.raises(torch.OutOfMemoryError):
+        regions.agrees(learn, [nn.Parameter(torch.zeros(1))], print)
+
+
+def test_wrong_code_is_noted_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(module: Any, **options: Any) -> Any:
+        def run(*operands: Any) -> Any:
+            result = module(*operands)
+            return tuple(x * 3 if torch.is_tensor(x) and x.is_floating_point() else x for x in result)
+
+        return run
+
+    teacher = models.proved()
+    plain, other = models.linear(teacher), models.linear(teacher)
+    wanted = transfer(teacher, plain, models.windows(), Transfer(steps=2, compile=False))
+    monkeypatch.setattr(torch, "compile", broken)
+    notes: list[str] = []
+    got = transfer(teacher, other, models.windows(), Transfer(steps=2, compile=True), note=notes.append)
+    assert len(notes) == 1 and "losses" in notes[0]
+    assert got.losses == wanted.losses
