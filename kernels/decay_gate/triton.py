@@ -178,6 +178,8 @@ def backward(
     features = weight.shape[0] // kv_heads
     options = _options(z, features, WIDEST if z.dtype == torch.bfloat16 else 64)
     grad = grad if grad.stride(-1) == 1 or features == 1 else grad.contiguous()
+    # Pipelined, 256 features of several tiles would need more shared memory than a block has (248 KiB).
+    tuning = {"num_warps": 4} if options["BF"] <= 128 else {"num_warps": 8, "num_stages": 1}
     grid, each = _grid(z, kv_heads, features, options, 4)
     d_z = z.new_empty((kv_heads * grid[2], batch, length, rank), dtype=torch.float32)
     d_weight = z.new_empty((grid[1], batch, *weight.shape), dtype=torch.float32)
@@ -185,6 +187,6 @@ def backward(
     gate_backward[grid](
         grad, z, weight.to(z.dtype).contiguous(), bias.contiguous(), _bytes(mask), d_z, d_weight, d_bias,
         *grad.stride()[:3], *z.stride(), length, rank, features, kv_heads, each, temperature,
-        MASKED=mask is not None, num_warps=4 if options["BF"] <= 128 else 8, **options,
+        MASKED=mask is not None, **tuning, **options,
     )  # fmt: skip
     return d_z.sum(0).to(z.dtype), d_weight.sum((0, 1)).to(weight.dtype), d_bias.sum((0, 1)).to(bias.dtype)

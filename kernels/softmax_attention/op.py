@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..registration import Grads, gradient_fake, selected
+from ..registration import Grads, backend, gradient_fake, present, selected
 from ..shapes import require, require_qkv, require_rank, require_same_device, require_shape
 from . import reference
 
@@ -28,6 +29,12 @@ def _check(
         require_same_device(op, q, key_padding=key_padding)
 
 
+def _kernels(q: Tensor, k: Tensor, v: Tensor, kind: str, window: int) -> ModuleType:
+    """The Triton kernels where they serve the call, else the reference."""
+    kernels = backend("softmax_attention", q)
+    return kernels if kernels is not None and kernels.supports(q, k, v, kind, window) else reference
+
+
 @custom_op(
     "lincompile::softmax_attention", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> Tensor"
 )
@@ -43,7 +50,8 @@ def softmax_attention(
 ) -> Tensor:
     """Softmax attention, ``o [B, H, T, Dv]`` in v's dtype; a row that sees no key is 0."""
     _check("softmax_attention", q, k, v, key_padding, kind, window, softcap)
-    return reference.forward(q, k, v, key_padding, kind, window, scale, softcap)
+    out: Tensor = _kernels(q, k, v, kind, window).forward(q, k, v, key_padding, kind, window, scale, softcap)
+    return out
 
 
 @softmax_attention.register_fake
@@ -77,8 +85,9 @@ def softmax_attention_backward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, ...]:
-    """Gradients of ``softmax_attention`` for q, k, v."""
-    return reference.backward(grad_o, q, k, v, key_padding, kind, window, scale, softcap)
+    """Gradients of ``softmax_attention`` for q, k, v, contiguous."""
+    run = _kernels(q, k, v, kind, window)
+    return present(run.backward(grad_o, q, k, v, key_padding, kind, window, scale, softcap), q)
 
 
 @softmax_attention_backward.register_fake
@@ -171,9 +180,11 @@ def softmax_attention_step(
     P + t columns belong to the keys.
     """
     _check_step(q, k, v, k_cache, v_cache, key_padding, kind, window, softcap)
-    keys, values = torch.cat((k_cache, k), 2), torch.cat((v_cache, v), 2)
+    # cat keeps a layout with adjacent channels of heads; the fake promises contiguous caches
+    keys, values = (torch.cat(pair, 2).contiguous() for pair in ((k_cache, k), (v_cache, v)))
     padding = _step_padding(key_padding, keys.shape[2])
-    return reference.forward(q, keys, values, padding, kind, window, scale, softcap), keys, values
+    run = _kernels(q, keys, values, kind, window)
+    return run.forward(q, keys, values, padding, kind, window, scale, softcap), keys, values
 
 
 @softmax_attention_step.register_fake

@@ -1,5 +1,7 @@
 """Compiles Triton kernels for Hopper on a machine without a GPU, down to machine code; run by test_triton_compiles.py.
 
+One line a kernel: "compiled", its name, and the bytes of shared memory a block of it takes.
+
 The interpreter runs kernels as Python: it lets through what the compiler refuses (a variable that changes its type in
 a loop, a None that is added to). Here a driver that only names its target stands in for the GPU's, and every launch
 stops after compiling.
@@ -35,7 +37,7 @@ launch = JITFunction.run
 def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
     kernel = launch(self, *args, grid=grid, warmup=True, **options)
     assert kernel.asm["cubin"], self.__name__
-    print("compiled", self.__name__)
+    print("compiled", self.__name__, kernel.metadata.shared)
     return kernel
 
 
@@ -56,6 +58,10 @@ def stages() -> None:
     z = torch.zeros(2, 256, 16, dtype=BF16)
     projection = (torch.zeros(256, 16), torch.zeros(256), mask, 2, 16.0)
     gate.backward(gate.forward(z, *projection), z, *projection)
+    for channels, dtype in ((128, BF16), (256, BF16), (256, torch.float32)):
+        z = torch.zeros(1, 2048, 16, dtype=dtype)  # long enough for several tiles a program
+        wide = (torch.zeros(16 * channels, 16), torch.zeros(16 * channels), None, 16, 16.0)
+        gate.backward(gate.forward(z, *wide), z, *wide)
     tall, square = torch.zeros(2, 2, 4, 64, 64), torch.zeros(2, 2, 64, 64)
     whole = torch.zeros(2, 2, 4, 1, 1)
     delta.scan_forward(square, tall, tall, tall, whole)
@@ -70,4 +76,34 @@ def attention() -> None:
     triton_launch.backward(o, state, o, k, k, v, k, None, 1.0, True, None)
 
 
-{"stages": stages, "attention": attention}[sys.argv[1]]()
+def sliding() -> None:
+    from lincompile.kernels.softmax_attention import triton as kernels
+
+    mask = torch.ones(2, 300, dtype=torch.bool)
+    for dim, dtype, padding, softcap in (
+        (64, BF16, None, 0.0),
+        (64, BF16, mask, 30.0),
+        (128, BF16, mask, 0.0),
+        (128, torch.float16, None, 0.0),
+        (64, torch.float32, mask, 0.0),
+        (128, torch.float32, mask, 0.0),
+    ):
+        q, k = (torch.zeros(2, 300, heads, dim, dtype=dtype).transpose(1, 2) for heads in (9, 3))
+        options = (padding, "sliding", 64, 0.125, softcap)
+        kernels.backward(kernels.forward(q, k, k, *options), q, k, k, *options)
+
+
+def int6() -> None:
+    from lincompile.kernels.int6_linear import gluon, pack
+    from lincompile.kernels.int6_linear import triton as int6_linear
+
+    planes = tuple(torch.zeros(300, width, dtype=torch.uint8) for width in pack.plane_bytes(512))
+    planes += (torch.zeros(300, 4, dtype=torch.float16),)
+    int6_linear.gluon_module = lambda device: gluon  # the tensors here are on the CPU
+    for tokens, name in ((1, "vector"), (5, "tile"), (16, "tile"), (31, "tile"), (31, "small"), (300, "large")):
+        y = torch.zeros(tokens, 300, dtype=BF16)
+        getattr(int6_linear, name)(torch.zeros(tokens, 512, dtype=BF16), planes, torch.zeros(300), y, "a8")
+    int6_linear.prefill(torch.zeros(300, 512, dtype=BF16), planes, None, torch.zeros(300, 300, dtype=BF16), "a8")
+
+
+{"stages": stages, "attention": attention, "sliding": sliding, "int6": int6}[sys.argv[1]]()

@@ -158,3 +158,25 @@ def test_gradients_of_narrow_windows(
         banded.assert_called_once()
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("adjacent", ["channels", "tokens", "heads"])
+@pytest.mark.parametrize(("kind", "window"), [("full", 0), ("causal", 0), ("sliding", 3), ("sliding", 7)])
+def test_results_are_laid_out_as_promised(kind: str, window: int, adjacent: str) -> None:
+    """Strides of forward and backward, real and fake, whatever the inputs' (torch.compile relies on them)."""
+    order = {"channels": (0, 2, 1, 3), "tokens": (0, 1, 3, 2), "heads": (0, 3, 1, 2)}[adjacent]
+    sizes = [(2, 6, 9, 4), (2, 3, 9, 4), (2, 3, 9, 5), (2, 6, 9, 5)]
+    q, k, v, grad = (torch.randn([size[i] for i in order]).permute(*map(order.index, range(4))) for size in sizes)
+    assert [tuple(x.shape) for x in (q, k, v, grad)] == sizes
+    mask = padding(9, left=True)
+    forward, backward = (getattr(torch.ops.lincompile, f"softmax_attention{end}").default for end in ("", "_backward"))
+    checks = ("test_schema", "test_faketensor")
+    for softcap, real in ((0.0, None), (2.0, mask), (0.0, mask)):
+        options = (real, kind, window, 0.5, softcap)
+        torch.library.opcheck(forward, (q, k, v, *options), test_utils=checks)
+        torch.library.opcheck(backward, (grad, q, k, v, *options), test_utils=checks)
+
+
+def test_the_gradient_is_registered_as_the_forward_promises() -> None:
+    q, k, v = (torch.randn(1, 32, heads, 8).transpose(1, 2).requires_grad_() for heads in (6, 3, 3))
+    torch.library.opcheck(torch.ops.lincompile.softmax_attention.default, (q, k, v, None, "sliding", 4, 0.5, 0.0))
