@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .triton_blocks import INTERPRETED
-from .triton_launch import Grads, backward, block_widths, fits, forward
+from .triton_launch import Grads, backward, block_widths, fits, forward, state_alone
 
 NORMALIZER_EPS = 1e-10
 
@@ -67,6 +67,22 @@ def chunkwise(
     if normalize:
         out = out[..., :-1] / (out[..., -1:] + NORMALIZER_EPS)
     return out.to(v.dtype), state
+
+
+def segment_state(k: Tensor, v: Tensor, log_decay: Tensor | None, normalize: bool) -> Tensor:
+    """The state that a stretch of tokens leaves from zero (``segments.summary``), float32.
+
+    By the kernels that sum up the segments of a long sequence in ``chunkwise``.
+    """
+    assert supports(k, k, v, log_decay, None, True)
+    if fits(k, k, v):
+        return state_alone(k, v, log_decay, normalize)
+    values = _augment(v, normalize)
+    state = torch.empty((*k.shape[:2], k.shape[3], values.shape[3]), dtype=torch.float32, device=k.device)
+    for piece, _, _ in _pieces(k, k, values, log_decay, None):
+        _, keys, columns, gates, _ = piece.tensors
+        state[:, :, piece.keys, piece.values] = piece.cut_state(state_alone(keys, columns, gates, False))
+    return state
 
 
 def chunkwise_backward(

@@ -178,7 +178,7 @@ def _run_states(
 
     start: Tensor | None = initial
     final = end
-    if plan.segments > 1:
+    if plan.segments > 1 or not store:
         total = torch.empty((plan.problems, plan.segments, block_k), dtype=torch.float32, device=q.device)
         launch(None, False, total)
         start, final = plan.state(plan.segments), plan.state()
@@ -255,6 +255,15 @@ def forward(
         target = out if finish or partial is None else partial
         ends.append(_forward_piece(plan, _piece_of(initial_state, keys), target, partial, sums, number > 0, finish))
     return out, ends[0] if len(ends) == 1 else torch.cat(ends, 2)
+
+
+def state_alone(k: Tensor, v: Tensor, log_decay: Tensor | None, normalize: bool) -> Tensor:
+    """The final state from zero, without outputs; heads as ``fits`` wants them."""
+    ends = []
+    for _, plan in _plans(k, k, v, log_decay, 1.0, normalize):
+        _, final, _, _ = _run_states(plan, plan.decays(), None, None, None, store=False)
+        ends.append(final.view(*k.shape[:2], plan.sizes[1], -1))
+    return ends[0] if len(ends) == 1 else torch.cat(ends, 2)
 
 
 def _forward_piece(

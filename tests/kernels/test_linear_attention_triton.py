@@ -109,6 +109,22 @@ def test_the_future_does_not_leak(decay: str) -> None:
 
 
 @needs_kernels
+def test_the_state_of_a_segment_alone() -> None:
+    """What sequence-parallel ranks exchange: in one segment and in several, wide heads, every kind of decay."""
+    from lincompile.kernels.linear_attention import segments
+    from lincompile.kernels.linear_attention import triton as kernels
+
+    for case in (CASES[3], CASES[5], CASES[7], CASES[10], CASES[11], CASES[12], CASES[14]):
+        _, k, v, g, _ = make(*case)
+        assert k is not None and v is not None
+        values = torch.nn.functional.pad(v, (0, 1), value=1.0) if case[1] else v
+        want, _ = segments.summary(k.double(), values.double(), None if g is None else g.double())
+        have = kernels.segment_state(k, v, g, case[1])
+        assert have.shape == want.shape
+        assert (have - want).norm() <= 2e-5 * want.norm(), case
+
+
+@needs_kernels
 def test_what_is_left_to_the_reference() -> None:
     from lincompile.kernels.linear_attention import triton as kernels
 
@@ -127,4 +143,4 @@ def test_under_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert f"{len(CASES) + 3} passed" in done.stdout
+    assert f"{len(CASES) + 4} passed" in done.stdout
