@@ -50,14 +50,17 @@ class TrainingGraph:
     def device(self) -> torch.device:
         return next(self.program.graph_module.parameters()).device
 
+    def divide(self) -> None:
+        """Makes what lies between the products compiled modules, for calls with ``compiled``."""
+        if not self.divided:
+            compile_regions(self.graph_module, self.autocast)
+            self.divided = True
+
     def __call__(self, tokens: Tensor, compiled: bool = False) -> object:
         """Runs token windows ``[B, T]``; returns what the graph returns.
 
-        ``compiled``: what lies between the products by ``torch.compile``, for this shape (some seconds at first).
+        ``compiled``: by ``torch.compile`` what ``divide`` put aside, for this shape (some seconds at first).
         """
-        if compiled and not self.divided:
-            compile_regions(self.graph_module, self.autocast)
-            self.divided = True
         switch(self.graph_module, compiled)
         inputs = model_inputs(self.program, tokens)
         with torch.autocast(tokens.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):

@@ -259,11 +259,15 @@ def _distil(
 
     learn: dict[float, Replayed] = {}  # by the piece's share of the step: the last one may be smaller
 
+    compile = options.compiles(distiller.teacher.device)
+    if compile:
+        distiller.teacher.divide()
+        distiller.student.divide()
+
     def learner(piece: Tensor, share: float) -> Replayed:
         if share not in learn:
-            compiled = options.compiles(distiller.teacher.device) and agrees(
-                functools.partial(distiller.learn, piece, share), list(trained.values()), note
-            )
+            learn_piece = functools.partial(distiller.learn, piece, share)
+            compiled = compile and agrees(learn_piece, list(trained.values()), note)
             adding = functools.partial(distiller.learn, share=share, compiled=compiled)
             learn[share] = Replayed(adding, list(trained.values()), options.replay)
         return learn[share]

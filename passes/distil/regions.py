@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.utils.fuser_utils import fuse_by_partitions
 
-from ..graph import VIEWS, Builder, aten, finish, is_mutation, target_of, value_of, written_nodes
+from ..graph import VIEWS, Builder, aten, finish, is_mutation, target_of, value_of
 from ..linearize import PROJECTIONS
 from ..match import CONTRACTIONS
 
@@ -114,6 +114,8 @@ def compile_regions(module: GraphModule, products: torch.dtype | None) -> int:
     ``products``: the dtype that autocast gives the products; what feeds them is cast once, inside the region.
     Returns the number of different regions.
     """
+    if any(map(is_mutation, module.graph.nodes)):
+        return 0  # moving nodes would move reads past writes
     if products is not None:
         _cast_once(module, products)
     regions = _regions(module)
@@ -136,12 +138,10 @@ def compile_regions(module: GraphModule, products: torch.dtype | None) -> int:
     return len(known)
 
 
-def _light(node: Node, written: set[Node]) -> bool:
+def _light(node: Node) -> bool:
     """Whether a node computes element by element, reduces or views, and nothing more."""
     target = target_of(node)
     if target in PROJECTIONS | CONTRACTIONS or not isinstance(value_of(node), (Tensor, tuple, list)):
-        return False
-    if node in written or is_mutation(node):
         return False
     if target in VIEWS or target in REDUCTIONS:
         return True
@@ -154,7 +154,6 @@ def _regions(module: GraphModule) -> list[list[Node]]:
     A path from one light node through a heavy one to another makes the second one deeper, so nodes of one depth can
     run together whatever else connects them.
     """
-    written = written_nodes(module)
     depth: dict[Node, int] = {}
     light: dict[Node, Node] = {}  # a union-find forest
 
@@ -165,7 +164,7 @@ def _regions(module: GraphModule) -> list[list[Node]]:
         return node
 
     for node in module.graph.nodes:
-        is_light = _light(node, written)
+        is_light = _light(node)
         depth[node] = max((depth[i] + (is_light and i not in light) for i in node.all_input_nodes), default=0)
         if is_light:
             light[node] = node

@@ -178,11 +178,14 @@ def transfer(
 
     parameters = [parameter for part in parts for parameter in part.parameters.values()]
     learn: list[Replayed] = []
+    compile = options.compiles(errors.graph.device)
+    if compile:
+        errors.graph.divide()
 
     def losses_of(step: int) -> tuple[Tensor, int]:
         tokens = data.step(step)
         if not learn:  # here, where the loop has made the parameters learn
-            compiled = options.compiles(errors.graph.device) and agrees(
+            compiled = compile and agrees(
                 lambda compiled: errors(tokens, learn=True, compiled=compiled), parameters, note
             )
             learn.append(Replayed(lambda t: errors(t, learn=True, compiled=compiled), parameters, options.replay))
