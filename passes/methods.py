@@ -90,7 +90,7 @@ class LinearMethod(nn.Module):
             return far, None, None
         assert near_q is not None and near_k is not None
         near: Tensor = torch.ops.lincompile.softmax_attention(
-            near_q, near_k, v, mask, "sliding", shape.window, shape.scale, shape.softcap
+            like(near_q, v), like(near_k, v), v, mask, "sliding", shape.window, shape.scale, shape.softcap
         )
         return far, near, self.mix(x)
 
