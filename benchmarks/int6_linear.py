@@ -136,11 +136,7 @@ def int6_us(rows: int, width: int, tokens: int, path: str | None = None, config:
         if path is None:
             torch.ops.lincompile.int6_linear(x, *p, None, 128, "a8")
             return
-        codes, scale = kernels.quantize_activation(x, "a8")
-        if path == "vector":
-            kernels._vector(codes, scale, p, None, y, width, config)
-        else:
-            {"small": kernels._small, "large": kernels._large}[path](codes, scale, p, None, y, width, tokens, config)
+        getattr(kernels, path)(x, p, None, y, "a8", config)
 
     return median_us([lambda p=p: call(p) for p in planes])  # type: ignore[misc]
 

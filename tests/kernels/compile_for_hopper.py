@@ -97,13 +97,13 @@ def int6() -> None:
     from lincompile.kernels.int6_linear import gluon, pack
     from lincompile.kernels.int6_linear import triton as int6_linear
 
-    planes = tuple(torch.zeros(300, width, dtype=torch.uint8) for width in pack.plane_bytes(512))
-    planes += (torch.zeros(300, 4, dtype=torch.float16),)
+    planes = tuple(torch.zeros(300, width, dtype=torch.uint8) for width in pack.plane_bytes(1024))
+    planes += (torch.zeros(300, 8, dtype=torch.float16),)
     int6_linear.gluon_module = lambda device: gluon  # the tensors here are on the CPU
     for tokens, name in ((1, "vector"), (5, "tile"), (16, "tile"), (31, "tile"), (31, "small"), (300, "large")):
         y = torch.zeros(tokens, 300, dtype=BF16)
-        getattr(int6_linear, name)(torch.zeros(tokens, 512, dtype=BF16), planes, torch.zeros(300), y, "a8")
-    int6_linear.prefill(torch.zeros(300, 512, dtype=BF16), planes, None, torch.zeros(300, 300, dtype=BF16), "a8")
+        getattr(int6_linear, name)(torch.zeros(tokens, 1024, dtype=BF16), planes, torch.zeros(300), y, "a8")
+    int6_linear.prefill(torch.zeros(300, 1024, dtype=BF16), planes, None, torch.zeros(300, 300, dtype=BF16), "a8")
 
 
 {"stages": stages, "attention": attention, "sliding": sliding, "int6": int6}[sys.argv[1]]()

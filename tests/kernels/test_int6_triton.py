@@ -36,10 +36,9 @@ unpacked = kernels.unpack_to_int8(planes, 176)
 assert torch.equal(unpacked[:, :176] >> 2, codes) and not unpacked[:, 176:].any()
 x = torch.randn(5, 176)
 expected = reference.int6_linear_definition(x, *planes, None, 128, "a8")
-q_codes, q_scale = kernels.quantize_activation(x, "a8")
 y = torch.full((5, 70), float("nan"))
 config = {"BM": 16, "BN": 64, "STAGES": 2, "BAND": 2, "num_warps": 4}
-kernels._large(q_codes, q_scale, planes, None, y, 176, 5, config)
+kernels.large(x, planes, None, y, "a8", config)
 assert float((y - expected).norm() / expected.norm()) < 1e-6
 split = {"BM": 16, "BN": 64, "STAGES": 2, "SPLIT": 2, "num_warps": 4}
 wide = torch.randn(5, 576)
@@ -47,9 +46,16 @@ codes, scale = q.quantize_weight(torch.randn(70, 576))
 planes = (*pack.pack(codes), scale)
 y = torch.full((5, 70), float("nan"))
 bias = torch.randn(70)
-kernels._small(*kernels.quantize_activation(wide, "a6"), planes, bias, y, 576, 5, split)
+kernels.small(wide, planes, bias, y, "a6", split)
 expected = reference.int6_linear_definition(wide, *planes, bias, 128, "a6")
 assert float((y - expected).norm() / expected.norm()) < 1e-6
+rows_codes, rows_scale = kernels.quantize_activation(wide, "a8")
+tile_codes, tile_scale = kernels.quantize_activation(wide, "a8", pad=32, columns=True, fragment=True)
+k = torch.arange(128)
+order = k // 32 // 2 * 64 + k % 32 // 8 * 16 + k // 32 % 2 * 8 + k % 8
+assert tile_codes.shape == (32, 640) and tile_scale.shape == (5, 32)
+assert torch.equal(tile_codes[:5].view(5, 5, 128)[:, :, order], rows_codes.view(5, 5, 128))
+assert torch.equal(tile_scale[:, :5].t(), rows_scale)
 wide[2, 130] = float("nan")
 y = kernels.int6_linear(wide, *planes, None, 128, "a8")
 assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
@@ -65,6 +71,27 @@ def test_interpreted_kernels_equal_the_definition() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "interpreted kernels agree" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["tile", "prefill"])
+@pytest.mark.parametrize("tokens", [1, 8, 13, 32, 50, 300])
+def test_gluon_kernels_are_exact_over_poisoned_memory(name: str, tokens: int) -> None:
+    from lincompile.kernels.int6_linear import triton as kernels
+
+    device = torch.device("cuda")
+    if kernels.gluon_module(device) is None or (name == "prefill" and torch.cuda.get_device_capability()[0] != 9):
+        pytest.skip(f"the {name} kernel isn't for this GPU")
+    for rows, width in ((70, 512), (512, 1152), (257, 128)):
+        poison = torch.full((1 << 24,), float("nan"), device=device)  # whatever is allocated next starts as NaN
+        del poison
+        codes = torch.randint(-32, 32, (rows, width), dtype=torch.int8)
+        planes = (*(p.cuda() for p in pack.pack(codes)), torch.ones(rows, width // 128, dtype=torch.float16).cuda())
+        x = torch.randint(-127, 128, (tokens, width)).float()
+        x[:, ::16] = 127
+        y, bias = torch.full((tokens, rows), float("nan"), device=device), torch.randint(-9, 9, (rows,)).float()
+        getattr(kernels, name)(x.cuda(), planes, bias.cuda(), y, "a8")
+        assert torch.equal(y.cpu().double(), x.double() @ codes.double().t() + bias.double()), (rows, width)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,278 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+"""Triton kernels of ``int6_linear``; :mod:`.triton` launches them and says which is for what.
+
+Unpacking leaves each code in the top six bits of its byte (``4·c``), so the sign needs no work; the ¼ is applied to the
+result, exactly. Sums inside a group are exact integers; groups are added in float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .unpack_ptx import UNPACK_FIRST, UNPACK_SECOND, dot_half
+
+_ASM_HALF_GROUP: tl.constexpr = tl.constexpr(dot_half(32))
+_ASM_HALF_TAIL: tl.constexpr = tl.constexpr(dot_half(16))
+_ASM_FIRST: tl.constexpr = tl.constexpr(UNPACK_FIRST)
+_ASM_SECOND: tl.constexpr = tl.constexpr(UNPACK_SECOND)
+
+
+@triton.jit(do_not_specialize=["M_PAD"])
+def quantize_kernel(
+    x_ptr, codes_ptr, scale_ptr, K, K_PAD, G, M_PAD,
+    LEVELS: tl.constexpr, GB: tl.constexpr, FRAGMENT: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Dynamic symmetric codes of GB groups of one token; columns past K are written as 0.
+
+    FRAGMENT stores the codes of a group in the order of :mod:`.gluon`; COLUMNS the scales as ``[G, M_PAD]`` instead of
+    ``[M, G]``.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GB + tl.arange(0, GB)
+    inner = tl.arange(0, 128)[None, :]
+    k = group[:, None] * 128 + inner
+    x = tl.load(x_ptr + token * K + k, mask=k < K, other=0.0).to(tl.float32)
+    absmax = tl.max(tl.abs(x), axis=1)
+    scale = tl.div_rn(absmax, tl.full([GB], LEVELS, tl.float32))
+    ratio = tl.div_rn(x, tl.where(scale == 0.0, 1.0, scale)[:, None])
+    # Adding and subtracting 1.5·2^23 rounds a float32 of this size to the nearest integer, ties to even.
+    codes = tl.where(scale[:, None] == 0.0, 0.0, (ratio + 12582912.0) - 12582912.0)
+    # max() drops NaN: a group that holds one gets a NaN scale, so that its tokens come out as NaN.
+    has_nan = tl.max((x != x).to(tl.int32), axis=1)
+    scale = tl.where(has_nan != 0, float("nan"), scale)
+    place = k
+    if FRAGMENT:
+        part, within = inner // 32, inner % 32
+        place = group[:, None] * 128 + part // 2 * 64 + within // 8 * 16 + part % 2 * 8 + within % 8
+    tl.store(codes_ptr + token * K_PAD + place, codes.to(tl.int8), mask=k < K_PAD)
+    where = group * M_PAD + token if COLUMNS else token * G + group
+    tl.store(scale_ptr + where, scale, mask=group < G)
+
+
+@triton.jit
+def _unpack_pair(hi, lo, SECOND: tl.constexpr, ASM: tl.constexpr):
+    """Two slices of ``4·c`` (int8) from one half of the nibble plane and the two-bit plane, both uint8."""
+    if ASM:
+        if SECOND:
+            even, odd = tl.inline_asm_elementwise(
+                _ASM_SECOND, "=&r,=&r,r,r", [hi, lo], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+            )
+        else:
+            even, odd = tl.inline_asm_elementwise(
+                _ASM_FIRST, "=&r,=&r,r,r", [hi, lo], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+            )
+    else:
+        h = hi.to(tl.int32)
+        bits = lo.to(tl.int32) >> (4 if SECOND else 0)
+        even = (((h & 15) << 4 | (bits & 3) << 2) - 128).to(tl.int8)
+        odd = (((h >> 4) << 4 | (bits >> 2 & 3) << 2) - 128).to(tl.int8)
+    return even, odd
+
+
+@triton.jit
+def _signed_byte(word, index: tl.constexpr):
+    return (word << (24 - 8 * index)) >> 24
+
+
+@triton.jit
+def _dot_words(hi, lo, a, inside, WORDS: tl.constexpr, STRIDE: tl.constexpr):
+    """``Σ 4·c·a`` over 16·WORDS weights in plain Triton; pointers to 32-bit words, slices STRIDE words long."""
+    total = tl.zeros_like(tl.load(lo, mask=inside, other=0))
+    for word in tl.static_range(WORDS):
+        two = tl.load(lo + word, mask=inside, other=0)
+        h0 = tl.load(hi + word, mask=inside, other=0)
+        h1 = tl.load(hi + STRIDE + word, mask=inside, other=0)
+        for index in tl.static_range(4):
+            codes = tl.load(a + index * STRIDE + word, mask=inside, other=0)
+            h = h0 if index < 2 else h1
+            for byte in tl.static_range(4):
+                nibble = h >> 8 * byte + 4 * (index % 2) & 15
+                c4 = (nibble << 4 | (two >> 8 * byte + 2 * index & 3) << 2) - 128
+                total += c4 * _signed_byte(codes, byte)
+    return total
+
+
+@triton.jit(do_not_specialize=["N"])
+def vector_kernel(
+    a_ptr, sa_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, y_ptr, N, HI_WORDS, LO_WORDS, G, FULL,
+    TAIL: tl.constexpr, BN: tl.constexpr, HALVES: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One token. A tile is BN rows by HALVES half groups (64 weights each); pointers are to 32-bit words.
+
+    A thread reads a half group as three 16-byte loads of the planes and four of the activation codes.
+    """
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(rows, N - 1).to(tl.int64)[:, None]  # rows past the end read the last one and are never stored
+    half = tl.arange(0, HALVES)[None, :]
+    hi_row, lo_row, sw_row = hi_ptr + row * HI_WORDS, lo_ptr + row * LO_WORDS, sw_ptr + row * G
+    acc = tl.zeros([BN, HALVES], tl.float32)
+    for start in range(0, FULL * 2, HALVES):
+        inside = start + half < FULL * 2
+        index = tl.minimum(start + half, FULL * 2 - 1)
+        group, word = index // 2, (index % 2) * 4
+        hi, lo, a = hi_row + (group * 16 + word), lo_row + index * 4, a_ptr + (group * 32 + word) + row * 0
+        if ASM:
+            part = tl.inline_asm_elementwise(
+                _ASM_HALF_GROUP, "=r,l,l,l", [hi.to(tl.int64), lo.to(tl.int64), a.to(tl.int64)],
+                dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            part = _dot_words(hi, lo, a, inside & (row >= 0), 4, 8)
+        scale = tl.load(sa_ptr + group, mask=inside, other=0.0) * tl.load(sw_row + group).to(tl.float32)
+        # Halves past the end have read a half that counts already: leave them out (0·NaN would not).
+        acc += tl.where(inside, part.to(tl.float32) * scale, 0.0)
+    y = tl.sum(acc, axis=1)
+    if TAIL:  # a partial last group: four slices of TAIL/4 codes
+        last = rows * 0 + FULL
+        row = tl.minimum(rows, N - 1).to(tl.int64)
+        hi, lo = hi_ptr + row * HI_WORDS + last * 16, lo_ptr + row * LO_WORDS + last * 8
+        a = a_ptr + last * 32
+        if ASM:  # TAIL is 64: one half group
+            part = tl.inline_asm_elementwise(
+                _ASM_HALF_TAIL, "=r,l,l,l", [hi.to(tl.int64), lo.to(tl.int64), a.to(tl.int64)],
+                dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            part = _dot_words(hi, lo, a, rows >= 0, TAIL // 16, TAIL // 16)
+        y += part.to(tl.float32) * (tl.load(sa_ptr + last) * tl.load(sw_ptr + row * G + last).to(tl.float32))
+    y *= 0.25
+    if BIAS:
+        y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def small_kernel(
+    a_ptr, sa_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, y_ptr, M, N, K_PAD, HI_BYTES, LO_BYTES, G, FULL,
+    TAIL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """BN weight rows by BM tokens; each group is four products of 32-wide slices, weights as the first operand.
+
+    With SPLIT > 1 the groups are shared out over the third grid axis, and ``y`` is float32 ``[SPLIT, M, N]``.
+    """
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
+    row = tl.minimum(rows, N - 1).to(tl.int64)  # rows past the end read the last one and are never stored
+    token = tl.minimum(tokens, M - 1).to(tl.int64)
+    k = tl.arange(0, 32)
+    hi = hi_ptr + row[:, None] * HI_BYTES + k[None, :]
+    lo = lo_ptr + row[:, None] * LO_BYTES + k[None, :]
+    a = a_ptr + token[None, :] * K_PAD + k[:, None]
+    sw = sw_ptr + row * G
+    sa = sa_ptr + token * G
+    acc = tl.zeros([BN, BM], tl.float32)
+    share = tl.cdiv(FULL, SPLIT)
+    part_index = tl.program_id(2)
+    for group in tl.range(part_index * share, tl.minimum(part_index * share + share, FULL), num_stages=STAGES):
+        two = tl.load(lo + group * 32)
+        w0, w1 = _unpack_pair(tl.load(hi + group * 64), two, False, ASM)
+        w2, w3 = _unpack_pair(tl.load(hi + group * 64 + 32), two, True, ASM)
+        slices = a + group * 128
+        part = tl.dot(w0, tl.load(slices), out_dtype=tl.int32)
+        part = tl.dot(w1, tl.load(slices + 32), part, out_dtype=tl.int32)
+        part = tl.dot(w2, tl.load(slices + 64), part, out_dtype=tl.int32)
+        part = tl.dot(w3, tl.load(slices + 96), part, out_dtype=tl.int32)
+        scale = tl.load(sw + group).to(tl.float32)[:, None] * tl.load(sa + group)[None, :]
+        acc += part.to(tl.float32) * scale
+    if TAIL and part_index == SPLIT - 1:
+        QUARTER: tl.constexpr = TAIL // 4
+        within = k < QUARTER
+        two = tl.load(lo + FULL * 32, mask=within[None, :], other=0)
+        w0, w1 = _unpack_pair(tl.load(hi + FULL * 64, mask=within[None, :], other=0), two, False, ASM)
+        w2, w3 = _unpack_pair(tl.load(hi + FULL * 64 + QUARTER, mask=within[None, :], other=0), two, True, ASM)
+        slices = a + FULL * 128
+        # Masked weights unpack to −32; the masked activations beside them are 0.
+        part = tl.dot(w0, tl.load(slices, mask=within[:, None], other=0), out_dtype=tl.int32)
+        part = tl.dot(w1, tl.load(slices + QUARTER, mask=within[:, None], other=0), part, out_dtype=tl.int32)
+        part = tl.dot(w2, tl.load(slices + 2 * QUARTER, mask=within[:, None], other=0), part, out_dtype=tl.int32)
+        part = tl.dot(w3, tl.load(slices + 3 * QUARTER, mask=within[:, None], other=0), part, out_dtype=tl.int32)
+        scale = tl.load(sw + FULL).to(tl.float32)[:, None] * tl.load(sa + FULL)[None, :]
+        acc += part.to(tl.float32) * scale
+    if SPLIT == 1:
+        acc *= 0.25
+        if BIAS:
+            acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
+    out = y_ptr + (part_index.to(tl.int64) * M + tokens)[None, :] * N + rows[:, None]
+    tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (tokens < M)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def reduce_kernel(parts_ptr, bias_ptr, y_ptr, M, N, SPLIT: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr):
+    """Adds the SPLIT partial results of one token, always in the same order."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    token = tl.program_id(1).to(tl.int64)
+    acc = tl.zeros([BN], tl.float32)
+    for part in tl.static_range(SPLIT):
+        acc += tl.load(parts_ptr + (part * M + token) * N + rows, mask=rows < N, other=0.0)
+    acc *= 0.25
+    if BIAS:
+        acc += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + token * N + rows, acc.to(y_ptr.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["N"])
+def unpack_kernel(
+    hi_ptr, lo_ptr, out_ptr, N, HI_BYTES, LO_BYTES, K_PAD, FULL,
+    TAIL: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One group of BN rows from the planes to ``4·c`` int8 ``[N, K_PAD]``; codes past K are written as 0."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    group = tl.program_id(1)
+    k = tl.arange(0, 32)[None, :]
+    row = rows.to(tl.int64)[:, None]
+    quarter = 32
+    if TAIL and group == FULL:
+        quarter = TAIL // 4
+    mask = (rows < N)[:, None] & (k < quarter)
+    hi = hi_ptr + row * HI_BYTES + group * 64 + k
+    two = tl.load(lo_ptr + row * LO_BYTES + group * 32 + k, mask=mask, other=0)
+    w0, w1 = _unpack_pair(tl.load(hi, mask=mask, other=0), two, False, ASM)
+    w2, w3 = _unpack_pair(tl.load(hi + quarter, mask=mask, other=0), two, True, ASM)
+    out = out_ptr + row * K_PAD + group * 128 + k
+    tl.store(out, w0, mask=mask)
+    tl.store(out + quarter, w1, mask=mask)
+    tl.store(out + 2 * quarter, w2, mask=mask)
+    tl.store(out + 3 * quarter, w3, mask=mask)
+    if TAIL and group == FULL:
+        wide = tl.arange(0, 128)[None, :]
+        padding = (rows < N)[:, None] & (wide >= TAIL)
+        tl.store(out_ptr + row * K_PAD + group * 128 + wide, tl.zeros([BN, 128], tl.int8), mask=padding)
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def large_kernel(
+    a_ptr, sa_ptr, w_ptr, sw_ptr, bias_ptr, y_ptr, M, N, M_PAD, N_PAD, K_PAD, G,
+    BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """BM tokens by BN rows of unpacked weights; one int8 product of depth 128 per group, scaled into float32.
+
+    Scales are float32 and group-major here: ``[G, M_PAD]`` and ``[G, N_PAD]``.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    # Programs of a band of BAND token tiles walk the weight tiles together, so that both stay in the L2 cache.
+    index, per_band = tl.program_id(0), BAND * tiles_n
+    band = index // per_band
+    height = tl.minimum(tiles_m - band * BAND, BAND)
+    tokens = (band * BAND + (index % per_band) % height) * BM + tl.arange(0, BM)
+    rows = ((index % per_band) // height) * BN + tl.arange(0, BN)
+    row, token = tl.minimum(rows, N - 1).to(tl.int64), tl.minimum(tokens, M - 1).to(tl.int64)
+    k = tl.arange(0, 128)
+    a = a_ptr + token[:, None] * K_PAD + k[None, :]
+    w = w_ptr + row[None, :] * K_PAD + k[:, None]
+    acc = tl.zeros([BM, BN], tl.float32)
+    sa, sw = sa_ptr + token, sw_ptr + row
+    # Scales are read one group ahead: they feed no product, so nothing else hides their latency.
+    next_sa, next_sw = tl.load(sa), tl.load(sw)
+    for group in tl.range(0, G, num_stages=STAGES):
+        this_sa, this_sw = next_sa, next_sw
+        ahead = tl.minimum(group + 1, G - 1)
+        next_sa, next_sw = tl.load(sa + ahead * M_PAD), tl.load(sw + ahead * N_PAD)
+        part = tl.dot(tl.load(a + group * 128), tl.load(w + group * 128), out_dtype=tl.int32)
+        acc += part.to(tl.float32) * (this_sa[:, None] * this_sw[None, :])
+    acc *= 0.25
+    if BIAS:
+        acc += tl.load(bias_ptr + row).to(tl.float32)[None, :]
+    out = y_ptr + tokens.to(tl.int64)[:, None] * N + rows[None, :]
+    tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(tokens < M)[:, None] & (rows < N)[None, :])
