@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 @common.model_options
 @common.json_option
 @common.verbose_option
+@click.pass_context
 def command(
+    ctx: click.Context,
     model: str,
     text_file: Path,
     context: int,
@@ -46,6 +48,7 @@ def command(
 
     text = read(text_file)
     if common.is_artefact(model):
+        _only_for_models(ctx, model)
         logits_of, ids, limit = _student(model, text, runtime, device)
     elif runtime != "torch":
         raise click.UsageError("--runtime onnx needs an artefact folder")
@@ -68,6 +71,19 @@ def command(
         common.stdout().print(
             f"perplexity [bold]{result.perplexity:.3f}[/bold] ({result.nll:.4f} nats, {result.tokens:,} tokens)"
         )
+
+
+def _only_for_models(ctx: click.Context, artefact: str) -> None:
+    """Refuses options that say how to load a model: an artefact was compiled for its dtype and brings its program."""
+    reasons = {
+        "dtype": "it keeps the dtype that it was compiled for",
+        "builder": "it brings its own program",
+        "trust": "it brings no code",
+    }
+    for option, reason in reasons.items():
+        if ctx.get_parameter_source(option) == click.core.ParameterSource.COMMANDLINE:
+            name = "model" if option == "builder" else option
+            raise click.UsageError(f"--{name} is for models, and {artefact} is an artefact: {reason}")
 
 
 def read(file: Path) -> str | list[int]:

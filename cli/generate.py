@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 @click.option("--top-p", type=float, default=1.0, help="Choose among the likeliest that make up P.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option(
-    "--save-state", type=click.Path(path_type=Path), help="File for the state after the prompt (a prompt cache)."
+    "--save-state",
+    type=click.Path(path_type=Path),
+    help="File for the state after the prompt (a prompt cache); an interrupted reading of the prompt goes on from it.",
 )
 @click.option(
     "--load-state",
@@ -74,6 +76,8 @@ def command(
     ids, shown = _prompt(artefact, prompt, prompt_file, prompt_ids, chat) if given else ([], "")
     if states.loaded is not None:
         ids = _after(states.loaded, artefact, ids, shown if given and prompt_ids is None and not chat else None)
+    else:
+        ids = states.resumed(ids)
 
     as_ids = prompt_ids is not None or (not given and not artefact.has_tokenizer)
     text = None if as_ids else TextStream(artefact.tokenizer, ids)
@@ -197,38 +201,71 @@ def _after(loaded: SavedState, artefact: Artefact, ids: list[int], text: str | N
 class StateFiles:
     """``--load-state`` and ``--save-state``: what a prompt's state starts from and where it is kept."""
 
-    EVERY = 10.0  # seconds between saves while a long prompt is being read
+    SHARE = 20  # at most one part in so many of the time goes into saving while a prompt is being read
 
     def __init__(
         self, artefact: Artefact, session: StepSession, runtime: str, *, load: Path | None, save: Path | None
     ) -> None:
-        from ..lowering.state_file import check_destination, load_state
+        from ..lowering.state_file import check_destination
         from ..passes.errors import LincompileError
 
-        self._specs, self._runtime, self._file, self._model = session.states, runtime, save, artefact.identity
+        self._artefact, self._specs, self._runtime, self._file = artefact, session.states, runtime, save
         if save is not None and not save.absolute().parent.is_dir():
             raise LincompileError(f"--save-state {save}: the folder {save.parent} doesn't exist")
         if save is not None:
             check_destination(save)
-        self.loaded: SavedState | None = None
-        if load is not None:
-            self.loaded = load_state(
-                load, model=self._model, runtime=runtime, specs=session.states, batch=1, device=artefact.device
-            )
-        self.tokens_before = 0 if self.loaded is None else int(self.loaded.state.lengths[0])
+        self.loaded: SavedState | None = None if load is None else self._load(load)
+        self._again = load is None  # the same command finds what it has saved
         self._last: Prefilled | None = None
+        self._written, self._cost = 0.0, 0.0  # when, and how many seconds it took
+
+    def _load(self, file: Path) -> SavedState:
+        from ..lowering.state_file import load_state
+
+        return load_state(
+            file,
+            model=self._artefact.identity,
+            runtime=self._runtime,
+            specs=self._specs,
+            batch=1,
+            device=self._artefact.device,
+        )
+
+    @property
+    def tokens_before(self) -> int:
+        """How many tokens the state holds that generation starts from."""
+        return 0 if self.loaded is None else int(self.loaded.state.lengths[0])
+
+    def resumed(self, prompt: list[int]) -> list[int]:
+        """What is left of a prompt whose reading was interrupted while it was being saved; all of it otherwise."""
+        from ..passes.errors import LincompileError
+
+        if self._file is None or not self._file.exists():
+            return prompt
+        try:
+            found = self._load(self._file)
+            left, again = found.unread(prompt)
+        except LincompileError as reason:  # of another model or prompt, or damaged: it is replaced, as any older state
+            common.note(f"{reason}; the file will be replaced")
+            return prompt
+        if found.complete or not again:
+            return prompt
+        self.loaded = found
+        common.note(f"{self._file} has the first {self.tokens_before} tokens of this prompt: {len(left)} are left")
+        return left
 
     def keep(self, state: Prefilled) -> None:
-        """A chunk has been read: written now and then, and when it was the last."""
+        """A chunk has been read: written when it was the last, and before that as often as costs little."""
         self._last = state
         done = int(state.lengths[0]) - self.tokens_before == len(self._prompt)
-        if self._file is not None and (done or time.monotonic() - self._written > self.EVERY):
+        if self._file is not None and (done or time.monotonic() - self._written > self.SHARE * self._cost):
             self._write(complete=done)
 
     @contextmanager
     def saving(self, prompt: list[int]) -> Iterator[None]:
         """While ``prompt`` is read: an interruption keeps what has been read."""
-        self._prompt, self._written = prompt, time.monotonic()
+        self._prompt = prompt
+        self._hashed = (0, self.loaded.hashes[0] if self.loaded is not None else "")
         if self._file is not None and not prompt:
             self._last = self.loaded.state if self.loaded is not None else None
             self._write(complete=True)
@@ -237,7 +274,8 @@ class StateFiles:
         except BaseException:
             if self._file is not None and self._last is not None:
                 self._write(complete=False)
-                common.note(f"what has been read is in {self._file}: resume with --load-state {self._file}")
+                again = "the same command goes on from there, or resume" if self._again else "resume"
+                common.note(f"what has been read is in {self._file}: {again} with --load-state {self._file}")
             raise
 
     def _write(self, complete: bool) -> None:
@@ -245,11 +283,14 @@ class StateFiles:
 
         if self._last is None or self._file is None:
             return
-        read = int(self._last.lengths[0]) - self.tokens_before
-        before = self.loaded.hashes[0] if self.loaded is not None else ""
-        hashes = [running_hash(self._prompt[:read], before)]
-        save_state(self._file, SavedState(self._last, self._model, self._runtime, hashes, complete), self._specs)
+        started = time.monotonic()
+        read, (before, digest) = int(self._last.lengths[0]) - self.tokens_before, self._hashed
+        self._hashed = (read, running_hash(self._prompt[before:read], digest))
+        hashes = [self._hashed[1]]
+        saved = SavedState(self._last, self._artefact.identity, self._runtime, hashes, complete)
+        save_state(self._file, saved, self._specs)
         self._written = time.monotonic()
+        self._cost = self._written - started
         if complete:
             self._last = None  # nothing more to keep
 

@@ -8,10 +8,13 @@ grow.)
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,7 @@ from ..passes.stateful import StateSpec
 from .generate import Prefilled
 
 STATE_VERSION = 1
+REMAINS_AFTER = 600.0  # seconds after which a file that was being written counts as left behind
 _KEY = "lincompile_state"
 _LOGITS, _LENGTHS = "logits", "lengths"
 
@@ -97,6 +101,7 @@ def save_state(path: Path | str, saved: SavedState, specs: Sequence[StateSpec]) 
         "complete": saved.complete,
     }
     check_destination(path)
+    _remove_remains(path)
     temporary: str | None = None
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
@@ -112,6 +117,14 @@ def save_state(path: Path | str, saved: SavedState, specs: Sequence[StateSpec]) 
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
     return path
+
+
+def _remove_remains(path: Path) -> None:
+    """Removes what writers of this file that were killed have left; one at work writes all the time."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime > REMAINS_AFTER:
+                partial.unlink()
 
 
 def check_destination(path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +142,53 @@ def test_an_interrupted_prefill_resumes(
     assert other.code == 1 and "saved 60 tokens into another prompt" in other.error
     resumed = cli(*options, "--load-state", file)
     assert resumed.out == whole and "40 are left" in resumed.err
+
+
+KILLED = """
+import os, signal, sys
+from lincompile.cli.generate import StateFiles
+from lincompile.cli.main import run
+from lincompile.lowering import generate
+
+StateFiles.SHARE = 0  # these chunks take less time than saving one
+for function in (generate.prefill, generate.generate):
+    function.__kwdefaults__ = {**function.__kwdefaults__, "chunk": 30}
+step, left = generate.Session.step, [2]
+
+
+def killed(self, *inputs):
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    return step(self, *inputs)
+
+
+generate.Session.step = killed
+run(sys.argv[1:])
+"""
+
+
+def test_the_same_command_goes_on_after_a_kill(cli: Run, artefact: Path, tmp_path: Path) -> None:
+    """``kill -9`` in the middle of a prompt: each chunk was saved, and the same command reads the rest."""
+    file, prompt = tmp_path / "state", ",".join(str(i % 50) for i in range(100))
+    options = ["generate", str(artefact), "--prompt-ids", prompt, "--max-new-tokens", "4"]
+    whole = cli(*options).out
+    save = ["--save-state", str(file)]
+    done = subprocess.run([sys.executable, "-c", KILLED, *options, *save], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    other = cli("generate", artefact, "--prompt-ids", "9,9,9", "--save-state", tmp_path / "copy", "--max-new-tokens", 1)
+    assert other.code == 0, other.err
+    remains = tmp_path / ".state.0.partial"
+    remains.write_bytes(b"half")
+    os.utime(remains, (0, 0))
+    resumed = cli(*options, *save)
+    assert resumed.out == whole and "has the first 60 tokens of this prompt: 40 are left" in resumed.err
+    assert not remains.exists()
+    # Now it is whole: a prompt cache, and what another prompt may replace.
+    assert cli("generate", artefact, "--load-state", file, "--max-new-tokens", 4).out.strip() in whole
+    assert "are left" not in cli(*options, *save).err
+    shutil.copy(tmp_path / "copy", file)
+    assert cli(*options, *save).out == whole
 
 
 def test_sampling_is_seeded(cli: Run, artefact: Path) -> None:
