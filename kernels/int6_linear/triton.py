@@ -68,6 +68,19 @@ def int6_linear(
     return y
 
 
+def int8_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group_size: int, activation: str
+) -> Tensor:
+    """As :func:`.reference.int8_linear`, for calls that :func:`supports` accepts and K a multiple of 128."""
+    assert supports(x, group_size, activation) and x.shape[-1] % _GROUP == 0
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    if y.numel() and x.numel():
+        codes, scale = quantize_activation(x.reshape(-1, x.shape[-1]).contiguous(), activation, columns=True)
+        scales = weight_scale.t().float().contiguous()
+        _bytes(codes, scale, weight.contiguous(), scales, bias, y, 1.0, int8_config(codes.shape[0]))
+    return y
+
+
 def path(tokens: int, in_features: int, device: torch.device) -> Any:
     """The launcher for a call: ``(x [M, K], planes, bias, y, activation, config=None) -> None``."""
     if tokens == 1:
@@ -140,6 +153,13 @@ def small_config(tokens: int, rows: int, in_features: int) -> dict[str, int]:
 def large_config() -> dict[str, int]:
     """Tile of the many-token kernel."""
     return {"BM": 64, "BN": 128, "STAGES": 3, "BAND": 8, "num_warps": 4}
+
+
+def int8_config(tokens: int) -> dict[str, int]:
+    """Tile of eight-bit weights: few rows per program for few tokens, which are bound by memory."""
+    if tokens > 64:
+        return large_config()
+    return {"BM": 16 if tokens <= 16 else 64, "BN": 32, "STAGES": 5, "BAND": 8, "num_warps": 4}
 
 
 def prefill_config() -> dict[str, int]:
@@ -223,14 +243,21 @@ def unpack_to_int8(planes: Planes, in_features: int) -> Tensor:
 
 def large(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: str, config: Config = None) -> None:
     """Many tokens."""
-    (tokens, in_features), (rows, groups) = x.shape, planes[2].shape
+    in_features = x.shape[1]
     codes, scale = quantize_activation(x, activation, columns=True)
     weight, weight_scale = unpack_to_int8(planes, in_features), planes[2].t().float().contiguous()
-    options: dict[str, Any] = config or large_config()
-    grid = (triton.cdiv(tokens, options["BM"]) * triton.cdiv(rows, options["BN"]),)
-    kernels.large_kernel[grid](
-        codes, scale, weight, weight_scale, bias, y, tokens, rows, tokens, rows, codes.shape[1], groups,
-        BIAS=bias is not None, **options,
+    _bytes(codes, scale, weight, weight_scale, bias, y, 0.25, config or large_config())
+
+
+def _bytes(
+    codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor, factor: float,
+    options: dict[str, Any],
+) -> None:  # fmt: skip
+    """``factor`` times the product of int8 operands ``[M, K]`` and ``[N, K]``; scales ``[G, M]`` and ``[G, N]``."""
+    (tokens, width), (groups, rows) = codes.shape, weight_scale.shape
+    kernels.large_kernel[(triton.cdiv(tokens, options["BM"]) * triton.cdiv(rows, options["BN"]),)](
+        codes, scale, weight, weight_scale, bias, y, tokens, rows, tokens, rows, width, groups,
+        BIAS=bias is not None, FACTOR=factor, **options,
     )  # fmt: skip
 
 

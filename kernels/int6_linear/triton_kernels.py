@@ -245,8 +245,11 @@ def unpack_kernel(
 def large_kernel(
     a_ptr, sa_ptr, w_ptr, sw_ptr, bias_ptr, y_ptr, M, N, M_PAD, N_PAD, K_PAD, G,
     BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """BM tokens by BN rows of unpacked weights; one int8 product of depth 128 per group, scaled into float32.
+    """BM tokens by BN rows of int8 weights; one product of depth 128 per group, scaled into float32.
+
+    FACTOR multiplies the result: ¼ for unpacked six-bit weights.
 
     Scales are float32 and group-major here: ``[G, M_PAD]`` and ``[G, N_PAD]``.
     """
@@ -271,7 +274,7 @@ def large_kernel(
         next_sa, next_sw = tl.load(sa + ahead * M_PAD), tl.load(sw + ahead * N_PAD)
         part = tl.dot(tl.load(a + group * 128), tl.load(w + group * 128), out_dtype=tl.int32)
         acc += part.to(tl.float32) * (this_sa[:, None] * this_sw[None, :])
-    acc *= 0.25
+    acc *= FACTOR
     if BIAS:
         acc += tl.load(bias_ptr + row).to(tl.float32)[None, :]
     out = y_ptr + tokens.to(tl.int64)[:, None] * N + rows[None, :]
