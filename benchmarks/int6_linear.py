@@ -1,6 +1,9 @@
 """int6_linear on one NVIDIA GPU: exactness first, then speed against cuBLAS bf16, torch._int_mm, torchao and humming.
 
-    python benchmarks/int6_linear.py --out benchmarks/results/int6_linear.json [--sweep] [--peers]
+    python benchmarks/int6_linear.py --out benchmarks/results/int6_linear.json [--variants] [--sweep] [--peers]
+
+``--variants`` times the Gluon kernels' tiles, ``--sweep`` those of the others, ``--peers`` other libraries. The file is
+written after each part; the table comes last and counts, for each shape, the fastest of what was timed.
 
 Times are medians over replays of a CUDA graph that walks through copies of the weights, together larger than any cache,
 so every weight comes from device memory. Activation quantization is part of the int6 and int8 times, except for
@@ -44,6 +47,9 @@ SMALL = [
     (128, 4, 3, 2),
 ]
 LARGE = [(128, 64, 4, 3), (128, 64, 4, 4), (64, 128, 4, 3), (64, 64, 4, 4), (128, 128, 8, 3), (128, 32, 4, 4)]
+# Gluon tiles: (ROWS, SPLIT, WARPS) for a few tokens; (BM, BN, CHUNK, STAGES, BAND) for many.
+TILES = [(1, 2, 4), (1, 4, 4), (2, 1, 4), (2, 2, 4), (2, 4, 4), (1, 4, 2), (2, 4, 2)]
+PREFILL = [(128, 256, 128, 4, 8), (128, 256, 64, 4, 8), (128, 256, 128, 3, 16), (128, 128, 64, 4, 8)]
 PAST_L2 = 320 << 20  # bytes of weights in one replay, at least
 
 
@@ -72,6 +78,93 @@ def check_exact() -> list[dict[str, Any]]:
             assert torch.equal(got.double(), expected), (rows, width, tokens, activation)
         results.append({"rows": rows, "width": width, "tokens": tokens, "exact": True})
     return results
+
+
+def poisoned(tokens: int, rows: int) -> Tensor:
+    """Output memory full of NaN, after the allocator's free memory has been filled with NaN too."""
+    spoilt = torch.full((1 << 25,), float("nan"), device="cuda")
+    del spoilt
+    return torch.full((tokens, rows), float("nan"), device="cuda")
+
+
+def tile_options(tokens: int, tile: tuple[int, ...]) -> dict[str, int]:
+    rows, split, warps = tile
+    block = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
+    return {"BM": block, "ROWS": rows, "SPLIT": split, "WARPS": warps}
+
+
+def prefill_options(tile: tuple[int, ...]) -> dict[str, int]:
+    return dict(zip(("BM", "BN", "CHUNK", "STAGES", "BAND"), tile, strict=True)) | {"WARPS": 8}
+
+
+def check_variants(path: str) -> dict[str, Any]:
+    """Every Gluon tile over poisoned memory, bit for bit as in :func:`check_exact`; a wrong one isn't timed."""
+    verdicts: dict[str, Any] = {}
+    cases: list[tuple[int, tuple[int, ...]]] = [(tokens, tile) for tile in TILES for tokens in (16, 29)]
+    cases = [*cases, (3, (1, 4, 2))] if path == "tile" else [(m, tile) for tile in PREFILL for m in (130, 300)]
+    for tokens, tile in cases:
+        name = f"{path} {'/'.join(map(str, tile))}"
+        options = tile_options(tokens, tile) if path == "tile" else prefill_options(tile)
+        try:
+            for rows, width in ((257, 1152), (512, 2048)):
+                codes = torch.randint(-32, 32, (rows, width), dtype=torch.int8)
+                hi, lo = (plane.cuda() for plane in pack.pack(codes))
+                scale = torch.ones(rows, width // 128, dtype=torch.float16, device="cuda")
+                x = torch.randint(-127, 128, (tokens, width)).float()
+                x[:, ::16] = 127
+                bias, y = torch.randint(-9, 9, (rows,)).float(), poisoned(tokens, rows)
+                getattr(kernels, path)(x.cuda(), (hi, lo, scale), bias.cuda(), y, "a8", options)
+                right = torch.equal(y.cpu().double(), x.double() @ codes.double().t() + bias.double())
+                if not right:
+                    wrong = (y.cpu().double() - x.double() @ codes.double().t() - bias.double()).abs()
+                    verdicts[name] = f"WRONG for M={tokens} {rows}x{width}: {int((wrong > 0).sum())} values differ"
+            verdicts.setdefault(name, "exact")
+        except Exception as error:
+            verdicts[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+    return verdicts
+
+
+def measure_variants(path: str) -> None:
+    """Prints one JSON line per timed tile; runs in a process of its own, which may fail or hang alone."""
+    verdicts = check_variants(path)
+    print("CHILD", json.dumps({"shape": "exact"} | verdicts), flush=True)
+
+    def timed(rows: int, width: int, tokens: int, name: str, options: dict[str, int] | None) -> None:
+        record: dict[str, Any] = {}
+        kind = name.split()[0]
+        if verdicts.get(name, "exact") == "exact":
+            attempt(record, name, lambda: int6_us(rows, width, tokens, kind, options))
+            print("CHILD", json.dumps({"shape": f"{rows}x{width} M={tokens}"} | record), flush=True)
+
+    if path == "prefill":
+        for wide in PREFILL:
+            timed(28672, 8192, 4096, f"prefill {'/'.join(map(str, wide))}", prefill_options(wide))
+        return
+    for (rows, width), tokens in itertools.product(DECODE[:2], (16, 32)):
+        for tile in TILES:
+            timed(rows, width, tokens, f"tile {'/'.join(map(str, tile))}", tile_options(tokens, tile))
+    for rows, width, tokens in ((28672, 8192, 4), (4096, 4096, 16), (4096, 4096, 32)):
+        for tile in ((1, 4, 2), (1, 4, 4), (2, 4, 4)):
+            timed(rows, width, tokens, f"tile {'/'.join(map(str, tile))}", tile_options(tokens, tile))
+        timed(rows, width, tokens, "small", None)
+
+
+def child(arguments: list[str], seconds: float) -> tuple[dict[str, dict[str, Any]], str]:
+    """Results by shape of this script run in a process of its own, and why it ended early if it did."""
+    command = [sys.executable, __file__, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        text, error = done.stdout, (done.stderr.strip().splitlines()[-1:] or ["no message"]) if done.returncode else []
+    except subprocess.TimeoutExpired as expired:
+        text = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
+        error = [f"stopped after {seconds:.0f} s"]
+    found: dict[str, dict[str, Any]] = {}
+    for line in text.splitlines():
+        if line.startswith("CHILD "):
+            record = json.loads(line[6:])
+            found.setdefault(record.pop("shape"), {}).update(record)
+    print(*arguments, "->", len(found), "shapes", *error, flush=True)
+    return found, error[0][:200] if error else ""
 
 
 def check_random() -> list[dict[str, Any]]:
@@ -177,14 +270,18 @@ def humming_us(rows: int, width: int, tokens: int, activation: str) -> float:
 def torchao_us(rows: int, width: int, tokens: int, kind: str) -> float:
     from torchao import quantization
 
-    config = {"int8": quantization.Int8DynamicActivationInt8WeightConfig, "int4": quantization.Int4WeightOnlyConfig}[
-        kind
-    ]
+    # Compiled, as its documentation asks; int4 in the packing of PyTorch's own kernel.
+    packing = {"group_size": 128, "int4_packing_format": "tile_packed_to_4d"}
+    config = {
+        "int8": quantization.Int8DynamicActivationInt8WeightConfig,
+        "int8_weights": quantization.Int8WeightOnlyConfig,
+        "int4": lambda: quantization.Int4WeightOnlyConfig(**packing),
+    }[kind]
     layers = []
-    for _ in range(copies_for(rows * width // (1 if kind == "int8" else 2))):
+    for _ in range(copies_for(rows * width // (2 if kind == "int4" else 1))):
         layer = torch.nn.Sequential(torch.nn.Linear(width, rows, bias=False, device="cuda", dtype=torch.bfloat16))
         quantization.quantize_(layer, config())
-        layers.append(layer)
+        layers.append(torch.compile(layer))
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     return median_us([lambda layer=layer: layer(x) for layer in layers])  # type: ignore[misc]
 
@@ -200,20 +297,22 @@ def attempt(record: dict[str, Any], name: str, measure: Callable[[], float]) -> 
 
 
 PEERS: dict[str, Callable[[int, int, int], float]] = {
-    "torchao_int8": lambda rows, width, tokens: torchao_us(rows, width, tokens, "int8"),
-    "torchao_int4": lambda rows, width, tokens: torchao_us(rows, width, tokens, "int4"),
     "humming_w6a16": lambda rows, width, tokens: humming_us(rows, width, tokens, "a16"),
     "humming_w6a8": lambda rows, width, tokens: humming_us(rows, width, tokens, "a8"),
+    "torchao_int4": lambda rows, width, tokens: torchao_us(rows, width, tokens, "int4"),
+    "torchao_int8_weights": lambda rows, width, tokens: torchao_us(rows, width, tokens, "int8_weights"),
+    "torchao_int8": lambda rows, width, tokens: torchao_us(rows, width, tokens, "int8"),
 }
+SHAPES = [(28672, 8192, 1), (8192, 28672, 1), (4096, 4096, 1), (28672, 8192, 16), (8192, 28672, 16), (28672, 8192, 32),
+          (8192, 28672, 32), (28672, 8192, 4096)]  # fmt: skip
 
 
-def peer_us(name: str, rows: int, width: int, tokens: int) -> float:
-    """A peer's time, measured in a process of its own: a failed graph capture spoils the process for everyone."""
-    command = [sys.executable, __file__, "--peer", f"{name}:{rows}:{width}:{tokens}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no output")
-    return float(done.stdout.split()[-1])
+def measure_peer(name: str) -> None:
+    """Prints one JSON line per shape; runs in a process of its own, since a failed graph capture spoils it for all."""
+    for rows, width, tokens in SHAPES:
+        record: dict[str, Any] = {}
+        attempt(record, name, lambda: PEERS[name](rows, width, tokens))  # noqa: B023
+        print("CHILD", json.dumps({"shape": f"{rows}x{width} M={tokens}"} | record), flush=True)
 
 
 def sweep() -> dict[str, Any]:
@@ -234,56 +333,84 @@ def sweep() -> dict[str, Any]:
     return found
 
 
-def table(peers: bool) -> list[dict[str, Any]]:
+def table() -> list[dict[str, Any]]:
+    """The op as it dispatches today beside cuBLAS and the bare integer product."""
     rows_out = []
-    cases = [(n, k, m) for n, k in DECODE[:2] for m in (1, 16, 32)] + [(4096, 4096, 1), (28672, 8192, 4096)]
-    for rows, width, tokens in cases:
+    for rows, width, tokens in SHAPES:
         record: dict[str, Any] = {"N": rows, "K": width, "M": tokens, "must": MUST.get((rows, width, tokens))}
         attempt(record, "cublas_bf16", lambda: cublas_us(rows, width, tokens))  # noqa: B023
         attempt(record, "int6", lambda: int6_us(rows, width, tokens))  # noqa: B023
         attempt(record, "int_mm", lambda: int_mm_us(rows, width, tokens))  # noqa: B023
-        if peers:
-            for name in PEERS:
-                attempt(record, name, lambda: peer_us(name, rows, width, tokens))  # noqa: B023
-        if isinstance(record["int6"], float) and isinstance(record["cublas_bf16"], float):
-            record["speedup"] = round(record["cublas_bf16"] / record["int6"], 3)
-            record["weight_gb_per_s"] = round(rows * width * 0.765625 / record["int6"] / 1e3, 1)
-        print(json.dumps(record), flush=True)
         rows_out.append(record)
     return rows_out
+
+
+def summarise(result: dict[str, Any]) -> None:
+    """Adds to each row of the table the fastest variant, the peers, and the speed-ups; prints it."""
+    for record in result["table"]:
+        shape = f"{record['N']}x{record['K']} M={record['M']}"
+        timed = {k: v for k, v in result.get("variants", {}).get(shape, {}).items() if isinstance(v, float)}
+        if timed:
+            record["best_variant"] = min(timed, key=lambda name: timed[name])
+            record["best_us"] = timed[record["best_variant"]]
+        record |= result.get("peers", {}).get(shape, {})
+        times = [record[key] for key in ("int6", "best_us") if isinstance(record.get(key), float)]
+        if times and isinstance(record["cublas_bf16"], float):
+            record["speedup"] = round(record["cublas_bf16"] / min(times), 3)
+            record["weight_gb_per_s"] = round(record["N"] * record["K"] * 0.765625 / min(times) / 1e3, 1)
+        print(json.dumps(record), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("int6_linear.json"))
+    parser.add_argument("--variants", action="store_true", help="also time the Gluon kernels' tiles")
     parser.add_argument("--sweep", action="store_true", help="also time other tile shapes")
     parser.add_argument("--peers", action="store_true", help="also time torchao and humming-kernels")
+    parser.add_argument("--seconds", type=float, default=240, help="time for everything; the peers get what is left")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    if arguments.peer:
-        name, *sizes = arguments.peer.split(":")
-        with torch.no_grad():
-            print(PEERS[name](*map(int, sizes)))
+    if arguments.peer or arguments.variant:
+        measure_peer(arguments.peer) if arguments.peer else measure_variants(arguments.variant)
         return
     started = time.time()
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "exact": check_exact(), "random": check_random(),
     }  # fmt: skip
+
+    def part(name: str, measured: Any) -> None:
+        result[name] = measured
+        result["seconds"] = round(time.time() - started, 1)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{name}: {result['seconds']} s", flush=True)
+
+    part("exact", check_exact())
+    part("random", check_random())
     worst = max(item["error"] for item in result["random"] if item["dtype"] == "float32")
-    print(
-        f"exact in {len(result['exact'])} cases; worst float32 error {worst:.2e}; {time.time() - started:.0f} s",
-        flush=True,
-    )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    result["table"] = table(arguments.peers)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"exact in {len(result['exact'])} cases; worst float32 error {worst:.2e}", flush=True)
+    part("table", table())
     if arguments.sweep:
-        result["sweep"] = sweep()
-        print(json.dumps(result["sweep"], indent=0))
-    result["seconds"] = round(time.time() - started, 1)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        part("sweep", sweep())
+        print(json.dumps(result["sweep"], indent=0), flush=True)
+    todo = [("variants", ["--variant", path], 80.0) for path in ("tile", "prefill") if arguments.variants]
+    todo += [("peers", ["--peer", name], 60.0) for name in PEERS if arguments.peers]
+    for index, (name, options, most) in enumerate(todo):
+        left = started + arguments.seconds - time.time()
+        if left < 5:
+            part("left_out", [" ".join(item[1]) for item in todo[index:]])
+            break
+        found, error = child(options, min(most, left))
+        for shape, times in found.items():
+            result.setdefault(name, {}).setdefault(shape, {}).update(times)
+        if error:
+            result.setdefault("ended_early", {})[" ".join(options)] = error
+        part(name, result.get(name, {}))
+        print(json.dumps(found), flush=True)
+    summarise(result)
+    part("table", result["table"])
 
 
 if __name__ == "__main__":
