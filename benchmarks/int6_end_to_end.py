@@ -1,0 +1,197 @@
+"""Decoding with packed weights, end to end on one NVIDIA GPU: tokens per second and memory of bf16, W8A8 and int6.
+
+    python benchmarks/int6_end_to_end.py --out benchmarks/results/int6_end_to_end.json
+
+Llama-shaped models with random weights (speed doesn't depend on them), built and quantized layer by layer on the device
+by ``lincompile.quantize_``, so that no more than one layer is ever there in bf16. Every arm runs the same code: q, k
+and v in one linear, gate and up in one, ``torch.compile`` around a layer, one CUDA graph around a token. Decoding is
+greedy, one sequence, over a full key-value cache of ``--context`` positions. An untied output head is quantized too; a
+tied one, like every embedding, stays bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lincompile import W6A8, W8A8, quantize_
+
+DTYPE = torch.bfloat16
+ARMS = {"bf16": None, "w8a8": W8A8(), "int6": W6A8()}
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+
+
+SHAPES = [
+    Shape("SmolLM2-135M", 30, 576, 9, 3, 64, 1536, 49152, True),
+    Shape("Llama-3-8B", 32, 4096, 32, 8, 128, 14336, 128256, False),
+]
+
+
+class Block(nn.Module):
+    """A decoder layer that reads and writes its slot of the cache in place."""
+
+    def __init__(self, shape: Shape, context: int, device: str) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"bias": False, "device": device, "dtype": DTYPE}
+        self.sizes = [shape.heads * shape.head_dim, *[shape.kv_heads * shape.head_dim] * 2]
+        self.head_dim, self.hidden = shape.head_dim, shape.hidden
+        self.qkv = nn.Linear(shape.hidden, sum(self.sizes), **options)
+        self.o_proj = nn.Linear(self.sizes[0], shape.hidden, **options)
+        self.gate_up = nn.Linear(shape.hidden, 2 * shape.intermediate, **options)
+        self.down = nn.Linear(shape.intermediate, shape.hidden, **options)
+        self.norms = nn.Parameter(torch.ones(2, shape.hidden, device=device, dtype=DTYPE))
+        cache = torch.zeros(2, 1, shape.kv_heads, context, shape.head_dim, device=device, dtype=DTYPE)
+        self.register_buffer("cache", cache, persistent=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
+        h = F.rms_norm(x, (self.hidden,), self.norms[0])
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv(h).split(self.sizes, -1)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        self.cache[0].index_copy_(2, position, k)
+        self.cache[1].index_copy_(2, position, v)
+        o = F.scaled_dot_product_attention(q, self.cache[0], self.cache[1], enable_gqa=True)
+        x = x + self.o_proj(o.transpose(1, 2).flatten(2))
+        gate, up = self.gate_up(F.rms_norm(x, (self.hidden,), self.norms[1])).chunk(2, dim=-1)
+        out: Tensor = x + self.down(F.silu(gate) * up)
+        return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Model(nn.Module):
+    def __init__(self, shape: Shape, arm: str, context: int, device: str, compiled: bool) -> None:
+        super().__init__()
+        self.shape, self.position = shape, torch.tensor([context - 1], device=device)
+        angles = (context - 1) * 10000.0 ** -torch.arange(0, 1, 2 / shape.head_dim, device=device)
+        self.cos, self.sin = angles.cos().to(DTYPE), angles.sin().to(DTYPE)
+        self.embedding = nn.Embedding(shape.vocabulary, shape.hidden, device=device, dtype=DTYPE)
+        self.norm = nn.Parameter(torch.ones(shape.hidden, device=device, dtype=DTYPE))
+        parts: list[nn.Module] = []
+        for _ in range(shape.layers):
+            parts.append(packed(Block(shape, context, device), arm))
+            if compiled:
+                parts[-1].compile(fullgraph=True, dynamic=False)
+        self.blocks = nn.ModuleList(parts)
+        if not shape.tied:
+            head = nn.Linear(shape.hidden, shape.vocabulary, bias=False, device=device, dtype=DTYPE)
+            self.head = packed(nn.Sequential(head), arm)
+
+    def forward(self, token: Tensor) -> Tensor:
+        x = self.embedding(token)
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin, self.position)
+        x = F.rms_norm(x, (self.shape.hidden,), self.norm)
+        logits = F.linear(x, self.embedding.weight) if self.shape.tied else self.head(x)
+        return logits.argmax(dim=-1)
+
+
+def packed(module: nn.Module, arm: str) -> nn.Module:
+    config = ARMS[arm]
+    if config is not None:
+        quantize_(module, config, filter_fn=lambda layer, name: True)
+    return module.requires_grad_(False)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Parameters and packed buffers, without the caches."""
+    tensors = [*model.parameters(), *(b for name, b in model.named_buffers() if not name.endswith("cache"))]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@torch.no_grad()
+def measure(shape: Shape, arm: str, context: int, tokens: int, compiled: bool) -> dict[str, Any]:
+    """One arm: memory after building, and the median of five runs of ``tokens`` replays."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch._dynamo.reset()
+    before, started = torch.cuda.memory_allocated(), time.time()
+    model = Model(shape, arm, context, "cuda", compiled)
+    record: dict[str, Any] = {"arm": arm, "weight_bytes": weight_bytes(model)}
+    record["allocated_bytes"] = torch.cuda.memory_allocated() - before
+    token = torch.zeros(1, 1, dtype=torch.long, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(token)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token.copy_(model(token))
+    rates = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in range(tokens):
+            graph.replay()
+        torch.cuda.synchronize()
+        rates.append(tokens / (time.perf_counter() - begun))
+    record["tokens_per_second"] = round(statistics.median(rates), 1)
+    record["runs"] = [round(rate, 1) for rate in rates]
+    record["seconds"] = round(time.time() - started, 1)
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("int6_end_to_end.json"))
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--seconds", type=float, default=150, help="no arm is begun after this")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    started = time.time()
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "context": arguments.context,
+        "compiled": not arguments.eager, "models": [],
+    }  # fmt: skip
+    for shape in SHAPES:
+        entry: dict[str, Any] = {"shape": asdict(shape), "arms": []}
+        result["models"].append(entry)
+        for arm in ARMS:
+            if time.time() - started > arguments.seconds:
+                entry["arms"].append({"arm": arm, "error": "no time left"})
+                continue
+            try:
+                record = measure(shape, arm, arguments.context, arguments.tokens, not arguments.eager)
+            except Exception as error:
+                record = {"arm": arm, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+            entry["arms"].append(record)
+            base = entry["arms"][0]
+            if "tokens_per_second" in record and "tokens_per_second" in base:
+                record["speedup"] = round(record["tokens_per_second"] / base["tokens_per_second"], 3)
+                record["memory_ratio"] = round(base["weight_bytes"] / record["weight_bytes"], 3)
+            print(shape.name, json.dumps(record), flush=True)
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
