@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
     import torch
 
     from ..lowering.package import Artefact
+    from ..lowering.sharded import Ranks
     from ..passes.formats.load import LoadedModel
     from ..passes.program import Program
 
 F = TypeVar("F", bound=Callable[..., Any])
 ALIBI_HELP = "Also take attention with ALiBi: exactly where it stays softmax, as a decay per head in gla."
+_quiet = False  # on all ranks but the first
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -80,6 +83,30 @@ def device_option(function: F) -> F:
     return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")(function)
 
 
+def shard_option(what: str) -> Callable[[F], F]:
+    """``--shard sp``, for commands that run under torchrun; what they do then happens inside ``ranks``."""
+    return click.option(
+        "--shard", type=click.Choice(["sp"]), help=f"{what} over the processes that torchrun started (sp: sequence)."
+    )
+
+
+@contextmanager
+def ranks(shard: str | None, device: str) -> Iterator[Ranks]:
+    """This process's place among the ranks (alone without ``--shard``); all but the first are silent."""
+    from ..lowering.sharded import Ranks, joined
+
+    if shard is None:
+        yield Ranks(0, 1, device)
+        return
+    global _quiet
+    with joined(device) as place, redirect_stdout(sys.stdout if place.first else io.StringIO()):
+        _quiet = not place.first
+        try:
+            yield place
+        finally:
+            _quiet = False
+
+
 def model_options(function: F) -> F:
     """What loading a model takes, besides its name."""
     for option in (
@@ -96,7 +123,7 @@ def model_options(function: F) -> F:
 
 def stderr() -> Console:
     """Progress, warnings and notes."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=_quiet)
 
 
 def stdout() -> Console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,7 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @click.option("--batch", type=common.count, help="Training windows per step.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="File to save distillation to and resume from.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="Trained parts to apply instead of distilling.")
-@click.option("--shard", type=click.Choice(["sp"]), help="Sequence parallelism.")
+@common.shard_option("Share the tokens of --distil's windows")
 @click.option("--target", type=click.Choice(["eager", "triton", "onnx", "aot"]), default="eager", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--plan", is_flag=True, help="Say what would be done, without reading weights; writes nothing.")
@@ -142,11 +143,15 @@ def command(
     from ..lowering.package import check_output
     from .reporter import BarReporter
 
-    refuse_unbuilt(shard=shard)
     if options["target"] == "triton" and device == "cpu":
         raise click.UsageError("--target triton needs --device cuda")
     asked = Options(
-        **options, time=seconds, device=device, dtype=dtype, adapter=None if adapter is None else str(adapter)
+        **options,
+        time=seconds,
+        device=device,
+        dtype=dtype,
+        adapter=None if adapter is None else str(adapter),
+        shard=shard,
     )
     asked.check()
     common.check_device(device)
@@ -157,21 +162,21 @@ def command(
         return
     folder = output or Path(f"{Path(model.replace(':', '.')).name}-{asked.attn}-{asked.quant}".replace(":", ""))
     check_output(folder)
-    with BarReporter() as reporter:
-        compiled = compile(model, builder=builder, trust=trust, reporter=reporter, checkpoint=checkpoint, **vars(asked))
-        reporter.stage("package")
-        compiled.save(folder)
+    with common.ranks(shard, device) as place:
+        asked = replace(asked, device=place.device)
+        with BarReporter() as reporter:
+            compiled = compile(
+                model, builder=builder, trust=trust, reporter=reporter, checkpoint=checkpoint, **vars(asked)
+            )
+            reporter.stage("package")
+            if place.first:
+                compiled.save(folder)
+    if not place.first:
+        return
     if as_json:
         common.print_json(summary(compiled, folder))
     else:
         print_summary(compiled, folder)
-
-
-def refuse_unbuilt(**options: object) -> None:
-    """Options of the contract that this version can't do: refused, never ignored."""
-    for name, value in options.items():
-        if value is not None:
-            raise click.UsageError(f"--{name} isn't built yet in this version: leave it out")
 
 
 def summary(compiled: Compiled, folder: Path) -> dict[str, Any]:

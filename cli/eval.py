@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from . import common
 
 if TYPE_CHECKING:
     from ..lowering.evaluate import LogitsOf
+    from ..lowering.sharded import Ranks
 
 
 @click.command("eval")
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("--context", type=common.count, default="1024", show_default=True, help="Tokens per window.")
 @click.option("--tokens", type=common.count, help="Stop after so many predicted tokens.")
 @click.option("--runtime", type=click.Choice(["torch", "onnx"]), default="torch", show_default=True)
+@common.shard_option("Share the tokens of each window")
 @common.model_options
 @common.json_option
 @common.verbose_option
@@ -40,20 +43,37 @@ def command(
     trust: bool,
     device: str,
     dtype: str,
+    shard: str | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
     """Perplexity over non-overlapping windows of a text, no BOS added."""
-    from ..lowering.evaluate import perplexity
-
+    if shard and runtime != "torch":
+        raise click.UsageError("--shard goes with --runtime torch")
     text = read(text_file)
     if common.is_artefact(model):
         _only_for_models(ctx, model)
-        logits_of, ids, limit = _student(model, text, runtime, device)
     elif runtime != "torch":
         raise click.UsageError("--runtime onnx needs an artefact folder")
-    else:
-        logits_of, ids, limit = _teacher(model, text, builder, trust, device, dtype)
+    with common.ranks(shard, device) as place:
+        if common.is_artefact(model):
+            measure(*_student(model, text, runtime, place), context, tokens, as_json)
+        else:  # every rank's logits are those of its slice
+            measure(*_teacher(model, text, builder, trust, place, dtype), context, tokens, as_json, place.total)
+
+
+def measure(
+    logits_of: LogitsOf,
+    ids: list[int],
+    limit: int | None,
+    context: int,
+    tokens: int | None,
+    as_json: bool,
+    add_up: Callable[[float], float] = float,
+) -> None:
+    """Predicts the text and says how well."""
+    from ..lowering.evaluate import perplexity
+
     if limit is not None and context > limit:
         raise click.UsageError(f"--context {context}: the model accepts at most {limit} positions")
     with common.progress() as bars:
@@ -64,6 +84,7 @@ def command(
             context,
             tokens=tokens,
             on_window=lambda done, total: bars.update(task, completed=done, total=total),
+            add_up=add_up,
         )
     if as_json:
         common.print_json(result.record())
@@ -105,25 +126,25 @@ def read(file: Path) -> str | list[int]:
 
 
 def _student(
-    directory: str, text: str | list[int], runtime: str, device: str
+    directory: str, text: str | list[int], runtime: str, place: Ranks
 ) -> tuple[LogitsOf, list[int], int | None]:
     from ..lowering.evaluate import logits_of_session
     from .generate import open_session
 
-    artefact = common.open_checked(directory, device)
-    session = open_session(artefact, runtime)
+    artefact = common.open_checked(directory, place.device)
+    session = open_session(artefact, runtime, place, every_token=True)
     ids = text if isinstance(text, list) else artefact.tokenizer.encode(text)
-    return logits_of_session(session), ids, session.max_positions
+    return logits_of_session(session, chunk=512 * place.world), ids, session.max_positions
 
 
 def _teacher(
-    model: str, text: str | list[int], builder: str | None, trust: bool, device: str, dtype: str
+    model: str, text: str | list[int], builder: str | None, trust: bool, place: Ranks, dtype: str
 ) -> tuple[LogitsOf, list[int], int | None]:
     from ..lowering.evaluate import logits_of_program
     from ..lowering.tokenizer import codec_of
     from ..passes.errors import LincompileError
 
-    loaded = common.load(model, builder=builder, trust=trust, device=device, dtype=dtype)
+    loaded = common.load(model, builder=builder, trust=trust, device=place.device, dtype=dtype)
     if isinstance(text, list):
         ids = text
     elif loaded.tokenizer is None:
@@ -131,4 +152,8 @@ def _teacher(
     else:
         ids = codec_of(loaded.tokenizer).encode(text)
     program = common.captured(loaded)
+    if place.shared:
+        from ..lowering.sharded import logits_of_slices
+
+        return logits_of_slices(program), ids, program.max_positions
     return logits_of_program(program), ids, program.max_positions

@@ -14,8 +14,9 @@ import click
 from . import common
 
 if TYPE_CHECKING:
-    from ..lowering.generate import Prefilled, StepSession
+    from ..lowering.generate import Prefilled, Sampling, StepSession
     from ..lowering.package import Artefact
+    from ..lowering.sharded import Ranks
     from ..lowering.state_file import SavedState
 
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="State to start from; the prompt is what follows, or all of it.",
 )
+@common.shard_option("Share the reading of the prompt")
 @common.runtime_option
 @common.device_option
 @common.json_option
@@ -57,27 +59,55 @@ def command(
     seed: int,
     save_state: Path | None,
     load_state: Path | None,
+    shard: str | None,
     runtime: str,
     device: str,
     as_json: bool,
     verbose: bool,
 ) -> None:
     """Continue a prompt with the artefact in DIR."""
-    from ..lowering.generate import Sampling, generate
-    from ..lowering.tokenizer import TextStream
+    from ..lowering.generate import Sampling
 
     given = sum(option is not None for option in (prompt, prompt_file, prompt_ids))
     if given > 1 or (given == 0 and load_state is None):
         raise click.UsageError("give exactly one of --prompt, --prompt-file and --prompt-ids (none with --load-state)")
-    Sampling(temperature, top_k, top_p, seed)  # before the seconds that opening takes
-    artefact = common.open_checked(directory, device)
-    session = open_session(artefact, runtime)
-    states = StateFiles(artefact, session, runtime, load=load_state, save=save_state)
+    if shard and runtime != "torch":
+        raise click.UsageError("--shard goes with --runtime torch")
+    sampling = Sampling(temperature, top_k, top_p, seed)  # before the seconds that opening takes
+    with common.ranks(shard, device) as place:
+        prompts = (prompt, prompt_file, prompt_ids, chat)
+        continue_prompt(
+            directory, prompts, max_new_tokens, sampling, save_state, load_state, runtime, place, as_json, verbose
+        )
+
+
+def continue_prompt(
+    directory: str,
+    prompts: tuple[str | None, Path | None, str | None, bool],
+    max_new_tokens: int,
+    sampling: Sampling,
+    save_state: Path | None,
+    load_state: Path | None,
+    runtime: str,
+    place: Ranks,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Reads one of (``--prompt``, ``--prompt-file``, ``--prompt-ids``, ``--chat``) on all ranks; the first goes on."""
+    from ..lowering.generate import PREFILL_CHUNK, generate
+    from ..lowering.tokenizer import TextStream
+
+    prompt, prompt_file, prompt_ids, chat = prompts
+    given = any(item is not None for item in prompts[:3])
+    artefact = common.open_checked(directory, place.device)
+    session = open_session(artefact, runtime, place)
+    states = StateFiles(artefact, session, runtime, load=load_state, save=save_state, writes=place.first)
     ids, shown = _prompt(artefact, prompt, prompt_file, prompt_ids, chat) if given else ([], "")
     if states.loaded is not None:
         ids = _after(states.loaded, artefact, ids, shown if given and prompt_ids is None and not chat else None)
     else:
         ids = states.resumed(ids)
+    place.wait()  # all have seen the files before the first writes one
 
     as_ids = prompt_ids is not None or (not given and not artefact.has_tokenizer)
     text = None if as_ids else TextStream(artefact.tokenizer, ids)
@@ -116,12 +146,13 @@ def command(
             result = generate(
                 session,
                 [ids],
-                max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
+                max_new_tokens if place.first else 0,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                seed=sampling.seed,
                 eos_ids=artefact.eos_ids,
+                chunk=PREFILL_CHUNK * place.world,
                 after=states.loaded.state if states.loaded is not None else None,
                 stream=show,
                 on_prefill=prefilled,
@@ -204,7 +235,14 @@ class StateFiles:
     SHARE = 20  # at most one part in so many of the time goes into saving while a prompt is being read
 
     def __init__(
-        self, artefact: Artefact, session: StepSession, runtime: str, *, load: Path | None, save: Path | None
+        self,
+        artefact: Artefact,
+        session: StepSession,
+        runtime: str,
+        *,
+        load: Path | None,
+        save: Path | None,
+        writes: bool = True,
     ) -> None:
         from ..lowering.state_file import check_destination
         from ..passes.errors import LincompileError
@@ -215,6 +253,7 @@ class StateFiles:
         if save is not None:
             check_destination(save)
         self.loaded: SavedState | None = None if load is None else self._load(load)
+        self._writes = writes  # the first of several ranks does
         self._again = load is None  # the same command finds what it has saved
         self._last: Prefilled | None = None
         self._written, self._cost = 0.0, 0.0  # when, and how many seconds it took
@@ -272,7 +311,7 @@ class StateFiles:
         try:
             yield
         except BaseException:
-            if self._file is not None and self._last is not None:
+            if self._file is not None and self._last is not None and self._writes:
                 self._write(complete=False)
                 again = "the same command goes on from there, or resume" if self._again else "resume"
                 common.note(f"what has been read is in {self._file}: {again} with --load-state {self._file}")
@@ -281,7 +320,7 @@ class StateFiles:
     def _write(self, complete: bool) -> None:
         from ..lowering.state_file import SavedState, running_hash, save_state
 
-        if self._last is None or self._file is None:
+        if self._last is None or self._file is None or not self._writes:
             return
         started = time.monotonic()
         read, (before, digest) = int(self._last.lengths[0]) - self.tokens_before, self._hashed
@@ -295,8 +334,14 @@ class StateFiles:
             self._last = None  # nothing more to keep
 
 
-def open_session(artefact: Artefact, runtime: str) -> StepSession:
-    """The artefact's program on the chosen runtime."""
+def open_session(
+    artefact: Artefact, runtime: str, place: Ranks | None = None, *, every_token: bool = False
+) -> StepSession:
+    """The artefact's program on the chosen runtime; on several ranks, with the logits of every token if asked for."""
+    if place is not None and place.shared:
+        from ..lowering.sharded import ShardedSession
+
+        return ShardedSession(artefact.step, vocab_size=artefact.manifest["vocab_size"], every_token=every_token)
     if runtime == "torch":
         return artefact.session
     if runtime == "aot":

@@ -6,6 +6,7 @@ import importlib.util
 import tempfile
 import time as clock
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..passes.capture import capture, from_exported
 from ..passes.distil.adapter import apply_adapter
 from ..passes.distil.instrument import model_inputs
 from ..passes.distil.recipe import Distilled, Listener, Recipe, run_recipe
+from ..passes.distil.spread import spread
 from ..passes.distil.transfer import Transfer, TransferReport
 from ..passes.errors import LincompileError, RefusedError
 from ..passes.formats.load import load_model
@@ -29,6 +31,8 @@ from ..passes.offsets import position_limit
 from ..passes.pipeline import Pipeline
 from ..passes.program import Program
 from ..passes.quantize import Quantize, parse_plan
+from ..passes.shard import SequenceParallel
+from ..passes.shard_check import check_fingerprints, fingerprint
 from ..passes.stateful import StepProgram, make_full, make_stateful
 from .generate import Session
 from .package import Artefact, open_artefact, save
@@ -73,6 +77,7 @@ class Options:
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
+    shard: str | None = None
 
     def check(self) -> None:
         """Raises ``LincompileError`` for a value that no model could satisfy, before anything is loaded."""
@@ -85,6 +90,13 @@ class Options:
             )
         if self.train is not None:
             Recipe(train=self.train)
+        if self.shard not in (None, "sp"):
+            raise LincompileError(f"--shard {self.shard}: the choice is sp (sequence parallelism)")
+        if self.shard and self.distil is None:
+            raise LincompileError(
+                "--shard sp shares distillation's windows over ranks: add --distil FILE; to run an artefact on several "
+                "ranks, give --shard sp to 'lincompile generate' or 'lincompile eval'"
+            )
         if self.target not in TARGETS:
             raise LincompileError(f"--target {self.target}: the targets are {', '.join(TARGETS)}")
         if self.target == "triton" and importlib.util.find_spec("triton") is None:
@@ -246,8 +258,9 @@ def compile(
         checkpoint: file that distillation saves itself to and resumes from.
         options: ``attn``, ``quant``, ``keep_softmax``, ``rewrite_sliding``, ``alibi``, ``window``, ``distil`` (a text
             file, token ids, or ``hf:name``), ``tokens``, ``time`` (seconds), ``train``, ``adapter``, ``length``,
-            ``batch``, ``target``, ``device``, ``dtype``, ``seed``: as in the CLI. With an adapter and no budget,
-            ``distil`` only calibrates quantization.
+            ``batch``, ``target``, ``device``, ``dtype``, ``seed``, ``shard`` (under torchrun, after
+            ``init_process_group``): as in the CLI. With an adapter and no budget, ``distil`` only calibrates
+            quantization.
 
     Raises:
         LincompileError: anything that can't be done as asked; nothing is ever done silently instead.
@@ -392,16 +405,31 @@ def distil(
     def relinearize(kept: tuple[int, ...]) -> Program:
         return rewrite(teacher, replace(asked, keep_softmax=",".join(map(str, kept)) + ","))
 
-    done = run_recipe(
-        teacher,
-        student,
-        ids,
-        recipe,
-        relinearize=relinearize,
-        checkpoint=checkpoint,
-        listener=Listener(say.stage, say.advance, say.note),
-    )
+    with shared(teacher, asked.shard):
+        done = run_recipe(
+            teacher,
+            student,
+            ids,
+            recipe,
+            relinearize=relinearize,
+            checkpoint=checkpoint,
+            listener=Listener(say.stage, say.advance, say.note),
+        )
     return done.student, done, ids
+
+
+def shared(teacher: Program, shard: str | None) -> AbstractContextManager[object]:
+    """Inside, distillation's windows are shared over the ranks of the default process group, where that was asked for.
+
+    Raises:
+        RefusedError: there is no process group, the ranks hold different models, or the model can't be split.
+    """
+    if shard is None:
+        return nullcontext()
+    group, world = SequenceParallel().resolve()
+    inputs = [(item.name, item.role) for item in teacher.inputs]
+    check_fingerprints(fingerprint(teacher.graph_module, inputs), group, world)
+    return spread(teacher, group, world)
 
 
 def quantize(student: Program, asked: Options, ids: Tensor | None) -> Program:

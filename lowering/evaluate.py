@@ -82,6 +82,7 @@ def perplexity(
     *,
     tokens: int | None = None,
     on_window: Callable[[int, int], None] | None = None,
+    add_up: Callable[[float], float] = lambda total: total,
 ) -> Perplexity:
     """Perplexity over non-overlapping windows, no BOS added: each window predicts its tokens but the first.
 
@@ -91,6 +92,7 @@ def perplexity(
         context: tokens per window; the last window may be shorter.
         tokens: stop after so many predicted tokens (None = the whole text).
         on_window: called with (predicted tokens so far, predicted tokens in all) after each window.
+        add_up: from this process's share of the negative log-likelihood to the whole, where ``logits_of`` gives a share.
 
     Raises:
         LincompileError: a context or text too short to predict anything, or logits that aren't finite.
@@ -116,7 +118,7 @@ def perplexity(
         predicted += len(window) - 1
         if on_window:
             on_window(predicted, wanted)
-    nll = total / predicted
+    nll = add_up(total) / predicted
     if not math.isfinite(nll):
         raise LincompileError("the model's logits are not finite (NaN or inf): perplexity has no value")
     return Perplexity(math.exp(nll) if nll < 700 else math.inf, nll, predicted)

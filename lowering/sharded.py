@@ -1,4 +1,4 @@
-"""Running on several ranks under torchrun: the process group, whole programs on slices, prefill that decodes anywhere."""
+"""Running on several ranks under torchrun: the process group, programs on slices, prefill that decodes anywhere."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from ..kernels.sequence_parallel.group import gather, process_group
+from ..passes.canonicalize import Canonicalize
 from ..passes.errors import LincompileError, RefusedError
+from ..passes.identity import ProveAttention
 from ..passes.pipeline import Pipeline
 from ..passes.program import Program
 from ..passes.shard import SequenceParallel, shard_batch
 from ..passes.shard_step import shard_step
 from ..passes.stateful import StepProgram
-from .evaluate import LogitsOf
+from .evaluate import LogitsOf, logits_of_program
 from .generate import Session
 
 TIMEOUT = 600.0  # seconds that a rank waits for the others
@@ -33,14 +35,33 @@ class Ranks:
     world: int
     device: str
 
+    shared: bool = False
+
     @property
     def first(self) -> bool:
         """Whether this rank is the one that prints and writes."""
         return self.rank == 0
 
+    def total(self, value: float) -> float:
+        """The sum of a number over all ranks, on every rank."""
+        import torch.distributed as dist
+
+        if not self.shared:
+            return value
+        total = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return float(total)
+
+    def wait(self) -> None:
+        """Until all ranks have come here."""
+        import torch.distributed as dist
+
+        if self.shared:
+            dist.barrier()
+
 
 @contextmanager
-def ranks(device: str = "cpu") -> Iterator[Ranks]:
+def joined(device: str = "cpu") -> Iterator[Ranks]:
     """Joins the process group that torchrun set up: gloo for ``cpu``, NCCL for ``cuda`` (one GPU a rank).
 
     Raises:
@@ -59,13 +80,11 @@ def ranks(device: str = "cpu") -> Iterator[Ranks]:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group(
-            "nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(seconds=seconds)
-        )
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(seconds=seconds))
     except (RuntimeError, ValueError) as error:
         raise LincompileError(f"--shard sp: the ranks don't find one another: {error}") from error
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device, shared=True)
     except LincompileError:
         raise
     except (RuntimeError, ValueError) as error:
@@ -75,7 +94,7 @@ def ranks(device: str = "cpu") -> Iterator[Ranks]:
             raise
         raise LincompileError(
             f"--shard sp: rank {dist.get_rank()} lost the others: one of them ended, or didn't answer within "
-            f"{seconds:g} s; its own message says why ({str(error).splitlines()[0]})"
+            f"{seconds:g} s; its own message says why ({str(error).splitlines()[0].split('. ')[0]})"
         ) from error
     finally:
         if dist.is_initialized():
@@ -103,16 +122,6 @@ def _lost(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in text for word in words)
 
 
-def sum_of_ranks(value: float) -> float:
-    """The sum of a number over all ranks, on every rank."""
-    import torch.distributed as dist
-
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return float(total)
-
-
 class ShardedSession(Session):
     """A session whose long chunks are read by all ranks together; decoding is each rank's own.
 
@@ -126,7 +135,12 @@ class ShardedSession(Session):
     """
 
     def __init__(
-        self, step: StepProgram, options: SequenceParallel | None = None, *, every_token: bool = False
+        self,
+        step: StepProgram,
+        options: SequenceParallel | None = None,
+        *,
+        vocab_size: int | None = None,
+        every_token: bool = False,
     ) -> None:
         import torch.distributed as dist
 
@@ -136,7 +150,7 @@ class ShardedSession(Session):
         self.sharded = shard_step(step, options)
         self.multiple = self.world * (2 if options.balance else 1)
         self.every_token = every_token
-        super().__init__(step)
+        super().__init__(step, vocab_size=vocab_size)
 
     @property
     def alone(self) -> Session:
@@ -171,7 +185,7 @@ class ShardedSession(Session):
 def logits_of_slices(program: Program) -> LogitsOf:
     """As ``logits_of_program``: each rank runs its slice of a window and yields that slice's logits.
 
-    Sums over tokens are then sums over ranks (``perplexity(total=sum_of_ranks)``).
+    Sums over tokens are then sums over ranks (``perplexity(add_up=…)``).
 
     Raises:
         RefusedError: the program can't be split, or isn't a language model.
@@ -180,12 +194,15 @@ def logits_of_slices(program: Program) -> LogitsOf:
 
     if unknown := [item.name for item in program.inputs if item.role not in ("tokens", "mask", "positions")]:
         raise RefusedError(f"perplexity needs a language model: this one takes '{unknown[0]}'")
-    sharded = Pipeline([SequenceParallel()])(program)
-    rank, world = dist.get_rank(), dist.get_world_size()
+    sharded = Pipeline([Canonicalize(), ProveAttention(), SequenceParallel()])(program)
+    rank, world, alone = dist.get_rank(), dist.get_world_size(), logits_of_program(program)
     dtypes = {item.name: program.example[item.name].dtype for item in program.inputs}
 
     def logits_of(tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
         length = tokens.shape[1]
+        if length < world:
+            yield from alone(tokens) if rank == 0 else ()
+            return
         values = {
             "tokens": tokens,
             "mask": torch.ones_like(tokens),

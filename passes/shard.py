@@ -142,7 +142,7 @@ class Sharder:
 
     def run(self) -> dict[str, Any]:
         try:
-            continue_positions(self.program, sequence_symbol(self.tokens), self._offset)
+            continue_positions(self.program, sequence_symbol(self.tokens), self.offset)
         except RefusedError as error:
             raise RefusedError(str(error).replace("no step form", "shard")) from error
         self._check_slices()
@@ -167,7 +167,7 @@ class Sharder:
         make = Builder(self.module, self._anchor())
         redirect(self.tokens, make(ops.equal_slices.default, self.tokens, self.slices.world, self.slices.group))
 
-    def _offset(self) -> Node:
+    def offset(self) -> Node:
         """Tokens before this rank's slice (slices are of one length)."""
         make = Builder(self.module, self._anchor())
         rank = make(ops.rank_index.default, self.tokens, self.slices.group)

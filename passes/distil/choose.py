@@ -16,6 +16,7 @@ from ..errors import LincompileError
 from ..program import Program
 from .instrument import either, unpadded
 from .logits import divergence, logits_of
+from .spread import total
 
 
 @dataclass
@@ -59,7 +60,7 @@ def choose(
         for path, switch in switches.items():
             switch.softmax = path in softmax
         values = [
-            float(divergence(logits_of(graph, window[None].to(wanted.device)), target))
+            float(total(divergence(logits_of(graph, window[None].to(wanted.device)), target)))
             for window, target in zip(windows, targets, strict=True)
         ]
         return sum(values) / len(values)

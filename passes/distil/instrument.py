@@ -23,6 +23,7 @@ from ..match import CONTRACTIONS
 from ..methods import LinearMethod, method_class
 from ..program import Program, content_nodes, is_lincompile_op
 from .regions import compile_regions, switch
+from .spread import cut, exchanging, shift_positions
 
 Wrap = Callable[[str, LinearMethod], nn.Module]
 
@@ -57,13 +58,14 @@ class TrainingGraph:
             self.divided = True
 
     def __call__(self, tokens: Tensor, compiled: bool = False) -> object:
-        """Runs token windows ``[B, T]``; returns what the graph returns.
+        """Runs token windows ``[B, T]``; returns what the graph returns (for this rank's slice inside ``spread``).
 
         ``compiled``: by ``torch.compile`` what ``divide`` put aside, for this shape (some seconds at first).
         """
         switch(self.graph_module, compiled)
-        inputs = model_inputs(self.program, tokens)
-        with torch.autocast(tokens.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+        inputs = [cut(value) for value in model_inputs(self.program, tokens)]
+        on = self.autocast is not None
+        with exchanging(), torch.autocast(tokens.device.type, self.autocast or torch.bfloat16, enabled=on):
             return self.graph_module(*inputs)
 
 
@@ -162,6 +164,8 @@ def _prepared(program: Program) -> tuple[Program, torch.dtype | None, set[Node]]
     """A copy to train with, the dtype of its matrix products, and its content nodes."""
     twin = program.clone()
     autocast = _autocast(twin)
+    if (tokens := twin.input_with_role("tokens")) is not None:
+        shift_positions(twin, tokens.name)
     content = content_nodes(twin)
     _simplify_softmax(twin, autocast, content)
     _keep_positions_exact(twin, autocast, content)

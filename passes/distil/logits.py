@@ -32,6 +32,7 @@ from .lora import PREFIX as LORA_PREFIX
 from .lora import add_lora, merge_lora
 from .regions import Compiled, agrees
 from .replay import Replayed
+from .spread import current, cut, share_of_mean, total
 
 ROWS = 2048
 
@@ -134,8 +135,12 @@ class _Divergence(torch.autograd.Function):
 
 
 def divergence(student: Tensor, teacher: Tensor, compiled: bool = False) -> Tensor:
-    """Mean KL(teacher ‖ student) in nats per token, of logits ``[..., V]``; differentiable in the student's."""
-    return _Divergence.apply(student, teacher, student.requires_grad, compiled)  # type: ignore[no-any-return, no-untyped-call]
+    """Mean KL(teacher ‖ student) in nats per token, of logits ``[..., V]``; differentiable in the student's.
+
+    Inside ``spread`` this rank's share of the window's mean.
+    """
+    mean: Tensor = _Divergence.apply(student, teacher, student.requires_grad, compiled)  # type: ignore[no-untyped-call]
+    return share_of_mean(mean)
 
 
 def logits_of(graph: TrainingGraph, tokens: Tensor, compiled: bool = False) -> Tensor:
@@ -146,7 +151,7 @@ def logits_of(graph: TrainingGraph, tokens: Tensor, compiled: bool = False) -> T
     """
     result = graph(tokens, compiled)
     first = result[0] if isinstance(result, (tuple, list)) else result
-    if not isinstance(first, Tensor) or first.dim() != 3 or first.shape[:2] != tokens.shape:
+    if not isinstance(first, Tensor) or first.dim() != 3 or first.shape[:2] != cut(tokens).shape:
         raise LincompileError("logit distillation needs a model that returns logits for every token; this one doesn't")
     return first
 
@@ -167,7 +172,8 @@ class Distiller:
         values = []
         for window in windows:
             tokens = window[None].to(self.teacher.device)
-            values.append(float(divergence(logits_of(self.student, tokens), logits_of(self.teacher, tokens))))
+            share = divergence(logits_of(self.student, tokens), logits_of(self.teacher, tokens))
+            values.append(float(total(share)))
         return sum(values) / len(values)
 
     def learn(self, tokens: Tensor, share: float, compiled: bool = False) -> Tensor:
@@ -178,7 +184,7 @@ class Distiller:
         loss = divergence(logits_of(self.student, tokens, compiled), wanted, compiled)
         del wanted
         (loss * share).backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+        return total(loss.detach())
 
 
 class Recomputed(nn.Module):
@@ -237,6 +243,8 @@ def _distil(
     measure_windows: int,
     note: Callable[[str], None],
 ) -> LogitReport:
+    if options.recompute and current() is not None:  # what is recomputed would run outside the exchange
+        raise LincompileError("recompute=True isn't built for distillation on several ranks: leave it out")
     distiller = Distiller(teacher, student, options)
     rank = lora_rank(options.train)
     additions = add_lora(distiller.student.graph_module, rank) if rank else []
@@ -269,7 +277,7 @@ def _distil(
             learn_piece = functools.partial(distiller.learn, piece, share)
             compiled = compile and agrees(learn_piece, list(trained.values()), note)
             adding = functools.partial(distiller.learn, share=share, compiled=compiled)
-            learn[share] = Replayed(adding, list(trained.values()), options.replay)
+            learn[share] = Replayed(adding, list(trained.values()), options.replays)
         return learn[share]
 
     def losses_of(step: int) -> tuple[Tensor, int]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LincompileError
+from .spread import add_gradients, agreed, current, start_alike, writes
 
 Progress = Callable[[int, int, float, float], None]
 """Called after every step: (step, steps expected, mean loss, tokens per second)."""
@@ -57,8 +58,15 @@ class LoopOptions:
         if not (self.clip > 0 and 0 <= self.warmup <= 1 and self.weight_decay >= 0 and self.save_every > 0):
             raise LincompileError("training needs clip > 0, warmup from 0 to 1, weight_decay >= 0 and save_every > 0")
 
+    @property
+    def replays(self) -> bool:
+        """Whether steps may be recorded as CUDA graphs (on several ranks: not)."""
+        return self.replay and current() is None
+
     def compiles(self, device: torch.device) -> bool:
-        """Whether to train with compiled code on a device."""
+        """Whether to train with compiled code on a device (on several ranks: not)."""
+        if current() is not None:
+            return False
         return device.type == "cuda" if self.compile is None else self.compile
 
 
@@ -215,7 +223,9 @@ def train(
     frozen = {p: p.requires_grad for part in parts for p in part.parameters.values()}
     for parameter in frozen:
         parameter.requires_grad_(True)
+    start_alike(frozen)
     masters = Masters(parts, options.weight_decay)
+    device = next(iter(frozen)).device if frozen else torch.device("cpu")
     try:
         if checkpoint is not None and checkpoint.exists():
             _restore(checkpoint, fingerprint, masters, report)
@@ -225,10 +235,12 @@ def train(
                 report.steps / options.steps if options.steps else 1.0,
                 (time.monotonic() - began) / options.seconds if options.seconds is not None else 0.0,
             )
+            done = agreed(done, device)
             if done >= 1:
                 break
             masters.zero_grad()
             losses, tokens = losses_of(report.steps)
+            add_gradients(frozen)
             check_finite(losses, parts, report.steps, "loss")
             masters.step(schedule(done, options.warmup), options.clip, report.steps)
             report.steps += 1
@@ -239,9 +251,9 @@ def train(
                 share = max(report.steps / options.steps, report.seconds / options.seconds if options.seconds else 0.0)
                 expected = max(report.steps, round(report.steps / share))
                 progress(report.steps, expected, report.losses[-1], report.tokens / max(report.seconds, 1e-9))
-            if checkpoint is not None and report.steps % options.save_every == 0:
+            if checkpoint is not None and writes() and report.steps % options.save_every == 0:
                 _save(checkpoint, fingerprint, masters, report)
-        if checkpoint is not None:
+        if checkpoint is not None and writes():
             _save(checkpoint, fingerprint, masters, report)
     finally:
         masters.zero_grad()

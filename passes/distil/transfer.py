@@ -25,6 +25,7 @@ from .instrument import TrainingGraph, beside, weights_checksum
 from .loop import LoopOptions, LoopReport, Part, Progress, train
 from .regions import Compiled, agrees
 from .replay import Replayed
+from .spread import total
 
 ALONE = 0.1  # weight of the linear attention's own error beside a softmax window
 
@@ -99,10 +100,10 @@ class _Compare(nn.Module):
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> Tensor:
-    """‖got − wanted‖² / ‖wanted‖² as a float32 (or float64) scalar."""
+    """‖got − wanted‖² / ‖wanted‖² as a float32 (or float64) scalar; inside ``spread`` this rank's share of it."""
     wide = torch.promote_types(wanted.dtype, torch.float32)
     difference = (got.to(wide) - wanted.to(wide)).square().sum()
-    return difference / wanted.to(wide).square().sum().clamp(min=1e-12)
+    return difference / total(wanted.to(wide).square().sum()).clamp(min=1e-12)
 
 
 class Errors:
@@ -128,12 +129,12 @@ class Errors:
         with torch.no_grad():
             losses = self.graph(tokens.to(self.graph.device), compiled)
         assert isinstance(losses, tuple)
-        return torch.stack([loss.double() for loss in losses])
+        return total(torch.stack([loss.double() for loss in losses]))
 
     def by_path(self, tokens: Tensor) -> dict[str, float]:
         """Errors by site path, window by window so that memory doesn't grow with their number."""
-        total = torch.stack([self(window[None]).cpu() for window in tokens]).mean(0)
-        return dict(zip(self.branches, total.tolist(), strict=True))
+        mean = torch.stack([self(window[None]).cpu() for window in tokens]).mean(0)
+        return dict(zip(self.branches, mean.tolist(), strict=True))
 
 
 def transfer(
@@ -188,7 +189,7 @@ def transfer(
             compiled = compile and agrees(
                 lambda compiled: errors(tokens, learn=True, compiled=compiled), parameters, note
             )
-            learn.append(Replayed(lambda t: errors(t, learn=True, compiled=compiled), parameters, options.replay))
+            learn.append(Replayed(lambda t: errors(t, learn=True, compiled=compiled), parameters, options.replays))
         return learn[0](tokens).cpu(), tokens.numel()
 
     train(parts, losses_of, options, checkpoint=checkpoint, identity=identity, report=report, progress=progress)

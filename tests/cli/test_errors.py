@@ -31,7 +31,7 @@ from .conftest import Run
         (["m", "--target", "wasm"], "'wasm' is not one of"),
         (["m", "--dtype", "int3"], "'int3' is not one of"),
         (["m", "--window", "0"], "--window"),
-        (["m", "--shard", "sp"], "--shard isn't built yet"),
+        (["m", "--shard", "tp"], "'tp' is not"),
         (["m", "n"], "unexpected extra argument"),
         (["m", "--target", "triton"], "needs --device cuda"),
         (["inspect"], "Missing argument 'MODEL'"),

@@ -197,20 +197,24 @@ def composed(rank: int, world: int) -> dict[str, float]:
         return sharded, part, part.pop("labels")
 
     def largest(grads: dict[str, Tensor]) -> float:
-        return max(_relative(wanted[name], grads[name]) for name in wanted)
+        return max(_relative(value, grads[name]) for name, value in wanted.items())
+
+    def gradients(module: nn.Module) -> dict[str, Tensor]:
+        named = module.named_parameters(remove_duplicate=False)  # tied ones under both names
+        return {name: p.grad for name, p in named if p.grad is not None}
 
     sharded, part, targets = fresh()
     parallel = nn.parallel.DistributedDataParallel(sharded.graph_module)  # over all ranks: it averages gradients
     share = sequence_loss(first(parallel(part["idx"])), targets, group) * sequence
     share.backward()
-    results["ddp"] = largest({n: p.grad for n, p in sharded.graph_module.named_parameters() if p.grad is not None})
+    results["ddp"] = largest(gradients(sharded.graph_module))
 
     sharded, part, targets = fresh()
     fully_shard(sharded.graph_module, mesh=init_device_mesh("cpu", (world,)))  # over both axes
     share = sequence_loss(first(sharded.graph_module(part["idx"])), targets, group) * sequence
     share.backward()
-    grads = {n: p.grad.full_tensor() for n, p in sharded.graph_module.named_parameters() if p.grad is not None}
-    results["fsdp2"] = largest(grads)
+    found = gradients(sharded.graph_module)
+    results["fsdp2"] = largest({name: grad.full_tensor() for name, grad in found.items()})
 
     sharded, part, targets = fresh()
     out = checkpoint(lambda x: first(sharded(x)), part["idx"], use_reentrant=False)
