@@ -92,7 +92,7 @@ def perplexity(
         context: tokens per window; the last window may be shorter.
         tokens: stop after so many predicted tokens (None = the whole text).
         on_window: called with (predicted tokens so far, predicted tokens in all) after each window.
-        add_up: from this process's share of the negative log-likelihood to the whole, where ``logits_of`` gives a share.
+        add_up: from this process's share of the negative log-likelihood to all of it, if ``logits_of`` gives shares.
 
     Raises:
         LincompileError: a context or text too short to predict anything, or logits that aren't finite.
