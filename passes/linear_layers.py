@@ -74,6 +74,7 @@ class LinearLayer:
     """A linear layer of a graph. ``reason`` is why it can't or shouldn't be quantized (None = it can).
 
     ``name`` is the layer's dotted path, ``weight`` its parameter's, ``matrix`` (a view) the ``[N, K]`` float weight.
+    ``exclusive``: it has one call, and nothing else reads its parameter or any part of it alone, nor its bias.
     """
 
     name: str
@@ -83,6 +84,7 @@ class LinearLayer:
     stored_transposed: bool
     calls: list[Call] = field(default_factory=list)
     reason: str | None = None
+    exclusive: bool = False
 
     def matrix(self, module: nn.Module) -> Tensor:
         """The float weight as ``[out_features, in_features]``, without a copy."""
@@ -135,6 +137,7 @@ def find_linears(
         parameter = get_attribute(graph_module, layer.weight)
         own = {call.node for call in layer.calls}
         others = [reader for reader in readers.get(id(parameter), []) if reader not in own]
+        layer.exclusive = not others and _one_plain_call(graph_module, layer, readers)
         head = _is_head(layer, tables, nodes)
         layer.reason = layer.reason or _policy(layer, others, head and not lm_head, skip, min_in_features)
         if layer.reason is None and parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
@@ -230,6 +233,18 @@ def _policy(
     if layer.in_features < min_in_features:
         return f"K = {layer.in_features} is below {min_in_features}: scales would cost more than they save"
     return None
+
+
+def _one_plain_call(graph_module: GraphModule, layer: LinearLayer, readers: dict[int, list[Node]]) -> bool:
+    if len(layer.calls) != 1 or layer.calls[0].partial or not layer.weights or layer.calls[0].node.kwargs:
+        return False
+    bias = layer.calls[0].bias
+    if bias is None:
+        return True
+    if bias.op != "get_attr":
+        return False
+    tensor = get_attribute(graph_module, str(bias.target))
+    return isinstance(tensor, nn.Parameter) and readers.get(id(tensor)) == [layer.calls[0].node]
 
 
 def _readers(graph_module: GraphModule) -> dict[int, list[Node]]:

@@ -44,7 +44,10 @@ class Quantize:
         lm_head: also the output head, unless tied to an embedding.
         skip: ``fnmatch`` patterns of layer names to leave in float, for example ``("*.down_proj",)``.
         min_in_features: layers with fewer input features stay in float.
-        method: how weights are rounded: ``rtn``, or with calibration ``clip`` or ``gptq`` (:mod:`.weight_methods`).
+        method: how weights are rounded: ``rtn``, or with calibration ``clip`` or ``gptq`` (:mod:`.weight_methods`);
+            ``auto`` is ``gptq`` with calibration and ``rtn`` without.
+        smooth: with calibration, how strongly inputs and weights are balanced first, where that is free and exact
+            (:mod:`.smooth`): 0 (not) to 1. By default 1 for activations of at most seven bits on average, otherwise ½.
         metric: sensitivity of the ``int6`` and ``auto`` plans, ``fisher`` or ``kl`` (:mod:`.sensitivity`).
         tolerance: ``int6`` gives a layer six-bit activations as long as the measured divergence of the outputs stays
             within this multiple of what uniform W6A8 causes.
@@ -66,7 +69,8 @@ class Quantize:
     lm_head: bool = False
     skip: tuple[str, ...] = ()
     min_in_features: int = 32
-    method: str = "rtn"
+    method: str = "auto"
+    smooth: float | None = None
     metric: str = "fisher"
     tolerance: float = 1.25
     activation_bits: float | None = None
@@ -93,8 +97,11 @@ class Quantize:
         if self.calibration is not None:
             todo = [layer for layer in todo if self._representable(program, layer)]
         codes_of = WeightRounder(program, todo, self.method, self.calibration, self.group_size)
+        strength = self._strength(spec)
+        smoothed = codes_of.smooth(layers, strength) if strength and self.calibration and todo else {}
         chosen, record = self._choose(program, spec, todo, codes_of)
-        report = {"plan": self.plan, "method": self.method, "group_size": self.group_size}
+        report: dict[str, Any] = {"plan": self.plan, "method": codes_of.method, "group_size": self.group_size}
+        report |= {"smoothing": {"strength": strength, "layers": len(smoothed)}} if self.calibration else {}
         report |= {"already_quantized_calls": done} | quantize_graph(module, layers, chosen, codes_of, self.group_size)
         report |= {"choice": record} if record else {}
         if not report["layers"] and not done and not any(scheme.is_float for scheme in chosen.values()):
@@ -102,8 +109,16 @@ class Quantize:
         program.metadata["quantization"] = report
         return PassResult(program, modified=bool(report["layers"]), report=report)
 
+    def _strength(self, spec: PlanSpec) -> float:
+        if self.smooth is not None:
+            if not 0 <= self.smooth <= 1:
+                raise LincompileError(f"quantize: smooth {self.smooth:g}: give a strength from 0 (off) to 1")
+            return self.smooth
+        bits = self.activation_bits if spec.scheme is None else spec.scheme.activation_bits
+        return 1.0 if bits is not None and bits <= 7 else 0.5
+
     def _choose(
-        self, program: Program, spec: PlanSpec, layers: list[LinearLayer], codes_of: CodesOf
+        self, program: Program, spec: PlanSpec, layers: list[LinearLayer], codes_of: WeightRounder
     ) -> tuple[dict[str, Scheme], dict[str, Any]]:
         given = dict(self.schemes or {})
         if self.plan_file is not None and Path(self.plan_file).exists():
@@ -121,7 +136,7 @@ class Quantize:
         if not free:
             return fixed, {"note": "every layer's scheme was given"}
         options = PlanOptions(
-            self.group_size, self.metric, self.method, self.activation_bits, self.tolerance, self.scores
+            self.group_size, self.metric, codes_of.method, self.activation_bits, self.tolerance, self.scores
         )
         chosen, record = choose(program, free, spec, self.calibration, options, codes_of)
         if self.plan_file is not None:

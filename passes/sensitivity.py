@@ -240,7 +240,6 @@ def _fisher_batch(
     seed: int,
     scores: Scores,
 ) -> int:
-    roots: list[Tensor] = []
     module = program.graph_module
 
     def replay(layer: LinearLayer, x: Tensor, grad: Tensor) -> None:
@@ -255,6 +254,27 @@ def _fisher_batch(
             per_token = (grad.to(wide.dtype) * change).sum(dim=-1)
             scores.add(layer.name, scheme.name, 0.5 * float(per_token.double().square().sum()))
 
+    real = backward(program, layers, batch, seed, replay)
+    for layer in layers:  # a layer whose output doesn't reach the model's still has a score: none
+        for scheme in schemes:
+            scores.add(layer.name, scheme.name, 0.0)
+    return real
+
+
+def backward(
+    program: Program,
+    layers: Sequence[LinearLayer],
+    batch: Batch,
+    seed: int,
+    visit: Callable[[LinearLayer, Tensor, Tensor], None],
+) -> int:
+    """One forward and one backward pass; the number of real tokens.
+
+    ``visit(layer, x, gradient)`` gets every call's input ``[…, K]`` and, of its output ``[…, N]``, the gradient of the
+    log-likelihood of ``y`` drawn from the model's own prediction. Memory: one batch's activations.
+    """
+    roots: list[Tensor] = []
+
     def on_linear(layer: LinearLayer, x: Tensor, bias: Tensor | None, compute: Compute) -> Tensor:
         y = compute()
         if not y.requires_grad:  # the first layers: gradients need not go further back
@@ -265,7 +285,7 @@ def _fisher_batch(
 
         def hook(grad: Tensor) -> None:
             with torch.no_grad():
-                replay(layer, x, grad)
+                visit(layer, x, grad)
 
         y.register_hook(hook)  # type: ignore[no-untyped-call]
         return y
@@ -274,9 +294,6 @@ def _fisher_batch(
         output = run(program, batch, layers, on_linear)
         real = _real_tokens(program, batch, output)
         torch.autograd.grad(_log_likelihood(program, output, real, seed), roots, allow_unused=True)
-    for layer in layers:  # a layer whose output doesn't reach the model's still has a score: none
-        for scheme in schemes:
-            scores.add(layer.name, scheme.name, 0.0)
     return int(real.sum())
 
 

@@ -1,9 +1,12 @@
 """Ways to choose six- and eight-bit weight codes: round-to-nearest, clipping search, error feedback (GPTQ).
 
-``rtn`` needs no data. ``clip`` shrinks each group's scale where that lowers the error weighted by the inputs' second
-moments, ``Σ_k E[x_k²]·(w_k − ŵ_k)²``. ``gptq`` (Frantar et al., arXiv 2210.17323) rounds one input feature at a time
-and moves the error it makes onto the features not yet rounded, by the inverse of ``E[xxᵀ]``; scales are those of the
-weights as they stand when a group begins. Scales stay float16, groups and codes as everywhere.
+``rtn`` needs no data. The others weigh errors by second moments of the layer's inputs, ``E[‖g‖² xxᵀ]``: every token
+counts by the squared gradient ``g`` of the log-likelihood at the layer's output, so that tokens whose activations are
+huge and matter little (the first of a window, which attention parks on) don't decide how all others are rounded.
+
+``clip`` chooses each group's scale by the error it leaves, weighted by the moments' diagonal. ``gptq`` (Frantar et al.,
+arXiv 2210.17323) keeps those scales, rounds one input feature at a time, the heaviest first, and moves the error it
+makes onto the features not yet rounded. Scales stay float16, groups and codes as everywhere.
 """
 
 from __future__ import annotations
@@ -18,25 +21,41 @@ from .errors import LincompileError
 from .linear_layers import LinearLayer
 from .program import Program
 from .schemes import Scheme
-from .sensitivity import Batch, Compute, frozen, groups_of, run
+from .sensitivity import Batch, backward, frozen
+from .smooth import smooth
 
-METHODS = ("rtn", "clip", "gptq")
-_RATIOS = [1.0 - 0.04 * step for step in range(11)]
-_DAMPING = 0.01
-_HESSIAN_BYTES = 512 << 20
+METHODS = ("auto", "rtn", "clip", "gptq")
+_RATIOS = [1.02 - 0.02 * step for step in range(24)]
+_DAMPING = 0.03
+_MOMENT_BYTES = 1 << 30
+_BLOCK = 64  # features rounded before their error reaches those outside the block
+
+
+def resolve(method: str, calibration: Sequence[Batch] | None) -> str:
+    """The method that ``auto`` stands for: ``gptq`` with calibration batches, ``rtn`` without.
+
+    Raises:
+        LincompileError: unknown method, or a method that needs calibration batches and has none.
+    """
+    if method not in METHODS:
+        raise LincompileError(f"unknown quantization method '{method}'; the choices are {', '.join(METHODS)}")
+    if method == "auto":
+        return "gptq" if calibration else "rtn"
+    if method != "rtn" and not calibration:
+        raise LincompileError(
+            f"the quantization method '{method}' needs calibration batches: give calibration text, or use rtn"
+        )
+    return method
 
 
 class WeightRounder:
-    """Codes and scales of a layer by a method.
+    """Codes and scales of a layer by a method (one that :func:`resolve` gives).
 
     With calibration batches the codes are asked for again and again (scores, measured divergence, packing): they are
     computed once per layer and number of bits and kept, one byte per weight.
 
-    Inputs are collected on the float graph for a few layers at a time, so that their ``E[xxᵀ]`` never take more than
-    half a gigabyte.
-
-    Raises:
-        LincompileError: unknown method, or a method that needs calibration batches and has none.
+    Moments are collected on the float graph for as many layers at a time as fit in a gigabyte (at least one), with one
+    forward and one backward pass per batch; they are kept until another chunk of layers is asked for.
     """
 
     def __init__(
@@ -47,115 +66,141 @@ class WeightRounder:
         calibration: Sequence[Batch] | None,
         group_size: int,
     ) -> None:
-        if method not in METHODS:
-            raise LincompileError(f"unknown quantization method '{method}'; the choices are {', '.join(METHODS)}")
-        if method != "rtn" and not calibration:
-            raise LincompileError(
-                f"the quantization method '{method}' needs calibration batches: give calibration text, or use rtn"
-            )
-        self._program, self._method, self._group_size = program, method, group_size
+        self.method = resolve(method, calibration)
+        self._program, self._group_size = program, group_size
         self._calibration = list(calibration or [])
-        self._chunks = _chunks(groups_of(layers))
+        self._chunks = _chunks(layers)
+        self._moments: dict[str, Tensor] = {}
         self._cache: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, layer: LinearLayer, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """int8 codes ``[N, K]`` and float16 scales ``[N, groups]``."""
         bits = scheme.weight_bits
-        if (layer.name, bits) in self._cache:
-            return self._cache[layer.name, bits]
-        if self._method == "rtn":
-            found = quantize_weight(layer.matrix(self._program.graph_module), self._group_size, bits=bits)
-            if self._calibration:
-                self._cache[layer.name, bits] = found
-            return found
-        chunk = next(chunk for chunk in self._chunks if any(layer in group for group in chunk))
-        for group, moment in zip(chunk, self._collect(chunk), strict=True):
-            prepared = moment.diagonal() if self._method == "clip" else inverse_factor(moment)
-            for member in group:
-                self._cache[member.name, bits] = self._round(member, prepared, bits)
+        if (layer.name, bits) not in self._cache:
+            found = self._round(layer, bits)
+            if not self._calibration:
+                return found
+            self._cache[layer.name, bits] = found
         return self._cache[layer.name, bits]
 
-    def _round(self, layer: LinearLayer, prepared: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    def _round(self, layer: LinearLayer, bits: int) -> tuple[Tensor, Tensor]:
         weight = layer.matrix(self._program.graph_module).float()
-        quantize_weight(weight, self._group_size, bits=bits)  # refuses what float16 scales can't hold
-        return (clip if self._method == "clip" else gptq)(weight, prepared, self._group_size, bits)
+        plain = quantize_weight(weight, self._group_size, bits=bits)  # refuses what float16 scales can't hold
+        if self.method == "rtn":
+            return plain
+        if layer.name not in self._moments:
+            self._moments = {}
+            self._moments = self._collect(next(chunk for chunk in self._chunks if layer in chunk))
+        moment = self._moments[layer.name]
+        if self.method == "clip":
+            return clip(weight, moment.diagonal(), self._group_size, bits)
+        return gptq(weight, moment, self._group_size, bits)
 
-    def _collect(self, chunk: Sequence[Sequence[LinearLayer]]) -> list[Tensor]:
-        """``E[xxᵀ]`` of each group's input over the calibration batches, float32 ``[K, K]``."""
-        leaders = {group[0].name: index for index, group in enumerate(chunk)}
-        sums: list[Tensor | None] = [None] * len(chunk)
-        counts = [0] * len(chunk)
+    def smooth(self, layers: Sequence[LinearLayer], strength: float) -> dict[str, Tensor]:
+        """Balance the program's inputs and weights (:mod:`.smooth`); ``layers`` are all of its linear layers.
 
-        def on_linear(layer: LinearLayer, x: Tensor, bias: Tensor | None, compute: Compute) -> Tensor:
-            if layer.name in leaders:
-                index, flat = leaders[layer.name], x.flatten(0, -2).float()
-                product = flat.t() @ flat
-                previous = sums[index]
-                sums[index] = product if previous is None else previous + product
-                counts[index] += flat.shape[0]
-            return compute()
+        Must come before any codes are asked for. Needs calibration batches.
+        """
+        assert self._calibration and not self._cache
+        if len(self._chunks) == 1:
+            self._moments = self._collect(self._chunks[0])
+            importance = {name: moment.diagonal() for name, moment in self._moments.items()}
+        else:
+            sums = self._sums([layer for chunk in self._chunks for layer in chunk], full=False)
+            importance = {name: total / total.mean().clamp(min=1e-30) for name, total in sums.items()}
+        done = smooth(self._program, layers, importance, strength)
+        for name, scale in done.items():
+            if name in self._moments:
+                self._moments[name] /= scale * scale.unsqueeze(1)
+        return done
 
-        layers = [layer for group in chunk for layer in group]
-        with frozen(self._program), torch.no_grad():
-            for batch in self._calibration:
-                run(self._program, batch, layers, on_linear)
-        device = layers[0].matrix(self._program.graph_module).device
-        return [  # inputs that no batch reached leave nothing to weigh by
-            total / max(count, 1) if total is not None else torch.eye(group[0].in_features, device=device)
-            for total, count, group in zip(sums, counts, chunk, strict=True)
-        ]
+    def _collect(self, layers: Sequence[LinearLayer]) -> dict[str, Tensor]:
+        """Second moments of the layers' inputs, float32 ``[K, K]`` with a mean diagonal of 1.
+
+        The identity where no gradient arrived: there is nothing to weigh by.
+        """
+        moments = self._sums(layers, full=True)
+        for layer in layers:
+            mean = float(moments[layer.name].diagonal().mean()) if layer.name in moments else 0.0
+            device = layer.matrix(self._program.graph_module).device
+            moments[layer.name] = moments[layer.name] / mean if mean > 0 else torch.eye(layer.in_features).to(device)
+        return moments
+
+    def _sums(self, layers: Sequence[LinearLayer], *, full: bool) -> dict[str, Tensor]:
+        """``Σ ‖g‖² xxᵀ`` over the calibration batches, or only its diagonal."""
+        sums: dict[str, Tensor] = {}
+
+        def visit(layer: LinearLayer, x: Tensor, grad: Tensor) -> None:
+            flat = x.flatten(0, -2).float()
+            weighted = flat * grad.flatten(0, -2).float().square().sum(dim=1, keepdim=True)
+            found = weighted.t() @ flat if full else (weighted * flat).sum(dim=0)
+            sums[layer.name] = sums[layer.name].add_(found) if layer.name in sums else found
+
+        with frozen(self._program):
+            for seed, batch in enumerate(self._calibration):
+                backward(self._program, layers, batch, seed, visit)
+        return sums
 
 
-def clip(weight: Tensor, second_moment: Tensor, group_size: int, bits: int) -> tuple[Tensor, Tensor]:
-    """Scales searched per row and group: ``absmax/levels`` times 1.0, 0.96 … 0.6, by weighted squared error.
+def clip(weight: Tensor, importance: Tensor, group_size: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes at the scales of :func:`clip_scale`."""
+    return quantize_weight(weight, group_size, bits=bits, scale=clip_scale(weight, importance, group_size, bits))
+
+
+def clip_scale(weight: Tensor, importance: Tensor, group_size: int, bits: int) -> Tensor:
+    """Scales searched per row and group: ``absmax/levels`` times 1.02, 1.00 … 0.56, by weighted squared error.
 
     Args:
         weight: float32 ``[N, K]``.
-        second_moment: ``E[x_k²]``, ``[K]``.
+        importance: what an input feature's squared error counts, ``[K]``.
+
+    Returns:
+        float16 ``[N, ceil(K/group_size)]``.
     """
     groups = split_groups(weight, group_size)
-    importance = split_groups(second_moment.float().unsqueeze(0), group_size)
+    weigh = split_groups(importance.float().unsqueeze(0), group_size)
     widest = groups.abs().amax(dim=-1) / LEVELS[bits]
     best_scale = round_scale(widest)
     best = torch.full_like(widest, float("inf"))
-    for ratio in _RATIOS:
+    for ratio in [1.0, *_RATIOS]:
         scale = round_scale(widest * ratio)
         step = scale.float().unsqueeze(-1)
-        error = ((round_codes(groups, step, bits) * step - groups).square() * importance).sum(dim=-1)
+        error = ((round_codes(groups, step, bits) * step - groups).square() * weigh).sum(dim=-1)
         better = error < best
         best, best_scale = torch.where(better, error, best), torch.where(better, scale, best_scale)
-    return quantize_weight(weight, group_size, bits=bits, scale=best_scale)
+    return best_scale
 
 
-def gptq(weight: Tensor, factor: Tensor, group_size: int, bits: int) -> tuple[Tensor, Tensor]:
-    """Error feedback over input features in their order.
+def gptq(weight: Tensor, moment: Tensor, group_size: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Error feedback over input features by falling moment, at the scales of :func:`clip_scale`.
 
     Args:
         weight: float32 ``[N, K]``.
-        factor: :func:`inverse_factor` of ``E[xxᵀ]``, ``[K, K]``.
+        moment: second moments of the inputs, ``[K, K]``.
     """
-    work = weight.clone()
-    rows, in_features = work.shape
-    codes = torch.empty(rows, in_features, dtype=torch.int8, device=weight.device)
-    scales = []
-    for start in range(0, in_features, group_size):
-        stop = min(start + group_size, in_features)
-        scale = round_scale(work[:, start:stop].abs().amax(dim=1) / LEVELS[bits])
-        step = scale.float()
-        scales.append(scale)
+    rows, in_features = weight.shape
+    scale = clip_scale(weight, moment.diagonal(), group_size, bits)
+    order = moment.diagonal().argsort(descending=True, stable=True)
+    factor = inverse_factor(moment[order][:, order])
+    work = weight[:, order]
+    steps = scale.float()[:, order // group_size]
+    rounded = torch.empty_like(work)
+    for start in range(0, in_features, _BLOCK):
+        stop = min(start + _BLOCK, in_features)
         errors = torch.empty(rows, stop - start, device=weight.device)
         for k in range(start, stop):
-            rounded = round_codes(work[:, k], step, bits)
-            codes[:, k] = rounded.to(torch.int8)
-            error = (work[:, k] - rounded * step) / factor[k, k]
+            rounded[:, k] = round_codes(work[:, k], steps[:, k], bits)
+            error = (work[:, k] - rounded[:, k] * steps[:, k]) / factor[k, k]
             work[:, k:stop] -= error.unsqueeze(1) * factor[k, k:stop]
             errors[:, k - start] = error
         work[:, stop:] -= errors @ factor[start:stop, stop:]
-    return codes, torch.stack(scales, dim=1)
+    codes = torch.empty(rows, in_features, dtype=torch.int8, device=weight.device)
+    codes[:, order] = rounded.to(torch.int8)
+    return codes, scale
 
 
 def inverse_factor(moment: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of ``E[xxᵀ]`` damped by 1 % of its mean diagonal; float32 ``[K, K]``.
+    """Upper Cholesky factor of the inverse of ``moment`` damped by 3 % of its mean diagonal; float32 ``[K, K]``.
 
     Features that were always 0 end up uncorrelated with the rest: GPTQ then rounds them to nearest.
     """
@@ -168,14 +213,14 @@ def inverse_factor(moment: Tensor) -> Tensor:
     return factor
 
 
-def _chunks(groups: Sequence[Sequence[LinearLayer]]) -> list[list[Sequence[LinearLayer]]]:
-    chunks: list[list[Sequence[LinearLayer]]] = []
-    used = _HESSIAN_BYTES + 1
-    for group in groups:
-        size = 4 * group[0].in_features ** 2
-        if used + size > _HESSIAN_BYTES:
+def _chunks(layers: Sequence[LinearLayer]) -> list[list[LinearLayer]]:
+    chunks: list[list[LinearLayer]] = []
+    used = _MOMENT_BYTES + 1
+    for layer in layers:
+        size = 4 * layer.in_features**2
+        if used + size > _MOMENT_BYTES:
             chunks.append([])
             used = 0
-        chunks[-1].append(group)
+        chunks[-1].append(layer)
         used += size
     return chunks

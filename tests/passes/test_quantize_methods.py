@@ -11,7 +11,7 @@ from lincompile.passes import weight_methods
 from lincompile.passes.capture import capture
 from lincompile.passes.errors import LincompileError
 from lincompile.passes.quantize import Quantize
-from lincompile.passes.weight_methods import clip, gptq, inverse_factor
+from lincompile.passes.weight_methods import clip, gptq
 
 
 def correlated(tokens: int, width: int) -> Tensor:
@@ -29,16 +29,16 @@ def output_error(weight: Tensor, codes: tuple[Tensor, Tensor], x: Tensor) -> flo
 def test_gptq_lowers_the_output_error_on_unseen_inputs(width: int, bits: int) -> None:
     x = correlated(4096, width)
     weight, moment = torch.randn(48, width), x[:2048].t() @ x[:2048] / 2048
-    plain, fed_back = quantize_weight(weight, bits=bits), gptq(weight, inverse_factor(moment), 128, bits)
+    plain, fed_back = quantize_weight(weight, bits=bits), gptq(weight, moment, 128, bits)
     assert output_error(weight, fed_back, x[2048:]) < 0.5 * output_error(weight, plain, x[2048:])
     assert fed_back[0].dtype == torch.int8 and int(fed_back[0].abs().max()) <= {6: 32, 8: 128}[bits]
 
 
-def test_gptq_without_correlation_is_round_to_nearest() -> None:
+def test_gptq_without_correlation_only_clips() -> None:
     """A diagonal moment matrix leaves nothing to feed back, so both must choose the same codes."""
-    weight = torch.randn(16, 256)
-    codes, scale = gptq(weight, inverse_factor(torch.eye(256)), 128, 6)
-    expected = quantize_weight(weight)
+    weight, importance = torch.randn(16, 300), torch.rand(300) + 0.1
+    codes, scale = gptq(weight, torch.diag(importance), 128, 6)
+    expected = clip(weight, importance, 128, 6)
     assert torch.equal(codes, expected[0]) and torch.equal(scale, expected[1])
 
 
@@ -46,9 +46,39 @@ def test_gptq_keeps_features_that_calibration_never_saw() -> None:
     moment = torch.eye(256)
     moment[5, 5] = 0
     weight = torch.randn(4, 256)
-    codes, _ = gptq(weight, inverse_factor(moment), 128, 6)
-    assert torch.equal(codes, quantize_weight(weight)[0])
-    assert torch.equal(gptq(weight, inverse_factor(torch.zeros(256, 256)), 128, 6)[0], codes)
+    codes, scale = gptq(weight, moment, 128, 6)
+    assert torch.equal(codes, quantize_weight(weight, scale=scale)[0])
+    assert bool((gptq(weight, torch.zeros(256, 256), 128, 6)[0] != 0).any())
+
+
+def test_tokens_count_by_their_gradient() -> None:
+    """Huge activations of tokens that don't reach the output must not decide how weights are rounded."""
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(128, 64)
+
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+            return self.linear(x) * keep.unsqueeze(-1)
+
+    model = Gate().eval()
+    keep = torch.ones(2, 64)
+    keep[:, 0] = 0
+    *seen, unseen = correlated(384, 128).split(128)
+    data = [(x.view(2, 64, 128), keep) for x in seen]
+    for x, _ in data:
+        x[:, 0] = 100 * torch.randn(2, 128)
+    program = capture(model, data[0])
+    names = [item.name for item in program.inputs]
+    held_out = (unseen.view(2, 64, 128), keep)
+    expected, error = program(*held_out), {}
+    batches = [dict(zip(names, pair, strict=True)) for pair in data]
+    for method in ("rtn", "gptq"):
+        quantized = program.clone()
+        Quantize("w6a16", method=method, calibration=batches).run(quantized)
+        error[method] = float((quantized(*held_out) - expected).detach().norm())
+    assert error["gptq"] < 0.3 * error["rtn"]
 
 
 def test_clip_lowers_the_weighted_error_and_never_raises_it() -> None:
@@ -73,7 +103,7 @@ def test_the_pass_packs_the_codes_of_its_method(method: str, monkeypatch: pytest
     *seen, unseen = correlated(768, 96).split([128, 128, 128, 128, 256])
     data = [{name: x.view(2, 64, 96)} for x in seen]
     # Collected for one group of layers at a time, however little memory is allowed.
-    monkeypatch.setattr(weight_methods, "_HESSIAN_BYTES", 1)
+    monkeypatch.setattr(weight_methods, "_MOMENT_BYTES", 1)
     held_out = unseen.view(1, 256, 96)
     expected = model(held_out)
     error = {}
@@ -83,6 +113,8 @@ def test_the_pass_packs_the_codes_of_its_method(method: str, monkeypatch: pytest
         assert report["method"] == used and report["totals"]["layers"] == 2
         error[used] = float((quantized(held_out) - expected).detach().norm())
     assert error[method] < error["rtn"] * (1.0 if method == "gptq" else 1.05)
+    automatic = Quantize("w6a16", calibration=data).run(program.clone()).report
+    assert automatic["method"] == "gptq" and Quantize("w6a16").run(program).report["method"] == "rtn"
 
 
 def test_the_measured_divergence_is_that_of_the_packed_codes() -> None:
@@ -100,7 +132,9 @@ def test_the_measured_divergence_is_that_of_the_packed_codes() -> None:
 
 def test_methods_are_checked() -> None:
     program = capture(nn.Sequential(nn.Linear(64, 64)).eval(), torch.randn(2, 5, 64))
-    with pytest.raises(LincompileError, match="unknown quantization method 'awq'; the choices are rtn, clip, gptq"):
+    with pytest.raises(
+        LincompileError, match="unknown quantization method 'awq'; the choices are auto, rtn, clip, gptq"
+    ):
         Quantize("w6a8", method="awq").run(program)
     with pytest.raises(LincompileError, match="'gptq' needs calibration batches"):
         Quantize("w6a8", method="gptq").run(program)

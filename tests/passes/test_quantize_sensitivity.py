@@ -132,7 +132,8 @@ def test_int6_on_an_activation_budget_beats_any_other_choice_of_the_same_cost(ll
     rule = {layer.name: SCHEMES["w6a8" if layer.name.endswith("down_proj") else "w6a6"] for layer in layers}
     weights = sum(layer.weights for layer in layers)
     bits = sum(rule[layer.name].activation_bits * layer.weights for layer in layers) / weights
-    report = Quantize("int6", calibration=data, activation_bits=bits).run(program.clone()).report
+    plain = Quantize("int6", calibration=data, activation_bits=bits, method="rtn", smooth=0)
+    report = plain.run(program.clone()).report
     plan = {record["name"]: SCHEMES[record["scheme"]] for record in report["layers"]}
     assert report["choice"]["activation_bits"] <= bits
     codes_of = sensitivity.rtn_codes(program, 128)
