@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..kernels.sequence_parallel import op as _op  # also registers the exchange ops
-from .errors import RefusedError
+from .errors import LincompileError, RefusedError
 from .graph import Builder, argument, aten, finish, redirect, symbols_in, tensor_of, value_of
 from .offsets import continue_positions, sequence_symbol
 from .pipeline import PassResult, register
@@ -48,6 +48,8 @@ class SequenceParallel:
         mesh_dim: name of the mesh axis the sequence is split over.
         balance: causal softmax sites work on head–tail pairs of pieces, so that no rank waits for the last one
             (slices must have even lengths; queries and outputs travel once more).
+        scan: linear sites pass their states from rank to rank in so many pieces instead of gathering them (0 = gather):
+            for many ranks, see ``docs/sequence_parallel.md``. The delta rule and prefill always gather.
         world: number of ranks expected; the group's by default.
         check: compare with the whole program (skipped where it has no weights).
         mesh: the device mesh that ``mesh_dim`` is an axis of; without one the group is the default one.
@@ -60,11 +62,16 @@ class SequenceParallel:
 
     mesh_dim: str = "sp"
     balance: bool = False
+    scan: int = 0
     world: int | None = None
     check: bool = True
     mesh: Any = field(default=None, compare=False, repr=False, metadata={"text": False})
     group: str | None = field(default=None, metadata={"text": False})
     name: str = field(default="shard", init=False, metadata={"text": False})
+
+    def __post_init__(self) -> None:
+        if self.scan < 0:
+            raise LincompileError(f"shard: scan={self.scan}: write a number of pieces, such as 4 (0 = gather)")
 
     def run(self, program: Program) -> PassResult:
         if program.metadata.get("sequence_parallel"):
@@ -74,8 +81,13 @@ class SequenceParallel:
         check_fingerprints(fingerprint(program.graph_module, inputs), group, world)
         tokens = splittable(program)
         twin = program.clone()
-        sharder = Sharder(twin, twin.placeholder(tokens.name), Slices(group, world, self.balance))
-        report: dict[str, Any] = {"mesh_dim": self.mesh_dim, "world": world, "balance": self.balance} | sharder.run()
+        sharder = Sharder(twin, twin.placeholder(tokens.name), Slices(group, world, self.balance, self.scan))
+        report: dict[str, Any] = {
+            "mesh_dim": self.mesh_dim,
+            "world": world,
+            "balance": self.balance,
+            "scan": self.scan,
+        } | sharder.run()
         if self.check:
             report["max_error"] = check_shard(program, twin, group, world, even=self.balance)
         twin.metadata["sequence_parallel"] = report

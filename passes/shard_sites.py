@@ -49,12 +49,14 @@ class Slices:
     Attributes:
         group: its name; world: its size.
         balance: causal softmax works on head–tail pairs of pieces instead of slices.
+        scan: pass states from rank to rank in so many pieces instead of gathering them (0 = gather).
         masks: gathered padding masks and halos of them, by what they were made from.
     """
 
     group: str
     world: int
     balance: bool = False
+    scan: int = 0
     masks: dict[Any, Any] = field(default_factory=dict)
 
     # ---- linear sites
@@ -76,8 +78,10 @@ class Slices:
         columns = int(fake(v).shape[-1]) + int(normalize)
         passing = ALL if decay is None else DECAY
         packed = make(ops.segment_summary.default, k, v, decay, normalize)
-        gathered, slots = self._start(make, packed, columns, passing, causal)
-        own = None
+        chained = bool(self.scan) and causal and initial is None
+        gathered = slots = own = None
+        if not chained:
+            gathered, slots = self._start(make, packed, columns, passing, causal)
         if causal:  # beside the all-gather: what the slice sees of itself
             values = v
             if normalize:
@@ -85,7 +89,10 @@ class Slices:
                 values = make(aten.cat.default, [v, ones], -1)
             alone = make(ops.linear_attention.default, q, k, values, decay, None, scale, True, False)
             own = make(aten.to.dtype, make.item(alone, 0), wide)
-        before, final = self._arrive(make, gathered, slots, initial, columns, passing, causal)
+        if chained:
+            before, final = make(ops.scan_state.default, packed, self.world, columns, self.scan, self.group), None
+        else:
+            before, final = self._arrive(make, gathered, slots, initial, columns, passing, causal)
         out = self._read(make, q, decay, before, scale, wide)
         out = out if own is None else make(aten.add.Tensor, own, out)
         if normalize:

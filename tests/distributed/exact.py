@@ -125,6 +125,10 @@ def compare_ops(rank: int, world: int, length: int = 6) -> dict[str, float]:
         linear(f"{kind}, decay per key", normalize, per_key)
         linear(f"{kind}, decay per head", normalize, per_head)
     linear("float32", True, per_head, torch.float32)
+    for pieces in (1, 2, 9):  # more pieces than key features: one a feature
+        slices.scan = pieces
+        linear(f"scan in {pieces}", pieces == 2, None if pieces == 1 else per_key)
+    slices.scan = 0
     check(
         "bidirectional",
         lambda *x: ops.linear_attention(*x, None, None, 0.5, False, True)[0],

@@ -57,7 +57,7 @@ def test_ops_equal_one_device(measured: dict[str, Any]) -> None:
     assert runs
     for name, ranks in runs.items():
         for errors in ranks:
-            assert len(errors) == 27
+            assert len(errors) == 30
             for op, error in errors.items():
                 assert error < (1e-5 if op == "float32" else 1e-9), (name, op, error)
 
