@@ -158,6 +158,11 @@ class LinearForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tensors, constants = self.split(args, kwargs)
         call = self.find(tensors, constants)
+        if call is None and torch.compiler.is_compiling():
+            raise LincompileError(
+                "torch.compile met a call of a linearized module that hasn't been captured (a copy, another set of "
+                "inputs, or layers exchanged since): make that call once before compiling"
+            )
         if call is None:
             call = self.capture(tensors, constants)
             self.calls.append(call)

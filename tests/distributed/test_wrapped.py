@@ -44,7 +44,6 @@ def test_one_rank_trains_as_without(worker: ModuleType, group: None, form: str) 
     teacher = set(worker.build().state_dict())
     plain = worker.make(form)
     names = [name for name in plain.state_dict() if "lincompile_attention" not in name]
-    assert set(names) <= teacher | {name for name in names if name.startswith("_")}
     assert teacher - set(names) == set(), "the teacher's parameters keep their names"
     wanted = worker.train(plain)
     assert wanted[-1] < wanted[0]
