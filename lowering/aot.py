@@ -20,16 +20,17 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ..passes.errors import ArtefactError, LincompileError
+from ..passes.graph import argument
 from ..passes.stateful import StepProgram
 from .generate import Session
 from .graph_file import Positional, example_inputs
+from .triton import lower
+from .verify import compare
 
 if TYPE_CHECKING:
     from .package import Artefact
 
 FOLDER, MODEL_FILE = "aot", "model.pt2"
-TOLERANCE = 1e-3  # relative to the largest logit; rounded activations are compared by their spread
-QUANTIZED_TOLERANCE = 5e-2
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class AotReport:
 def export_aot(step: StepProgram, folder: str | Path) -> AotReport:
     """Compiles a step program into ``folder/model.pt2`` for the device its weights are on.
 
-    The package is run against the program (a chunk, then a token) before it is put into place.
+    For a GPU its stages are fused first, as a session there runs them (see :mod:`.triton`). The package is run against
+    the program before it is put into place.
 
     Raises:
         LincompileError: no C++ compiler, a graph that AOTInductor can't compile, or logits that differ.
@@ -58,6 +60,7 @@ def export_aot(step: StepProgram, folder: str | Path) -> AotReport:
     tensors = [*step.graph_module.parameters(), *step.graph_module.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     inputs, axes = example_inputs(step.states, device)
+    compiled = lower(step)[0] if device.type == "cuda" else step
     destination = Path(folder)
     destination.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination, prefix=".aot-") as scratch:
@@ -65,7 +68,7 @@ def export_aot(step: StepProgram, folder: str | Path) -> AotReport:
         try:
             with torch.no_grad():
                 exported = torch.export.export(
-                    Positional(step.graph_module), tuple(inputs), dynamic_shapes=(tuple(axes),), strict=False
+                    Positional(compiled.graph_module), tuple(inputs), dynamic_shapes=(tuple(axes),), strict=False
                 )
                 torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
         except LincompileError:
@@ -73,10 +76,30 @@ def export_aot(step: StepProgram, folder: str | Path) -> AotReport:
         except Exception as error:
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise LincompileError(f"AOTInductor can't compile the step program: {first.strip()}") from error
-        worst = _compare(step, _load(path), device)
+        package = _load(path)
+
+        def run(tokens: Tensor, positions: Tensor, mask: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            logits, *new = package(*(tensor.contiguous() for tensor in (tokens, positions, mask, *states)))
+            return logits, new
+
+        worst = compare(
+            step,
+            run,
+            vocabulary=Session(step).vocab_size,
+            quantized=rounds_activations(step.graph_module),
+            states=lambda rows: step.initial_states(rows, device),
+            device=device,
+        )["max_error"]
         os.replace(path, destination / MODEL_FILE)
     final = destination / MODEL_FILE
     return AotReport(str(final), final.stat().st_size, round(time.perf_counter() - started, 1), worst)
+
+
+def rounds_activations(graph_module: GraphModule) -> bool:
+    """Whether a graph has quantized linears that round their inputs, too."""
+    activation = {torch.ops.lincompile.int6_linear.default: 6, torch.ops.lincompile.int8_linear.default: 5}
+    nodes = [node for node in graph_module.graph.nodes if node.op == "call_function" and node.target in activation]
+    return any(argument(node, activation[node.target], "activation") != "a16" for node in nodes)
 
 
 class AotSession(Session):
@@ -120,25 +143,3 @@ def _load(path: Path) -> Any:
         raise ArtefactError(
             f"{path}: torch {torch.__version__} can't load the package ({first.strip()}): export it again here"
         ) from error
-
-
-@torch.no_grad()
-def _compare(step: StepProgram, package: Any, device: torch.device) -> float:
-    """Largest relative difference of the logits over a chunk, a single token, and rows of one."""
-    generator = torch.Generator().manual_seed(5)
-    vocabulary = None
-    worst = 0.0
-    for batch, cuts in ((2, (4, 1)), (1, (1, 3))):
-        ours = theirs = step.initial_states(batch, device)
-        start = 0
-        for size in cuts if step.causal else (sum(cuts),):
-            high = vocabulary or 8
-            tokens = torch.randint(high, (batch, size), generator=generator).to(device)
-            positions = torch.arange(start, start + size, device=device).expand(batch, size).contiguous()
-            mask = torch.ones(batch, size, dtype=torch.bool, device=device)
-            wanted, ours = step(tokens, positions, mask, ours)
-            got, *theirs = package(tokens, positions, mask, *theirs)
-            vocabulary, start = wanted.shape[-1], start + size
-            scale = float(wanted.float().abs().max().clamp(min=1e-6))
-            worst = max(worst, float((got - wanted).float().abs().max()) / scale)
-    return worst

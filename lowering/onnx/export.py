@@ -115,13 +115,13 @@ def export_onnx(
             the file's logits aren't the program's.
     """
     require("onnx", "onnxscript")
+    from ..verify import holding
     from .embeddings import lower_embeddings
     from .functions import STANDARD_OPSET, attach_bodies, standard_operators_only
     from .genai import genai_config, genai_obstacles
     from .quantized import LAYOUTS, lower_quantized
     from .signature import Signature, bind_signature
     from .simplify import simplify
-    from .verify import holding
     from .verify import verify as compare
 
     standard = opset == STANDARD

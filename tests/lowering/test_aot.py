@@ -12,11 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._inductor.config
+import zoo
 
-from lincompile.lowering import package
-from lincompile.lowering.aot import AotSession, export_aot
+import lincompile
+from lincompile.lowering import aot, package
+from lincompile.lowering.aot import AotSession, export_aot, rounds_activations
 from lincompile.lowering.generate import generate
-from lincompile.passes.errors import ArtefactError
+from lincompile.lowering.triton import lower
+from lincompile.passes.errors import ArtefactError, LincompileError
 
 pytestmark = [
     pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler"),
@@ -56,6 +59,31 @@ def test_a_process_without_transformers_runs_it(artefact: package.Artefact, tmp_
     shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout) == generate(artefact.session, PROMPTS, 8).tokens
+
+
+def test_fused_stages_and_rounded_activations_are_packaged(tmp_path: Path) -> None:
+    """What a GPU's package holds, compiled for the CPU: features and gates as one op each, and six-bit linears."""
+    module, example = zoo.build("nanogpt-gqa-repeat")
+    compiled = lincompile.compile(module, example=example, attn="lawcat", quant="w6a8")
+    step, report = lower(compiled.step)
+    assert (report.features, report.gates) == (4, 2) and rounds_activations(step.graph_module)
+    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+        written = export_aot(step, tmp_path / "aot")
+    assert written.max_error < 0.05
+
+
+def test_a_package_that_differs_is_not_written(
+    toy: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits, *states = toy.graph_module(*inputs)
+        return (logits * 1.01, *states)
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda exported, package_path: None)
+    monkeypatch.setattr(aot, "_load", lambda path: wrong)
+    with pytest.raises(LincompileError, match=r"logits differ from the program.s by 0\.01"):
+        export_aot(toy.step, tmp_path / "aot")
+    assert list((tmp_path / "aot").iterdir()) == []
 
 
 def test_missing_and_damaged_packages(artefact: package.Artefact, tmp_path: Path) -> None:
