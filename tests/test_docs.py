@@ -24,6 +24,7 @@ PAGES = [
     "docs/pytorch.md",
     "docs/transformers.md",
     "docs/writing_a_pass.md",
+    "docs/sequence_parallel.md",
 ]
 # Pages whose code a test of their own runs.
 ELSEWHERE = {
