@@ -132,6 +132,7 @@ class Prefilled:
     logits: Tensor
     states: list[Tensor]
     lengths: Tensor  # int64 [B]: real tokens read so far
+    model: str = ""  # identity of the artefact whose states these are, where it is known
 
 
 def prefill(
@@ -171,7 +172,7 @@ def prefill(
             "this model counts positions itself, so prompts of different lengths can't share a batch: run them alone"
         )
     if after is not None:
-        _check_continuation(after, batch, mask)
+        _check_continuation(session, after, batch, mask)
     check_vocabulary(session, tokens)
     before = torch.zeros(batch, dtype=torch.int64) if after is None else after.lengths
     total = int((before + mask.sum(-1)).max())
@@ -199,9 +200,18 @@ def prefill(
     return Prefilled(logits[:, -1], states, before + mask.sum(-1))
 
 
-def _check_continuation(after: Prefilled, batch: int, mask: Tensor) -> None:
-    """Padding after tokens already read would enter convolutions and windows: refused, as are rows that don't match."""
+def _check_continuation(session: StepSession, after: Prefilled, batch: int, mask: Tensor) -> None:
+    """Padding after tokens already read would enter convolutions and windows: refused, as are states that don't fit."""
     rows = after.lengths.shape[0]
+    shapes = [(rows, *spec.shape) for spec in session.states]
+    fit = len(shapes) == len(after.states) and all(
+        len(shape) == state.dim()
+        and all(n is None or n == size for n, size in zip(shape, state.shape, strict=True))
+        and state.dtype == spec.dtype
+        for shape, state, spec in zip(shapes, after.states, session.states, strict=True)
+    )
+    if not fit:
+        raise LincompileError("the state is of another model: its tensors aren't those that this one carries")
     if rows != batch:
         raise LincompileError(
             f"the state holds {rows} sequences, the prompt {batch}: continue each row with one prompt"
@@ -363,7 +373,7 @@ def generate(
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     started = time.perf_counter()
     if after is not None and not any(prompts):
-        _check_continuation(after, len(prompts), torch.ones(len(prompts), 0, dtype=torch.bool))
+        _check_continuation(session, after, len(prompts), torch.ones(len(prompts), 0, dtype=torch.bool))
         state = after
     else:
         tokens, mask = left_pad(prompts)

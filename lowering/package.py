@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ..passes.errors import ArtefactError
+from ..passes.errors import ArtefactError, LincompileError
 from ..passes.stateful import StateSpec, StepProgram
 from .generate import Generation, Prefilled, Session, generate
 from .graph_file import read_graph, weights_of, write_graph
@@ -297,6 +297,7 @@ class Artefact:
         Raises:
             LincompileError: the file can't be written.
         """
+        self._check_owner(state)
         hashes = [running_hash(row) for row in prompts] or [""] * state.lengths.shape[0]
         return save_state(path, SavedState(state, self.identity, "torch", hashes, complete), self.states)
 
@@ -373,7 +374,17 @@ class Artefact:
 
     def continue_ids(self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, **options: Any) -> Generation:
         """:func:`lincompile.lowering.generate.generate` on this artefact's session, stopping at its EOS tokens."""
-        return generate(self.session, prompts, max_new_tokens, **{"eos_ids": self.eos_ids, **options})
+        if (after := options.get("after")) is not None:
+            self._check_owner(after)
+        result = generate(self.session, prompts, max_new_tokens, **{"eos_ids": self.eos_ids, **options})
+        return replace(result, state=replace(result.state, model=self.identity))
+
+    def _check_owner(self, state: Prefilled) -> None:
+        if state.model not in ("", self.identity):
+            raise LincompileError(
+                f"the state is of another model ({state.model[:12]}…, {self.directory} is {self.identity[:12]}…): "
+                "read the text again"
+            )
 
 
 # What opening and running read without asking; a manifest edited by hand may lack it.

@@ -197,7 +197,7 @@ def load_state(
     states = [_checked(path, spec, tensors[_tensor_name(spec)], lengths.shape[0]).to(device) for spec in specs]
     if header.get("content") != _content(tensors):
         raise ArtefactError(f"{path} is damaged: its states don't match their hash; save it again")
-    prefilled = Prefilled(tensors[_LOGITS], states, lengths)
+    prefilled = Prefilled(tensors[_LOGITS], states, lengths, model)
     return SavedState(prefilled, model, runtime, list(header["hashes"]), bool(header["complete"]))
 
 

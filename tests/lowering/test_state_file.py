@@ -131,3 +131,11 @@ def test_states_of_something_else(artefact: package.Artefact, tmp_path: Path) ->
     other.manifest["files"] = {name: {"sha256": "0" * 64} for name in artefact.manifest["files"]}
     with pytest.raises(LincompileError, match="the state of another model"):
         other.load_state(file)
+    # In one process, too: the state that came with a generation knows whose it is.
+    state = artefact.continue_ids([PROMPT], 1).state
+    for use in (lambda: other.continue_ids([[1]], 3, after=state), lambda: other.save_state(tmp_path / "t", state)):
+        with pytest.raises(LincompileError, match="the state is of another model"):
+            use()
+    state.states[2] = state.states[2][..., :-1]
+    with pytest.raises(LincompileError, match="its tensors aren't those that this one carries"):
+        artefact.continue_ids([[1]], 3, after=state)
