@@ -89,12 +89,17 @@ def test_generation_stops_at_a_stop_sequence(model: Any) -> None:
     assert len(words) >= 4 and cut == free.split(stop)[0]
 
 
-def test_the_command_line_runs_a_local_task(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_command_line_runs_a_local_task(folder: Path, tmp_path: Path, plain: bool) -> None:
+    """As ``python -m lincompile.lm_eval``; and as plain ``lm_eval``, on a task that makes it import lincompile."""
     data = tmp_path / "data.json"
     data.write_text("\n".join(json.dumps(row) for row in ROWS))
-    (tmp_path / "choices.yaml").write_text(TASK.format(file=data))
-    command = [sys.executable, "-m", "lincompile.lm_eval", "--model", "lincompile", "--model_args", f"path={folder}"]
-    command += ["--tasks", "choices", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "result.json")]
+    task = tmp_path / "choices.yaml"
+    hook = "process_docs: !function lincompile.lm_eval.unchanged\n" if plain else ""
+    task.write_text(TASK.format(file=data) + hook)
+    command = [sys.executable, "-m", "lm_eval" if plain else "lincompile.lm_eval", "--model", "lincompile"]
+    command += ["--model_args", f"path={folder}", "--output_path", str(tmp_path / "result.json")]
+    command += ["--tasks", str(task)] if plain else ["--tasks", "choices", "--include_path", str(tmp_path)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=250)
     assert done.returncode == 0, done.stderr
