@@ -94,6 +94,16 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
     metavar="none|int6|w6a6|w6a8|w6a16|w8a8|auto:BITS",
     help="int6 = six-bit weights, activations per layer.",
 )
+@click.option(
+    "--quant-method",
+    type=click.Choice(("auto", "rtn", "clip", "gptq")),
+    default="auto",
+    show_default=True,
+    help="How weights are rounded; auto = gptq where there is text to calibrate on.",
+)
+@click.option("--quant-plan", metavar="FILE", help="Schemes per layer: followed if the file is there, else written.")
+@click.option("--quant-scores", metavar="FILE", help="Sensitivity scores: resumed if the file is there, and saved.")
+@click.option("--calibrate", metavar="FILE|hf:NAME", help="Text to calibrate quantization on. [default: --distil's]")
 @click.option("--distil", metavar="FILE|hf:NAME", help="Text to distil on (.txt, .jsonl, .parquet, .npy of ids).")
 @click.option("--tokens", type=common.count, help="Distil on so many tokens, such as 20M.")
 @click.option("--time", "seconds", type=common.duration, help="Distil for so long, such as 10m.")
@@ -216,6 +226,7 @@ def print_summary(compiled: Compiled, folder: Path) -> None:
         what = "stay" if compiled.options.attn == "softmax" else "are"
         count = len(sites) if compiled.options.attn == "softmax" else len(rewritten)
         out.print(f"{count} of {len(sites)} attention sites {what} {compiled.options.attn}{window}")
+    print_sensitivity(compiled.manifest()["quantization"])
     for site in sites:
         if site.method == "softmax" and compiled.options.attn != "softmax":
             out.print(f"  [yellow]{site.path}[/] stays softmax: {site.reason}")
@@ -235,3 +246,19 @@ def print_summary(compiled: Compiled, folder: Path) -> None:
         out.print(f"state per sequence at 32,768 tokens: {human_bytes(compiled.step.state_bytes(1, 32768))}")
         prompt = "--prompt-ids 1,2,3" if compiled.loaded.tokenizer is None else "--prompt 'The capital of France is'"
         out.print(f"next: lincompile generate {folder} {prompt}", soft_wrap=True)
+
+
+def print_sensitivity(quantization: dict[str, Any] | None, most: int = 8) -> None:
+    """A bar per layer for the most sensitive ones; ``report.html`` has them all."""
+    from ..lowering.report import layer_losses
+
+    rows = sorted(layer_losses(quantization or {}), key=lambda row: -row[2])
+    if not rows or rows[0][2] <= 0:
+        return
+    out = common.stdout()
+    width = max(len(name) for name, _, _ in rows[:most])
+    shown = f"the {min(most, len(rows))} worst of {len(rows)}"
+    out.print(f"what quantization is predicted to cost, in nats per token ({shown}):")
+    for name, scheme, loss in rows[:most]:
+        bar = "█" * max(1, round(30 * loss / rows[0][2]))
+        out.print(f"  {name:<{width}} {scheme}  [cyan]{bar}[/] {loss:.1e}", soft_wrap=True)

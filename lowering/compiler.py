@@ -18,6 +18,7 @@ from ..passes.canonicalize import Canonicalize
 from ..passes.capture import capture, from_exported
 from ..passes.distil.adapter import apply_adapter
 from ..passes.distil.instrument import model_inputs
+from ..passes.distil.logits import LogitDistillation
 from ..passes.distil.recipe import Distilled, Listener, Recipe, run_recipe
 from ..passes.distil.spread import spread
 from ..passes.distil.transfer import Transfer, TransferReport
@@ -25,6 +26,7 @@ from ..passes.errors import LincompileError, RefusedError
 from ..passes.formats.load import load_model
 from ..passes.formats.loaded import LoadedModel, check_finite
 from ..passes.identity import ProveAttention
+from ..passes.linear_layers import token_tables
 from ..passes.linearize import LinearizeAttention, parse_keep
 from ..passes.methods import METHODS, method_class
 from ..passes.offsets import position_limit
@@ -34,13 +36,14 @@ from ..passes.quantize import Quantize, parse_plan
 from ..passes.shard import SequenceParallel
 from ..passes.shard_check import check_fingerprints, fingerprint
 from ..passes.stateful import StepProgram, make_full, make_stateful
+from ..passes.weight_methods import resolve
 from .generate import Session
 from .package import Artefact, open_artefact, save
 from .text import read_tokens
 from .triton import lower
 
 TARGETS = ("eager", "triton", "onnx", "aot")
-CALIBRATION_BATCHES = 4
+CALIBRATION_TOKENS, CALIBRATION_LENGTH = 8192, 512
 
 
 class Reporter:
@@ -62,6 +65,10 @@ class Options:
 
     attn: str = "lawcat"
     quant: str = "none"
+    quant_method: str = "auto"
+    quant_plan: str | None = None
+    quant_scores: str | None = None
+    calibrate: Any = None
     keep_softmax: str | None = None
     rewrite_sliding: bool = False
     alibi: bool = False
@@ -83,7 +90,7 @@ class Options:
         """Raises ``LincompileError`` for a value that no model could satisfy, before anything is loaded."""
         if self.attn not in (*METHODS, "softmax"):
             method_class(self.attn)
-        parse_plan(self.quant)
+        self._check_quantization()
         if self.keep_softmax is not None and parse_keep(self.keep_softmax)[2] and self.distil is None:
             raise LincompileError(
                 "--keep-softmax auto:N chooses layers by what they are worth after training: add --distil FILE"
@@ -115,15 +122,27 @@ class Options:
             if not Path(self.adapter).is_file():
                 raise LincompileError(f"the adapter {self.adapter} doesn't exist")
 
+    def _check_quantization(self) -> None:
+        spec = parse_plan(self.quant)
+        text = self.distil if self.calibrate is None else self.calibrate
+        given = {"--quant-plan": self.quant_plan, "--quant-scores": self.quant_scores, "--calibrate": self.calibrate}
+        if self.quant_method != "auto":
+            given["--quant-method"] = self.quant_method
+        unused = [name for name, value in given.items() if value is not None]
+        if spec.kind == "none" and unused:
+            raise LincompileError(f"{unused[0]} is about quantization: add --quant, for example --quant int6")
+        if text is None and (spec.kind == "auto" or self.quant_method in ("clip", "gptq")):
+            asked = f"--quant {self.quant}" if spec.kind == "auto" else f"--quant-method {self.quant_method}"
+            raise LincompileError(f"{asked} needs text to calibrate on: add --calibrate FILE (or --distil FILE)")
+        resolve(self.quant_method, None if text is None else [{}])
+
     def record(self) -> dict[str, Any]:
         """JSON-able."""
-        values = (
-            asdict(self) if not isinstance(self.distil, Tensor) else asdict(Options(**{**vars(self), "distil": None}))
-        )
-        values["distil"] = (
-            self.distil if self.distil is None or isinstance(self.distil, str) else type(self.distil).__name__
-        )
-        return values
+        texts = {"distil": self.distil, "calibrate": self.calibrate}
+        values = asdict(replace(self, distil=None, calibrate=None))
+        return values | {
+            name: text if text is None or isinstance(text, str) else type(text).__name__ for name, text in texts.items()
+        }
 
 
 @dataclass
@@ -309,10 +328,12 @@ def compile(
                     "int6 for ONNX keeps activations float (w6a16), so that the tokens are torch's; "
                     "--quant w6a8 decodes faster and in less memory, and can differ from torch at near ties"
                 )
+            if asked.calibrate is not None:
+                ids = read_tokens(asked.calibrate, loaded.tokenizer)
             student = quantize(student, asked, ids)
             remark = student.metadata["quantization"].get("choice", {}).get("note", "")
             if remark.startswith("no calibration"):
-                notes.append(f"{asked.quant}: {remark}; --distil FILE calibrates")
+                notes.append(f"{asked.quant}: {remark}; --calibrate FILE chooses")
             step = redeployed(student, step)
     if asked.target == "triton":
         with _timed(say, times, "lower"):
@@ -382,11 +403,13 @@ def distil(
         The student (another one where layers were chosen), what was done, and the text's token ids.
     """
     ids = None if asked.distil is None else read_tokens(asked.distil, loaded.tokenizer)
+    logit_options = LogitDistillation()
     if asked.adapter is not None:
         apply_adapter(Path(asked.adapter), teacher, student, source_hash=loaded.source_hash)
         if not (asked.tokens or asked.time or asked.train):
             return student, None, ids
         transfer_options = transfer_options or Transfer().scaled(0.1)
+        logit_options = logit_options.scaled(0.1)
     if ids is None:
         return student, None, None
     on_gpu = asked.device != "cpu"
@@ -400,6 +423,8 @@ def distil(
         batch=asked.batch or (16 if on_gpu else 1),
         seed=asked.seed,
         transfer=transfer_options or Transfer(),
+        logits=logit_options,
+        start="logits" if student.metadata.get("projections") == "adapted" else "transfer",
     )
 
     def relinearize(kept: tuple[int, ...]) -> Program:
@@ -433,20 +458,29 @@ def shared(teacher: Program, shard: str | None) -> AbstractContextManager[object
 
 
 def quantize(student: Program, asked: Options, ids: Tensor | None) -> Program:
-    """Quantizes the program's linear layers as asked, calibrated on the distillation text where there is one."""
+    """Quantizes the program's linear layers as asked, calibrated on the text's token ids where there are any."""
     if asked.quant == "none":
         return student
-    plan = plan_for(asked)
     calibration = None
-    if ids is not None and (asked.quant == "int6" or asked.quant.startswith("auto")):  # the others choose nothing
-        length = min(256, student.max_positions or 256, ids.numel())
-        windows = [
-            ids[i * length : (i + 1) * length][None].to(asked.device)
-            for i in range(min(CALIBRATION_BATCHES, ids.numel() // length))
-        ]
+    if ids is not None:
+        rows = min(token_tables(student.graph_module), default=None)
+        if not ids.numel() or (rows is not None and int(ids.max()) >= rows):
+            problem = f"token {int(ids.max())}, and the model knows {rows}" if ids.numel() else "no tokens"
+            raise LincompileError(f"the text to calibrate quantization on holds {problem}: give other text")
+        length = min(CALIBRATION_LENGTH, student.max_positions or CALIBRATION_LENGTH, ids.numel())
+        count = min(CALIBRATION_TOKENS // length, ids.numel() // length)
+        stride = ids.numel() // count  # windows from all over the text
         names = [item.name for item in student.inputs]
+        windows = [ids[i * stride : i * stride + length][None].to(asked.device) for i in range(count)]
         calibration = [dict(zip(names, model_inputs(student, window), strict=True)) for window in windows]
-    return Pipeline([Quantize(plan, calibration=calibration)])(student)
+    pass_ = Quantize(
+        plan_for(asked),
+        method=asked.quant_method,
+        calibration=calibration,
+        plan_file=asked.quant_plan,
+        scores=asked.quant_scores,
+    )
+    return Pipeline([pass_])(student)
 
 
 def plan_for(asked: Options) -> str:

@@ -42,6 +42,7 @@ def render_report(document: Mapping[str, Any]) -> str:
         f"torch {escape(str(document.get('versions', {}).get('torch', '')))}</p>",
         _cards(document),
         _sites(document.get("sites") or []),
+        _sensitivity(document.get("quantization") or {}),
         _table("Quantization", document.get("quantization")),
         _table("Metrics", document.get("metrics")),
         _passes(document.get("passes") or []),
@@ -54,6 +55,35 @@ def render_report(document: Mapping[str, Any]) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)} · lincompile</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n'
         f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def layer_losses(quantization: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Layer, scheme and predicted loss (nats per token) of every layer that a choice by sensitivity covers."""
+    scores = (quantization.get("choice") or {}).get("scores") or {}
+    layers = quantization.get("layers") or []
+    return [
+        (layer["name"], layer["scheme"], float(scores[layer["name"]][layer["scheme"]]))
+        for layer in layers
+        if layer["scheme"] in scores.get(layer["name"], {})
+    ]
+
+
+def _sensitivity(quantization: Mapping[str, Any]) -> str:
+    """A bar per layer: what its scheme is predicted to cost."""
+    rows = layer_losses(quantization)
+    largest = max((loss for _, _, loss in rows), default=0.0)
+    if largest <= 0:
+        return ""
+    body = "".join(
+        f'<tr><td><code>{escape(name)}</code></td><td>{escape(scheme)}</td><td class="n">{loss:.2e}</td>'
+        f'<td style="width:45%"><span class="bar" style="width:{100 * loss / largest:.1f}%"></span></td></tr>'
+        for name, scheme, loss in rows
+    )
+    return (
+        "<h2>Sensitivity</h2><p>What each layer's scheme is predicted to cost, in nats per token.</p>"
+        '<div class="scroll"><table><tr><th>layer</th><th>scheme</th><th>loss</th><th></th></tr>'
+        f"{body}</table></div>"
     )
 
 

@@ -11,7 +11,7 @@ makes onto the features not yet rounded. Scales stay float16, groups and codes a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ class WeightRounder:
     computed once per layer and number of bits and kept, one byte per weight.
 
     Moments are collected on the float graph for as many layers at a time as fit in a gigabyte (at least one), with one
-    forward and one backward pass per batch; they are kept until another chunk of layers is asked for.
+    forward and one backward pass per batch; they are kept until another chunk of layers is asked for. ``moments`` are
+    those of an earlier call of :meth:`moments` on the same float program, to save that pass.
     """
 
     def __init__(
@@ -65,12 +66,13 @@ class WeightRounder:
         method: str,
         calibration: Sequence[Batch] | None,
         group_size: int,
+        moments: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.method = resolve(method, calibration)
         self._program, self._group_size = program, group_size
         self._calibration = list(calibration or [])
         self._chunks = _chunks(layers)
-        self._moments: dict[str, Tensor] = {}
+        self._moments = {name: moment.clone() for name, moment in (moments or {}).items()}
         self._cache: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, layer: LinearLayer, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -96,6 +98,12 @@ class WeightRounder:
             return clip(weight, moment.diagonal(), self._group_size, bits)
         return gptq(weight, moment, self._group_size, bits)
 
+    def moments(self) -> Mapping[str, Tensor]:
+        """Second moments of the inputs of the first chunk's layers, ``[K, K]`` each."""
+        if not self._moments and self._chunks:
+            self._moments = self._collect(self._chunks[0])
+        return self._moments
+
     def smooth(self, layers: Sequence[LinearLayer], strength: float) -> dict[str, Tensor]:
         """Balance the program's inputs and weights (:mod:`.smooth`); ``layers`` are all of its linear layers.
 
@@ -103,8 +111,7 @@ class WeightRounder:
         """
         assert self._calibration and not self._cache
         if len(self._chunks) == 1:
-            self._moments = self._collect(self._chunks[0])
-            importance = {name: moment.diagonal() for name, moment in self._moments.items()}
+            importance = {name: moment.diagonal() for name, moment in self.moments().items()}
         else:
             sums = self._sums([layer for chunk in self._chunks for layer in chunk], full=False)
             importance = {name: total / total.mean().clamp(min=1e-30) for name, total in sums.items()}

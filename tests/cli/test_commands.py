@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lincompile import __version__
@@ -213,6 +214,28 @@ def test_a_plan_reads_shapes_and_writes_nothing(cli: Run, module: Path) -> None:
     assert [item for item in sorted(module.parent.iterdir()) if item.name != "__pycache__"] == [
         item for item in before if item.name != "__pycache__"
     ]
+
+
+def test_quantization_is_calibrated_saved_edited_and_shown(cli: Run, tmp_path: Path) -> None:
+    ids, plan, scores = (tmp_path / name for name in ("ids.npy", "plan.json", "scores.json"))
+    np.save(ids, np.random.default_rng(0).integers(0, 60, 600))
+    options = ("small_model:build", "--attn", "softmax", "--quant", "int6", "--calibrate", ids)
+    options += ("--quant-plan", plan, "--quant-scores", scores)
+    first = cli(*options, "-o", tmp_path / "first")
+    assert first.code == 0 and "predicted to cost" in first.out and "█" in first.out
+    assert json.loads(scores.read_text())["tokens"] == 4 * 128  # windows as long as the model allows
+    layers = json.loads(plan.read_text())["layers"]
+    assert set(layers.values()) <= {"w6a6", "w6a8"}
+    report = (tmp_path / "first" / "report.html").read_text()
+    assert "Sensitivity" in report and all(name in report for name in layers)
+    edited = next(iter(layers))
+    plan.write_text(json.dumps({"format": 1, "layers": layers | {edited: "w8a8"}}))
+    second = cli(*options, "-o", tmp_path / "second", "--json").json["quantization"]
+    assert {layer["name"]: layer["scheme"] for layer in second["layers"]}[edited] == "w8a8"
+    assert second["method"] == "gptq"
+    plan.write_text(json.dumps({"format": 1, "layers": {"blocks.9.nothing": "w6a8"}}))
+    refused = cli(*options, "-o", tmp_path / "third")
+    assert refused.code == 1 and "the plan names 'blocks.9.nothing'" in refused.error
 
 
 def test_a_model_without_attention_can_still_be_quantized(cli: Run, tmp_path: Path) -> None:

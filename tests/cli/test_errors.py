@@ -48,6 +48,13 @@ def test_usage_errors_exit_with_2(cli: Run, arguments: list[str], message: str) 
     assert result.out == ""
 
 
+def test_text_that_cannot_calibrate_is_named(cli: Run, tmp_path: Path) -> None:
+    for ids, message in (([], "holds no tokens"), ([3, 60], "holds token 60, and the model knows 60")):
+        np.save(tmp_path / "ids.npy", np.array(ids, dtype=np.int64))
+        done = cli("small_model:build", "--attn", "softmax", "--quant", "int6", "--calibrate", tmp_path / "ids.npy")
+        assert done.code == 1 and message in done.error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -57,6 +64,9 @@ def test_usage_errors_exit_with_2(cli: Run, arguments: list[str], message: str) 
         (["small_model:build", "--device", "tpu"], "--device tpu: the choices are cpu"),
         (["small_model:build", "--device", "cuda:99"], "--device cuda:99: this machine shows"),
         (["small_model:build", "--keep-softmax", "auto:4"], "auto:N"),
+        (["small_model:build", "--quant", "w6a8", "--quant-method", "gptq"], "gptq needs text to calibrate on"),
+        (["small_model:build", "--quant", "auto:7"], "auto:7 needs text to calibrate on: add --calibrate FILE"),
+        (["small_model:build", "--quant-plan", "p.json"], "--quant-plan is about quantization: add --quant"),
         (["small_model:build", "--keep-softmax", "0,9"], "the model has 2 attention sites"),
         (["small_model:build", "--keep-softmax", "9"], "the model has only 2 attention sites"),
         (["small_model:build", "--distil", "missing.txt"], "missing.txt doesn't exist"),
