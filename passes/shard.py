@@ -106,10 +106,16 @@ class SequenceParallel:
                     f"shard: the mesh has no axis '{self.mesh_dim}' (it has {', '.join(names) or 'no names'})"
                 )
             group = self.mesh.get_group(self.mesh_dim).group_name
+        elif self.group is not None:
+            group = self.group
+            try:
+                _op.process_group(group)
+            except (RuntimeError, ValueError):
+                raise RefusedError(f"shard: there is no process group '{group}'") from None
         else:
             world_group = dist.group.WORLD
             assert world_group is not None
-            group = self.group or world_group.group_name
+            group = world_group.group_name
         found = dist.get_world_size(_op.process_group(group))
         if self.world is not None and self.world != found:
             raise RefusedError(f"shard: world={self.world}, but the process group has {found} ranks")

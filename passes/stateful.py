@@ -27,16 +27,15 @@ from .graph import (
     fake_mode_of,
     finish,
     redirect,
-    same_dim,
     tensor_of,
     value_of,
 )
 from .offsets import continue_positions, sequence_symbol
 from .program import AttentionSite, Program
+from .step_check import check_step
 from .tokenwise import mixing
 from .verify import op_name
 
-TOLERANCE = 1e-4
 ops = torch.ops.lincompile
 
 
@@ -137,8 +136,11 @@ def make_stateful(program: Program, *, check: bool = True) -> StepProgram:
 
     Raises:
         RefusedError: the model has an unproved or bidirectional attention, mixes tokens elsewhere, or counts
-            positions in a way that can't be continued; the message names the node.
+            positions in a way that can't be continued, or lets the rows of a batch influence one another; the
+            message names the node.
     """
+    if program.metadata.get("sequence_parallel"):
+        raise RefusedError("no step form: the program is sharded; make the step program first, then shard_step")
     blockers = [site for site in program.sites if site.node is None]
     if blockers:
         raise RefusedError(f"no step form: the attention at '{blockers[0].path}' isn't proved ({blockers[0].reason})")
@@ -426,53 +428,3 @@ def fresh_size(shape_env: Any) -> Any:
 
     symbol = shape_env.create_symbol(6, ConstantSource("past_length"), dynamic_dim=DimDynamic.DYNAMIC)
     return shape_env.create_symintnode(symbol, hint=6)
-
-
-def check_step(program: Program, step: StepProgram, tokens: str) -> float:
-    """Largest relative difference between chunked steps and the full program, with left padding where it applies.
-
-    Raises:
-        RefusedError: it exceeds ``TOLERANCE``.
-    """
-    limit = min(program.max_positions or 9, 9)
-    chunks = [limit - limit // 2 - 1, 1, limit // 2] if limit >= 4 else [1] * limit
-    example = program.example[tokens]
-    device = example.device
-    generator = torch.Generator().manual_seed(3)
-    if example.is_floating_point():
-        ids = torch.randn(2, limit, *example.shape[2:], generator=generator).to(example)
-    else:
-        high = int(example.max()) + 1
-        ids = torch.randint(0, max(high, 2), (2, limit), generator=generator).to(device)
-    padded = program.input_with_role("mask") is not None
-    mask = torch.ones(2, limit, dtype=torch.bool, device=device)
-    if padded and not step.uniform_positions:
-        mask[0, : limit // 3] = False
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    inputs: dict[str, Tensor] = {}
-    for item in program.inputs:
-        fake = tensor_of(program.placeholder(item.name))
-        source = {"mask": mask, "positions": positions}.get(item.role, ids)
-        inputs[item.name] = source.to(fake.dtype)
-    worst = 0.0
-    with torch.no_grad():
-        full = program(**inputs)
-        full = full if isinstance(full, Tensor) else full[0]
-        states = step.initial_states(2, device)
-        parts, begin = [], 0
-        for size in chunks:
-            piece = slice(begin, begin + size)
-            out, states = step(ids[:, piece], positions[:, piece], mask[:, piece], states)
-            parts.append(out)
-            begin += size
-        if same_dim(full.shape[1], limit) and parts[-1].shape[1] == chunks[-1]:
-            difference = (torch.cat(parts, 1) - full)[mask]
-        else:  # models that return only the last token's output
-            difference = parts[-1][:, -1] - full[:, -1]
-        worst = float(difference.abs().max() / full.abs().max().clamp(min=1e-6))
-    if not worst <= TOLERANCE:
-        raise RefusedError(
-            f"no step form: in chunks the model differs from the full forward by {worst:.2g} (relative); "
-            "it mixes tokens somewhere other than its attention"
-        )
-    return worst

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from exact import batch, captured, collectives, first, order, profiled, student
+from exact import batch, collectives, first, order, profiled, student
 from torch import Tensor, nn
 
 import lincompile
@@ -15,6 +15,7 @@ from lincompile.lowering.generate import Session, generate, prefill
 from lincompile.lowering.sharded import ShardedSession
 from lincompile.passes.program import Program
 from lincompile.passes.shard import SequenceParallel, sequence_loss, shard_batch
+from lincompile.passes.shard_step import shard_step
 from lincompile.passes.stateful import make_stateful
 
 Rank = tuple[int, int]
@@ -108,7 +109,7 @@ def handing_over(names: tuple[str, ...]) -> Any:
 
 def _hand_over(name: str, rank: int, world: int) -> list[dict[str, Any]]:
     model, attn, keep, window, balance = STEPS[name]
-    step = make_stateful(student(model, attn, keep, window, dtype=torch.float32))
+    step = make_stateful(student(model, attn, keep, window, dtype=torch.float64 if window else torch.float32))
     alone = Session(step)
     together = ShardedSession(step, SequenceParallel(balance=balance), every_token=True)
     results = []
@@ -243,59 +244,57 @@ def composed(rank: int, world: int) -> dict[str, float]:
 # --- what must fail, and how ---------------------------------------------------------------------------------------
 
 
-def different_programs(rank: int, world: int) -> None:
-    nano("gla" if rank == 0 else "hedgehog")
+def refusals(rank: int, world: int) -> dict[str, str]:
+    """The errors of runs that fail on every rank alike (the group goes on), by what is wrong."""
+    gla = student("nanogpt", "gla", dtype=torch.float32)
+    other = student("nanogpt", "hedgehog", dtype=torch.float32) if rank else gla
+    hybrid = student("nanogpt", "lawcat", (0,), dtype=torch.float32)
+    sharded, balanced = SequenceParallel().run(gla).program, SequenceParallel(balance=True).run(hybrid).program
+    step = shard_step(make_stateful(gla))
+    tokens, mask = ids(4), torch.ones(2, 4, dtype=torch.bool)
 
+    def weights() -> None:
+        copies = [parameter.detach().clone() for parameter in gla.graph_module.parameters()]
+        with torch.no_grad():
+            for parameter in gla.graph_module.parameters():
+                parameter.mul_(1 + rank)
+        try:
+            SequenceParallel().run(gla)
+        finally:
+            with torch.no_grad():
+                for parameter, copy in zip(gla.graph_module.parameters(), copies, strict=True):
+                    parameter.copy_(copy)
 
-def different_weights(rank: int, world: int) -> None:
-    program = student("nanogpt", "lawcat", dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in program.graph_module.parameters():
-            parameter.mul_(1 + rank)
-    lincompile.Pipeline([SequenceParallel()])(program)
+    def resumed() -> None:
+        """A gradient that would have to reach the state a sequence was resumed from: an error, not a wrong number."""
+        out, _ = step(tokens, torch.arange(4).expand(2, 4) + 4 * rank, mask, step.initial_states(2))
+        out.sum().backward()
 
-
-def different_slices(rank: int, world: int) -> None:
-    _, sharded = nano("gla")
-    sharded(ids(6 + rank))
-
-
-def wrong_world(rank: int, world: int) -> None:
-    lincompile.Pipeline([SequenceParallel(world=world + 1)])(student("nanogpt", "gla", dtype=torch.float32))
-
-
-def refused_site(rank: int, world: int) -> None:
-    program = lincompile.Pipeline("canonicalize,prove")(captured("t5", torch.float32))
-    lincompile.Pipeline([SequenceParallel()])(program)
-
-
-def odd_balanced_slices(rank: int, world: int) -> None:
-    program = student("nanogpt", "lawcat", (0,), dtype=torch.float32)
-    sharded = lincompile.Pipeline([SequenceParallel(balance=True)])(program)
-    sharded(ids(5))
+    attempts: dict[str, Any] = {
+        "programs": lambda: SequenceParallel().run(other),
+        "weights": weights,
+        "slices": lambda: sharded(ids(6 + rank)),
+        "world": lambda: SequenceParallel(world=world + 1).run(gla),
+        "odd": lambda: balanced(ids(5)),
+        "resumed": resumed,
+        "stateful": lambda: make_stateful(sharded),
+        "group": lambda: SequenceParallel(group="nobody").run(gla),
+    }
+    found = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            found[name] = "nothing was raised"
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
 
 
 def dying_rank(rank: int, world: int) -> None:
-    _, sharded = nano("gla")
+    sharded = SequenceParallel().run(student("nanogpt", "gla", dtype=torch.float32)).program
     if rank == world - 1:
         os._exit(3)
     sharded(ids(6))
-
-
-def states_are_for_inference(rank: int, world: int) -> str:
-    """A gradient that would have to reach the state a sequence was resumed from is an error, not a wrong number."""
-    from lincompile.passes.shard_step import shard_step
-
-    step = make_stateful(student("nanogpt", "gla", dtype=torch.float32))
-    sharded = shard_step(step)
-    tokens = ids(4)
-    positions, mask = torch.arange(4).expand(2, 4) + 4 * rank, torch.ones(2, 4, dtype=torch.bool)
-    out, _ = sharded(tokens, positions, mask, step.initial_states(2))
-    try:
-        out.sum().backward()
-    except RuntimeError as error:
-        return str(error)
-    return ""
 
 
 def padded_mask(rank: int, world: int) -> dict[str, Any]:
