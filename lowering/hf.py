@@ -96,7 +96,11 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self.artefact, self.identity = artefact, artefact.identity
         self._run(artefact.session)
         self._keys_to_ignore_on_save = set(artefact.manifest["tied"])  # names of tensors that another name stores
-        self.generation_config = GenerationConfig(eos_token_id=eos or None, pad_token_id=eos[0] if eos else 0)
+        self.generation_config = GenerationConfig(
+            bos_token_id=artefact.tokenizer.special_id("bos_token") if artefact.has_tokenizer else None,
+            eos_token_id=eos or None,
+            pad_token_id=eos[0] if eos else 0,
+        )
 
     def _run(self, session: Session) -> None:
         """Makes this session's program the one that runs, and its tensors the model's own."""

@@ -92,6 +92,14 @@ def test_saved_and_opened_again(model: hf.LincompileForCausalLM, tmp_path: Path)
     assert again.generate(**batch(), **options).tolist() == model.generate(**batch(), **options).tolist()
 
 
+def test_an_encoder_is_told_what_to_use_instead(artefact: package.Artefact) -> None:
+    encoder = package.Artefact(artefact.directory, {**artefact.manifest, "states": []}, artefact.device)
+    with pytest.raises(LincompileError, match=r"can't generate: lincompile.open\(DIR\).step\(tokens, positions, mask"):
+        hf.LincompileForCausalLM(encoder)
+    with pytest.raises(LincompileError, match=r"an encoder, or a model without a step form"):
+        encoder.continue_ids([[1, 2]], 3)
+
+
 def test_misuse_is_named(model: hf.LincompileForCausalLM, artefact: package.Artefact) -> None:
     states = model(torch.tensor([[1, 2]])).past_key_values
     with pytest.raises(LincompileError, match="hold 1 rows, the input has 2"):

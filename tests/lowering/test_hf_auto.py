@@ -63,6 +63,9 @@ def test_pipelines(folder: Path, model: hf.LincompileForCausalLM) -> None:
     assert [row[0]["generated_text"] for row in batch] == [
         pipe(p, **GREEDY)[0]["generated_text"] for p in ("w4 w5 w6", "w7")
     ]
+    with pytest.raises(LincompileError, match="row 1 of the batch is empty"):
+        inputs = pipe.tokenizer(["w4 w5", ""], padding=True, padding_side="left", return_tensors="pt")
+        model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **GREEDY)
     chat = pipe([{"role": "user", "content": "w9"}], **GREEDY)[0]["generated_text"]
     assert chat[-1]["role"] == "assistant" and chat[0]["content"] == "w9"
 
