@@ -50,85 +50,72 @@ static float from_half(uint16_t h) {
     return value;
 }
 
-/* Four slices of q codes to 4c, as pack.py orders them. */
-static inline void unpack_slices(const uint8_t *restrict hi, const uint8_t *restrict lo, int8_t *restrict out, long q) {
+/* Four slices of q codes, as pack.py orders them, to u = c + 32: bytes that dot() multiplies without a sign. */
+static inline void unpack_slices(const uint8_t *restrict hi, const uint8_t *restrict lo, uint8_t *restrict out,
+                                 long q) {
     for (long j = 0; j < q; j++) {
         uint8_t two = lo[j], first = hi[j], second = hi[q + j];
-        out[j] = (int8_t)(uint8_t)(((uint8_t)(first << 4) | (uint8_t)((uint8_t)(two << 2) & 0x0C)) ^ 0x80);
-        out[q + j] = (int8_t)(uint8_t)(((first & 0xF0) | (two & 0x0C)) ^ 0x80);
-        out[2 * q + j] = (int8_t)(uint8_t)(((uint8_t)(second << 4) | ((uint8_t)(two >> 2) & 0x0C)) ^ 0x80);
-        out[3 * q + j] = (int8_t)(uint8_t)(((second & 0xF0) | ((uint8_t)(two >> 4) & 0x0C)) ^ 0x80);
+        out[j] = (uint8_t)((uint8_t)(first << 2) & 0x3C) | (two & 3);
+        out[q + j] = (uint8_t)((first >> 2) & 0x3C) | ((two >> 2) & 3);
+        out[2 * q + j] = (uint8_t)((uint8_t)(second << 2) & 0x3C) | ((two >> 4) & 3);
+        out[3 * q + j] = (uint8_t)((second >> 2) & 0x3C) | (two >> 6);
     }
 }
 
-static void unpack_group(const uint8_t *hi, const uint8_t *lo, int8_t *out, long length) {
+static void unpack_group(const uint8_t *hi, const uint8_t *lo, uint8_t *out, long length) {
     if (length == 128) {
-        unpack_slices(hi, lo, out, 32);
+        unpack_slices(hi, lo, out, 32); /* a length the compiler knows is unpacked several times as fast */
+    } else if (length == 64) {
+        unpack_slices(hi, lo, out, 16);
     } else if (length % 4 == 0) {
         unpack_slices(hi, lo, out, length / 4);
     } else {
-        for (long k = 0; k < length; k++) {
-            int high = hi[k / 2] >> (k % 2 * 4) & 15, low = lo[k / 4] >> (k % 4 * 2) & 3;
-            out[k] = (int8_t)(((high << 2 | low) - 32) * 4);
-        }
+        for (long k = 0; k < length; k++)
+            out[k] = (uint8_t)((hi[k / 2] >> (k % 2 * 4) & 15) << 2 | (lo[k / 4] >> (k % 4 * 2) & 3));
     }
 }
 
-static int32_t dot(const int8_t *restrict w, const int8_t *restrict a, long n) {
+static int32_t dot(const uint8_t *restrict u, const int8_t *restrict a, long n) {
     int32_t sum = 0;
-    for (long k = 0; k < n; k++) sum += (int32_t)w[k] * (int32_t)a[k];
+    for (long k = 0; k < n; k++) sum += (int32_t)u[k] * (int32_t)a[k];
     return sum;
 }
 
-/* Rows first to last of y[tokens, rows]; a: codes [tokens, padded], sa: scales [tokens, groups]. */
-void int6_rows(const int8_t *a, const float *sa, const uint8_t *hi, const uint8_t *lo, const uint16_t *sw,
-               const float *bias, float *y, long tokens, long rows, long width, long group_size,
-               long first, long last) {
-    long groups = (width + group_size - 1) / group_size, padded = groups * group_size;
-    long hi_bytes = (width + 1) / 2, lo_bytes = (width + 3) / 4;
-    int8_t weight[4096];
-    for (long n = first; n < last; n++) {
-        float total[16] = {0};
-        for (long g = 0; g < groups; g++) {
-            long start = g * group_size, length = width - start < group_size ? width - start : group_size;
-            float scale = from_half(sw[n * groups + g]) * 0.25f;
-            unpack_group(hi + n * hi_bytes + start / 2, lo + n * lo_bytes + start / 4, weight, length);
-            for (long m = 0; m < tokens; m++) {
-                const int8_t *codes = a + m * padded + start;
-                int32_t sum = length == 128 ? dot(weight, codes, 128) : dot(weight, codes, length);
-                total[m] += (float)sum * (scale * sa[m * groups + g]);
-            }
-        }
-        for (long m = 0; m < tokens; m++) y[m * rows + n] = total[m] + (bias ? bias[n] : 0.0f);
-    }
-}
-
-/* Sum of w[k] · x[k], in 16 lanes that a vector unit takes at once. */
-static float dot_float(const int8_t *restrict w, const float *restrict x, long n) {
+/* Sum of (u[k] - 32) · x[k], in 16 lanes that a vector unit takes at once. */
+static float dot_float(const uint8_t *restrict u, const float *restrict x, long n) {
     float lanes[16] = {0}, sum = 0.0f;
     long k = 0;
     for (; k + 16 <= n; k += 16)
-        for (int j = 0; j < 16; j++) lanes[j] += (float)w[k + j] * x[k + j];
-    for (; k < n; k++) sum += (float)w[k] * x[k];
+        for (int j = 0; j < 16; j++) lanes[j] += (float)((int)u[k + j] - 32) * x[k + j];
+    for (; k < n; k++) sum += (float)((int)u[k] - 32) * x[k];
     for (int j = 0; j < 16; j++) sum += lanes[j];
     return sum;
 }
 
-/* The same with float activations x[tokens, width]. */
-void int6_rows_float(const float *x, const uint8_t *hi, const uint8_t *lo, const uint16_t *sw, const float *bias,
-                     float *y, long tokens, long rows, long width, long group_size, long first, long last) {
-    long groups = (width + group_size - 1) / group_size;
+/* Rows first to last of y[tokens, rows]: from integer activations (codes a[tokens, padded], their scales sa and sums
+   per group) or, where a is null, from floats x[tokens, width]. */
+void int6_rows(const int8_t *a, const float *sa, const int32_t *sums, const float *x, const uint8_t *hi,
+               const uint8_t *lo, const uint16_t *sw, const float *bias, float *y, long tokens, long rows, long width,
+               long group_size, long first, long last) {
+    long groups = (width + group_size - 1) / group_size, padded = groups * group_size;
     long hi_bytes = (width + 1) / 2, lo_bytes = (width + 3) / 4;
-    int8_t weight[4096];
+    uint8_t weight[4096];
     for (long n = first; n < last; n++) {
         float total[16] = {0};
         for (long g = 0; g < groups; g++) {
             long start = g * group_size, length = width - start < group_size ? width - start : group_size;
-            float scale = from_half(sw[n * groups + g]) * 0.25f;
+            float scale = from_half(sw[n * groups + g]);
             unpack_group(hi + n * hi_bytes + start / 2, lo + n * lo_bytes + start / 4, weight, length);
             for (long m = 0; m < tokens; m++) {
+                const int8_t *codes = a + m * padded + start;
                 const float *in = x + m * width + start;
-                total[m] += (length == 128 ? dot_float(weight, in, 128) : dot_float(weight, in, length)) * scale;
+                if (a) { /* the 32 that each u is too large by comes off as 32 times the sum of the activations */
+                    int32_t sum = length == 128 ? dot(weight, codes, 128)
+                                  : length == 64 ? dot(weight, codes, 64) : dot(weight, codes, length);
+                    total[m] += (float)(sum - 32 * sums[m * groups + g]) * (scale * sa[m * groups + g]);
+                } else {
+                    total[m] += (length == 128 ? dot_float(weight, in, 128) : dot_float(weight, in, length)) * scale;
+                }
             }
         }
         for (long m = 0; m < tokens; m++) y[m * rows + n] = total[m] + (bias ? bias[n] : 0.0f);
@@ -136,7 +123,8 @@ void int6_rows_float(const float *x, const uint8_t *hi, const uint8_t *lo, const
 }
 
 /* Dynamic symmetric codes per token and group; a group with a NaN gets a NaN scale, one with infinity an infinite. */
-void quantize(const float *x, int8_t *a, float *sa, long tokens, long width, long group_size, float levels) {
+void quantize(const float *x, int8_t *a, float *sa, int32_t *sums, long tokens, long width, long group_size,
+              float levels) {
     long groups = (width + group_size - 1) / group_size, padded = groups * group_size;
     memset(a, 0, tokens * padded);
     for (long m = 0; m < tokens; m++) {
@@ -146,6 +134,8 @@ void quantize(const float *x, int8_t *a, float *sa, long tokens, long width, lon
             int8_t *out = a + m * padded + start;
             float largest = 0.0f;
             int odd = 0;
+            int32_t sum = 0;
+            sums[m * groups + g] = 0;
             for (long k = 0; k < length; k++) {
                 float size = fabsf(in[k]);
                 odd |= !(size <= 3.4028234e38f);
@@ -159,6 +149,8 @@ void quantize(const float *x, int8_t *a, float *sa, long tokens, long width, lon
             sa[m * groups + g] = scale;
             if (scale > 0.0f)
                 for (long k = 0; k < length; k++) out[k] = (int8_t)rintf(in[k] / scale);
+            for (long k = 0; k < length; k++) sum += out[k];
+            sums[m * groups + g] = sum;
         }
     }
 }
@@ -201,18 +193,16 @@ def _run(
     tokens, groups = flat.shape[0], group_count(width, group_size)
     y = torch.empty(tokens, rows)
     wide_bias = None if bias is None else bias.detach().float().contiguous()
-    if activation == "a16":
-        rows_of, inputs = library.int6_rows_float, [flat]
-    else:
+    codes = token_scale = sums = None
+    if activation != "a16":
         codes = torch.empty(tokens, groups * group_size, dtype=torch.int8)
-        rows_of, inputs = library.int6_rows, [codes, torch.empty(tokens, groups)]
-        shape = [ctypes.c_long(size) for size in (tokens, width, group_size)]
-        library.quantize(*_pointers(flat, *inputs), *shape, ctypes.c_float(LEVELS[int(activation[1:])]))
-    operands = _pointers(*inputs, hi, lo, scale, wide_bias, y)
-    sizes = [ctypes.c_long(size) for size in (tokens, rows, width, group_size)]
+        token_scale, sums = torch.empty(tokens, groups), torch.empty(tokens, groups, dtype=torch.int32)
+        outputs = _addresses(flat, codes, token_scale, sums)
+        library.quantize(*outputs, tokens, width, group_size, LEVELS[int(activation[1:])])
+    operands = _addresses(codes, token_scale, sums, flat, hi, lo, scale, wide_bias, y)
 
     def part(first: int, last: int) -> None:
-        rows_of(*operands, *sizes, ctypes.c_long(first), ctypes.c_long(last))
+        library.int6_rows(*operands, tokens, rows, width, group_size, first, last)
 
     threads = min(torch.get_num_threads(), max(1, rows * width // _WEIGHTS_PER_THREAD))
     if threads == 1:
@@ -223,8 +213,8 @@ def _run(
     return y.view(*x.shape[:-1], rows).to(x.dtype)
 
 
-def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 @functools.cache
@@ -242,7 +232,9 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
         _log.info("int6_linear: no compiled CPU kernel (%s); using the reference", error)
         return None
-    library.quantize.restype = library.int6_rows.restype = library.int6_rows_float.restype = None
+    library.quantize.restype = library.int6_rows.restype = None
+    library.quantize.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 3 + [ctypes.c_float]
+    library.int6_rows.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_long] * 6
     if not _agrees(library):
         _log.warning("int6_linear: the compiled CPU kernel doesn't agree with the reference and is not used")
         return None

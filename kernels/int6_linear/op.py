@@ -27,20 +27,21 @@ def _check(
     op: str, x: Tensor, codes: dict[str, tuple[Tensor, int, torch.dtype]], scale: Tensor, bias: Tensor | None,
     group_size: int, activation: str,
 ) -> None:  # fmt: skip
-    require(group_size > 0 and group_size % 32 == 0, op, f"group_size must be a multiple of 32, got {group_size}")
-    require(activation in ACTIVATIONS, op, f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    require(x.is_floating_point() and x.dim() > 0, op, f"x must be float [..., K], got {x.dtype} {list(x.shape)}")
+    # Messages are written only for what is wrong: a layer's check must cost little beside a layer of one token.
+    if group_size <= 0 or group_size % 32:
+        require(False, op, f"group_size must be a multiple of 32, got {group_size}")
+    if activation not in ACTIVATIONS:
+        require(False, op, f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if not x.is_floating_point() or not x.dim():
+        require(False, op, f"x must be float [..., K], got {x.dtype} {list(x.shape)}")
     rows, in_features = scale.shape[0], x.shape[-1]
     buffers = codes | {"weight_scale": (scale, group_count(in_features, group_size), torch.float16)}
     for name, (tensor, columns, dtype) in buffers.items():
-        fits = tensor.dtype == dtype and tensor.dim() == 2 and tensor.shape[0] == rows and tensor.shape[1] == columns
-        require(
-            fits,
-            op,
-            f"{name} must be {dtype} {[rows, columns]} for K = {in_features} and groups of {group_size},"
-            f" got {tensor.dtype} {list(tensor.shape)}",
-        )
-        require(tensor.device == x.device, op, f"{name} is on {tensor.device}, x on {x.device}")
+        if tensor.dtype != dtype or tensor.dim() != 2 or tensor.shape[0] != rows or tensor.shape[1] != columns:
+            expected = f"{dtype} {[rows, columns]} for K = {in_features} and groups of {group_size}"
+            require(False, op, f"{name} must be {expected}, got {tensor.dtype} {list(tensor.shape)}")
+        if tensor.device != x.device:
+            require(False, op, f"{name} is on {tensor.device}, x on {x.device}")
     if bias is not None:
         require(bias.dim() == 1 and bias.shape[0] == rows, op, f"bias must be [{rows}], got {list(bias.shape)}")
 
