@@ -98,7 +98,8 @@ def save_adapter(
 def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash: str | None = None) -> dict[str, Any]:
     """Applies an adapter to a freshly rewritten student, in place; returns its training record.
 
-    The record is also kept in the student's ``metadata["adapter"]``, with the file's name.
+    The record is also kept in the student's ``metadata["adapter"]``, with the file's name, and in
+    ``metadata["projections"]`` whether linear layers are still the ``"teacher's"`` or were ``"adapted"``.
 
     Raises:
         LincompileError: the file is missing, damaged or no adapter, was trained for another teacher (told by hash),
@@ -132,6 +133,7 @@ def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash
     merge_lora(student, [_addition(path, student, name, pair) for name, pair in factors.items()])
     record: dict[str, Any] = json.loads(metadata["record"])
     student.metadata["adapter"] = {"file": path.name, **record}
+    student.metadata["projections"] = "adapted" if factors else "teacher's"
     return record
 
 

@@ -36,9 +36,12 @@ class Recipe:
         tokens: budget in tokens; seconds: budget in time. With two stages the transfer gets 35% of either.
         length, batch: tokens per window and windows per step.
         transfer, logits: the stages' options; their ``steps`` count where no budget is given.
+        start: "transfer", or "logits" for a student whose projections are no longer the teacher's: attention that is
+            fitted to the teacher's own q, k and v would be wrong for it.
     """
 
     train: str = "none"
+    start: str = "transfer"
     keep: int = 0
     tokens: int | None = None
     seconds: float | None = None
@@ -54,6 +57,11 @@ class Recipe:
                 lora_rank(self.train)
             except LincompileError:
                 raise LincompileError(f"--train {self.train}: write none, full, or lora:R such as lora:16") from None
+        if self.start == "logits" and self.train == "none":
+            raise LincompileError(
+                "this student's projections aren't the teacher's (an adapter with low-rank factors was applied), and "
+                "attention transfer would undo that: train on with --train lora:R or --train full"
+            )
 
 
 @dataclass
@@ -104,8 +112,10 @@ def run_recipe(
     tell = listener or Listener()
     began = time.monotonic()
     data = TokenWindows(ids, recipe.length, recipe.batch, recipe.seed)
-    share = 1.0 if recipe.train == "none" else TRANSFER_SHARE
+    share = 1.0 if recipe.train == "none" else TRANSFER_SHARE if recipe.start == "transfer" else 0.0
     first = _budgeted(recipe.transfer, recipe, share, recipe.seconds)
+    if not share:
+        first = dataclasses.replace(recipe.transfer, steps=0, seconds=None)  # only measured
 
     def progress(what: str) -> Callable[[int, int, float, float], None]:
         return lambda step, total, loss, rate: tell.advance(step, total, f"{what} {loss:.3f}, {rate:,.0f} tokens/s")

@@ -29,6 +29,7 @@ SCRIPT = Path(__file__).with_name("compile_for_hopper.py")
             "quantize_kernel vector_kernel tile_kernel small_kernel reduce_kernel unpack_kernel large_kernel"
             " prefill_kernel",
         ),
+        ("sliding", "sliding_forward query_gradients key_gradients"),
     ],
 )
 def test_compiles_for_hopper(part: str, kernels: str, tmp_path: Path) -> None:

@@ -214,6 +214,22 @@ def test_mixing_outside_attention_is_refused(name: str) -> None:
         make_stateful(Pipeline([LinearizeAttention("lawcat")])(program))
 
 
+@pytest.mark.parametrize(
+    ("mix", "op"),
+    [
+        (lambda x: x + x.mean(0, keepdim=True), "mean"),
+        (lambda x: x + x.roll(1, 0), "roll"),
+        (lambda x: x + x.flip(0).cumsum(0), "flip"),
+    ],
+)
+def test_rows_of_a_batch_that_influence_one_another_are_refused(mix: Callable[[Tensor], Tensor], op: str) -> None:
+    program = prove(Mixer(mix), {"idx": zoo.tokens()})
+    with pytest.raises(
+        RefusedError, match=f"rows of a batch influence one another, first in 'aten.{op}.*test_stateful"
+    ):
+        make_stateful(Pipeline([LinearizeAttention("lawcat")])(program))
+
+
 def test_a_model_of_one_length_has_no_program_to_save() -> None:
     program = prove(Mixer(lambda x: x + torch.linspace(0, 1, x.shape[1])[:, None]), {"idx": zoo.tokens()})
     assert any("sequence" in note for note in program.notes)
