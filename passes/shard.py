@@ -23,7 +23,8 @@ from torch.fx import Node
 from ..kernels.sequence_parallel import op as _op  # also registers the exchange ops
 from .errors import LincompileError, RefusedError
 from .graph import Builder, argument, aten, finish, redirect, symbols_in, tensor_of, value_of
-from .offsets import continue_positions, sequence_symbol
+from .identity import ProveAttention
+from .offsets import continue_positions, position_limit, sequence_symbol
 from .pipeline import PassResult, register
 from .program import AttentionSite, Program
 from .shard_batch import sequence_loss as sequence_loss
@@ -88,6 +89,8 @@ class SequenceParallel:
             "balance": self.balance,
             "scan": self.scan,
         } | sharder.run()
+        limits = [limit for limit in (program.max_positions, position_limit(program)) if limit is not None]
+        twin.max_positions = min(limits, default=None)
         if self.check:
             report["max_error"] = check_shard(program, twin, group, world, even=self.balance)
         twin.metadata["sequence_parallel"] = report
@@ -131,6 +134,8 @@ def splittable(program: Program) -> Any:
     tokens = program.input_with_role("tokens") or program.input_with_role("features")
     if tokens is None or "sequence" not in "".join(tokens.axes.values()):
         raise RefusedError("shard: the program takes no token sequence of any length to split")
+    if not any(entry["pass"] == ProveAttention.name for entry in program.history):
+        raise RefusedError("shard: attention must be proved before it can be split: run canonicalize and prove first")
     unproved = [site for site in program.sites if site.node is None]
     if unproved:
         others = f" (and {len(unproved) - 1} more)" if len(unproved) > 1 else ""

@@ -56,6 +56,10 @@ def shard_batch(
         )
     size = -(-length // (world * multiple)) * multiple
     missing = size * world - length
+    limit = program.max_positions if program is not None else None
+    if limit is not None and size * world > limit:
+        padded = f", padded to {size * world} for {world} ranks," if missing else ""
+        raise LincompileError(f"shard_batch: {length} tokens{padded} are more than the model's {limit} positions")
     if missing and not any("mask" in name for name in inputs):
         _check_padding(program, length, world * multiple)
     result: dict[str, Tensor] = {}

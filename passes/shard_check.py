@@ -57,7 +57,7 @@ def check_shard(program: Program, sharded: Program, group: str, world: int, even
 
     size = (2 if even else 1) * max(1, 8 // world)
     length = size * world
-    inputs = None if length > (program.max_positions or length) else example(program, length)
+    inputs = None if length > (sharded.max_positions or length) else example(program, length)
     if inputs is None or any(p.is_meta for p in program.graph_module.parameters()):
         return None
     rank = dist.get_rank(process_group(group))

@@ -235,6 +235,8 @@ def test_models_that_cant_be_cut_say_why(what: str, message: str) -> None:
     program = lincompile.Pipeline("canonicalize,prove")(program)
     with pytest.raises(RefusedError, match=message):
         splittable(program)
+    with pytest.raises(RefusedError, match="run canonicalize and prove first"):
+        splittable(lincompile.capture(Mixing("none").eval(), {"tokens": torch.zeros(2, 12, dtype=torch.int64)}))
     tokens = torch.zeros(2, 12, dtype=torch.int64)
     whole = lincompile.capture(Mixing("none").eval(), {"tokens": tokens})
     assert splittable(lincompile.Pipeline("canonicalize,prove")(whole)).name == "tokens"
@@ -264,6 +266,11 @@ def test_batches_that_cant_be_cut() -> None:
         shard_batch({"x": tokens}, 0, 2, labels=tokens[:, :4])
     with pytest.raises(LincompileError, match="no padding mask"):
         shard_batch({"x": tokens}, 0, 2)
+    module, example = zoo.build("nanogpt")
+    program = lincompile.capture(module, example)
+    program.max_positions = 64  # as the loader knows it
+    with pytest.raises(LincompileError, match=r"64 tokens, padded to 66 for 3 ranks, are more than the model's 64"):
+        shard_batch({"idx": torch.zeros(1, 64, dtype=torch.int64)}, 0, 3, program=program)
     module, example = zoo.build("nanogpt-bidirectional")
     program = lincompile.Pipeline("canonicalize,prove")(lincompile.capture(module, example))
     with pytest.raises(LincompileError, match=r"the bidirectional attention at '.+' would read the padding"):
