@@ -20,6 +20,7 @@ from ..passes.errors import LincompileError
 from .generate import NO_STEP_FORM, Prefilled, Session
 from .graph_file import weights_of
 from .hf_cache import Prefix, StateCache
+from .hf_options import check_config, check_options, one_device
 from .hf_read import caught_up, causal_loss, new_tokens, read
 from .hf_save import GENERATION_CONFIG, save_copy
 from .package import Artefact, hf_config, open_artefact
@@ -41,24 +42,6 @@ except ImportError as error:
     raise LincompileError("lincompile.hf needs transformers: pip install 'lincompile[hf]'") from error
 
 
-# What transformers passes along on its own account and what has no meaning for a local folder.
-_IGNORED = {
-    "config",
-    "_from_auto",
-    "_from_pipeline",
-    "_commit_hash",
-    "adapter_kwargs",
-    "cache_dir",
-    "code_revision",
-    "force_download",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "proxies",
-    "revision",
-    "token",
-    "trust_remote_code",
-    "use_safetensors",
-}
 # What nn.Module keeps its tensors and children in: the model's are its program's.
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -193,6 +176,12 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         )
         return inputs
 
+    def generate_batch(self, *_: Any, **__: Any) -> Any:
+        """Continuous batching shares pages of KV caches between requests, which states don't have."""
+        raise LincompileError(
+            "continuous batching isn't for compiled models: give generate() a batch padded on the left"
+        )
+
     # ---- one call
 
     def forward(
@@ -291,12 +280,11 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             ArtefactError: not an artefact, or a damaged one.
             LincompileError: an artefact that can't generate, or an option that can't be honoured.
         """
-        if unknown := sorted(name for name, value in options.items() if name not in _IGNORED and value is not None):
-            raise LincompileError(
-                f"from_pretrained has no option '{unknown[0]}' for a compiled model; it takes device_map and dtype"
-            )
+        check_options(options)
         folder = Path(pretrained_model_name_or_path)
-        model = cls(open_artefact(folder, device=_one_device(device_map)))
+        model = cls(open_artefact(folder, device=one_device(device_map)))
+        if (config := options.get("config")) is not None:
+            check_config(config, model.config)
         asked = dtype if dtype is not None else torch_dtype
         if asked not in (None, "auto", model.dtype, str(model.dtype).removeprefix("torch.")):
             raise LincompileError(
@@ -392,21 +380,6 @@ def from_pretrained(
         LincompileError: an artefact that can't generate, or an option that can't be honoured.
     """
     return LincompileForCausalLM.from_pretrained(directory, **{"device_map": device, **options})
-
-
-def _one_device(device_map: Any) -> torch.device:
-    """The single device that a ``device_map`` names."""
-    if isinstance(device_map, dict):
-        devices = {str(device) for device in device_map.values()}
-        if len(devices) != 1:
-            raise LincompileError(f"device_map names {len(devices)} devices: a compiled model goes to one")
-        device_map = next(iter(device_map.values()))
-    if device_map == "auto":
-        device_map = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.device("cpu" if device_map is None else device_map)
-    except (RuntimeError, TypeError) as error:
-        raise LincompileError(f"device_map {device_map!r} names no device: {str(error).splitlines()[0]}") from error
 
 
 # Before transformers 5.17, crop(n) says how many tokens to keep; since then, minus how many to drop.

@@ -41,7 +41,7 @@ def new_tokens(
             )
         tokens, mask = tokens[:, -new:], attention_mask[:, -new:].to(tokens.device).bool()
         _check_padding(mask, cache.lengths)
-    if tokens.shape[1] > 1:
+    if tokens.shape[1] > 1 or not cache.columns:  # not for each token that generation itself has chosen
         check_vocabulary(session, tokens)
     limit = session.max_positions
     if limit is not None and cache.columns + tokens.shape[1] > limit:  # spares reading the lengths off a GPU

@@ -124,12 +124,16 @@ def test_a_prompt_cache_on_disk(model: hf.LincompileForCausalLM, tmp_path: Path)
         ({"dtype": torch.float16}, "the artefact holds torch.float32"),
         ({"device_map": {"a": "cpu", "b": "cuda:0"}}, "names 2 devices"),
         ({"device_map": "sideways"}, "names no device"),
+        ({"device_map": "cuda:99"}, "this machine shows"),
+        ({"device_map": "meta"}, "runs on the CPU or a CUDA device"),
+        ({"attn_implementation": "flash_attention_2"}, "brings its own attention"),
+        ({"vocab_size": 99}, "vocab_size=99: the program was compiled for 40"),
         ({"quantization_config": {"bits": 3}}, "no option 'quantization_config'"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(folder: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(LincompileError, match=message):
-        hf.from_pretrained(folder, **options)
+        transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 def test_options_that_change_nothing(folder: Path) -> None:

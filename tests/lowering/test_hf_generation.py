@@ -206,6 +206,8 @@ def test_what_a_program_has_not(model: hf.LincompileForCausalLM) -> None:
     for name in ("output_attentions", "output_hidden_states"):
         with pytest.raises(LincompileError, match=f"takes no '{name}'"):
             greedy(model, return_dict_in_generate=True, **{name: True})
+    with pytest.raises(LincompileError, match="continuous batching"):
+        model.generate_batch([[1, 2]])
     with pytest.raises(ValueError, match="inputs_embeds"):
         model.generate(inputs_embeds=torch.zeros(1, 3, 24), max_new_tokens=NEW)
     with pytest.raises(LincompileError, match="takes no 'position_ids'"):
@@ -220,7 +222,7 @@ def test_what_a_program_has_not(model: hf.LincompileForCausalLM) -> None:
         ([[1, 2], [0, 0]], [[1, 1], [0, 0]], "row 1 of the batch is empty"),
         ([[1, 2, 3]], [[1, 0, 1]], "row 0 has padding between its tokens"),
         ([[1, 2, 3]], [[1, 1]], r"attention_mask is \[1, 2\], input_ids \[1, 3\]"),
-        ([[1, 40, 3]], None, "token id 40 is outside the model's vocabulary"),
+        ([[40]], None, "token id 40 is outside the model's vocabulary"),
         ([[]], None, "at least one in each row"),
         ([[1.5]], None, "give input_ids: int64"),
     ],
