@@ -87,10 +87,8 @@ def joined(device: str = "cpu") -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, shared=True)
     except LincompileError:
         raise
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, ValueError) and "equal_slices" not in str(error):
-            raise
-        if isinstance(error, RuntimeError) and not _lost(error):
+    except RuntimeError as error:
+        if not _lost(error):
             raise
         raise LincompileError(
             f"--shard sp: rank {dist.get_rank()} lost the others: one of them ended, or didn't answer within "

@@ -72,7 +72,11 @@ def batch(program: Program, length: int) -> dict[str, Tensor]:
 # --- ops --------------------------------------------------------------------------------------------------------------
 
 
-def compare_ops(rank: int, world: int, length: int = 6) -> dict[str, float]:
+def compare_ops_float32(rank: int, world: int) -> dict[str, float]:
+    return compare_ops(rank, world, dtype=torch.float32)
+
+
+def compare_ops(rank: int, world: int, length: int = 6, dtype: torch.dtype = torch.float64) -> dict[str, float]:
     """Largest error of outputs and gradients of every op, by name; ``length`` tokens a rank."""
     group = dist.group.WORLD.group_name
     make, slices, balanced = Eager(), Slices(group, world), Slices(group, world, balance=True)
@@ -91,7 +95,7 @@ def compare_ops(rank: int, world: int, length: int = 6) -> dict[str, float]:
     real[0, :3] = False
     results: dict[str, float] = {}
 
-    def check(name: str, whole: Site, part: Site, *tensors: Tensor, dtype: torch.dtype = torch.float64) -> None:
+    def check(name: str, whole: Site, part: Site, *tensors: Tensor) -> None:
         one = [x.detach().to(dtype).requires_grad_() for x in tensors]
         many = [x.detach().to(dtype).requires_grad_() for x in tensors]
         cut = [x[:, :, mine] if x.dim() > 2 and x.shape[2] == total else x[:, mine] if x.dim() > 2 else x for x in many]
@@ -100,14 +104,15 @@ def compare_ops(rank: int, world: int, length: int = 6) -> dict[str, float]:
         seed = (weight if axis == 2 else random(*wanted.shape)).to(dtype)
         (wanted * seed).sum().backward()
         (got * seed.narrow(axis, mine.start, length)).sum().backward()
-        worst = float((got - wanted.narrow(axis, mine.start, length)).detach().abs().max())
+        rows = wanted.narrow(axis, mine.start, length)
+        worst = float((got - rows).detach().abs().max() / wanted.detach().abs().max().clamp(min=1.0))
         for a, b in zip(one, many, strict=True):
             assert a.grad is not None and b.grad is not None, name
             dist.all_reduce(b.grad)
             worst = max(worst, float((a.grad - b.grad).abs().max() / a.grad.abs().max().clamp(min=1.0)))
         results[name] = worst
 
-    def linear(name: str, normalize: bool, decay: Tensor | None, dtype: torch.dtype = torch.float64) -> None:
+    def linear(name: str, normalize: bool, decay: Tensor | None) -> None:
         positive = [q.abs(), k.abs()] if normalize else [q, k]
         check(
             name,
@@ -116,7 +121,6 @@ def compare_ops(rank: int, world: int, length: int = 6) -> dict[str, float]:
             *positive,
             v,
             *([] if decay is None else [decay]),
-            dtype=dtype,
         )
 
     for normalize in (False, True):
@@ -124,7 +128,6 @@ def compare_ops(rank: int, world: int, length: int = 6) -> dict[str, float]:
         linear(f"{kind}, no decay", normalize, None)
         linear(f"{kind}, decay per key", normalize, per_key)
         linear(f"{kind}, decay per head", normalize, per_head)
-    linear("float32", True, per_head, torch.float32)
     for pieces in (1, 2, 9):  # more pieces than key features: one a feature
         slices.scan = pieces
         linear(f"scan in {pieces}", pieces == 2, None if pieces == 1 else per_key)
@@ -228,6 +231,8 @@ def compare_model(name: str, rank: int, world: int) -> dict[str, Any]:
         "forward": collectives(forward),
         "backward": collectives(backward),
         "order": order(forward),
+        "backward_order": order(backward),
+        "graph_order": [STAGES[name] for name in map(_stage, nodes) if name in STAGES],
     }
 
 
@@ -246,13 +251,21 @@ def collectives(profile: torch.profiler.profile) -> list[tuple[str, int]]:
     return found
 
 
+STAGES = {
+    "_c10d_functional::all_gather_into_tensor": "start",
+    "lincompile::linear_attention": "own",
+    "lincompile::linear_attention_backward": "own",
+    "_c10d_functional::wait_tensor": "wait",
+    "lincompile::prefix_state": "use",
+    "lincompile::slot_gradient": "use",
+}
+
+
+def _stage(target: str) -> str:
+    return "::".join(target.split(".")[:2])
+
+
 def order(profile: torch.profiler.profile) -> list[str]:
     """The linear sites' exchanges and own work, in the order they ran in."""
-    names = {
-        "_c10d_functional::all_gather_into_tensor": "start",
-        "lincompile::linear_attention": "own",
-        "_c10d_functional::wait_tensor": "wait",
-        "lincompile::prefix_state": "use",
-    }
     events = sorted(profile.events(), key=lambda event: event.time_range.start)
-    return [names[event.name] for event in events if event.name in names]
+    return [STAGES[event.name] for event in events if event.name in STAGES]

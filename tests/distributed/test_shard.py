@@ -55,13 +55,13 @@ def succeeded(measured: dict[str, Any], kind: str) -> dict[str, list[Any]]:
 
 @pytest.mark.timeout(1600)
 def test_ops_equal_one_device(measured: dict[str, Any]) -> None:
-    runs = succeeded(measured, "ops")
-    assert runs
-    for name, ranks in runs.items():
+    runs = [(kind, name, ranks) for kind in ("ops", "ops32") for name, ranks in succeeded(measured, kind).items()]
+    assert {kind for kind, _, _ in runs} == {"ops", "ops32"}
+    for kind, name, ranks in runs:
         for errors in ranks:
-            assert len(errors) == 30
+            assert len(errors) == 29
             for op, error in errors.items():
-                assert error < (1e-5 if op == "float32" else 1e-9), (name, op, error)
+                assert error < (1e-5 if kind == "ops32" else 1e-9), (name, op, error)
 
 
 def test_models_equal_one_device(measured: dict[str, Any]) -> None:
@@ -111,8 +111,11 @@ def test_the_gather_runs_beside_the_slices_own_work(measured: dict[str, Any]) ->
     for ranks in succeeded(measured, "models").values():
         for models in ranks:
             if "gla" in models:
-                steps = models["gla"]["order"]
-                assert steps[-8:] == ["start", "own", "wait", "use"] * 2
+                gla = models["gla"]
+                assert gla["graph_order"] == ["start", "own", "wait", "use"] * 2, "in the graph"
+                assert gla["order"][-8:] == ["start", "own", "wait", "use"] * 2, "in the profiler's trace"
+                # the summaries, which have long arrived, are waited for once more: that is free
+                assert gla["backward_order"] == ["start", "own", "wait", "wait", "use"] * 2
 
 
 def test_prefill_on_many_ranks_decodes_on_one(measured: dict[str, Any]) -> None:

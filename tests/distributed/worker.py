@@ -21,6 +21,7 @@ def runs(profile: str) -> dict[str, Run]:
     found: dict[str, Run] = {}
     for world in (4, 8) if nightly else (1, 2, 3):
         found[f"ops-{world}"] = (world, exact.compare_ops, 120.0)
+    found["ops32-2"] = (2, exact.compare_ops_float32, 120.0)
     models = {2: ("gla", "hybrid"), 3: ("lawcat-window",)}
     if nightly:
         models = {1: ("lawcat-window", "hybrid"), 2: ("bidirectional", "sliding"), 3: tuple(exact.MODELS)}
