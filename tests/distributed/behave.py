@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from exact import batch, collectives, first, order, profiled, student
+from exact import batch, captured, collectives, first, order, profiled, student
 from torch import Tensor, nn
 
 import lincompile
 from lincompile.lowering.generate import Session, generate, prefill
 from lincompile.lowering.sharded import ShardedSession
+from lincompile.passes.distil.choose import choose
+from lincompile.passes.distil.data import TokenWindows
+from lincompile.passes.distil.logits import LogitDistillation, distil_logits
+from lincompile.passes.distil.spread import spread
+from lincompile.passes.distil.transfer import Transfer, transfer
 from lincompile.passes.program import Program
 from lincompile.passes.shard import SequenceParallel, sequence_loss, shard_batch
 from lincompile.passes.shard_step import shard_step
@@ -86,6 +92,32 @@ def training(rank: int, world: int, steps: int = 100) -> dict[str, Any]:
         curves.append(losses)
     difference = max(abs(a - b) for a, b in zip(*curves, strict=True))
     return {"difference": difference, "first": curves[0][0], "last": curves[0][-1]}
+
+
+def distilling(rank: int, world: int) -> dict[str, float]:
+    """Attention transfer, layer choice and logit distillation over slices against one device."""
+    teacher = lincompile.Pipeline([lincompile.Canonicalize(), lincompile.ProveAttention()])(
+        captured("nanogpt", torch.float32)
+    )
+    data = TokenWindows(ids(600, rows=1)[0], length=4 * world * 2, batch=2)
+    group = dist.group.WORLD.group_name
+    found: list[dict[str, Any]] = []
+    for together in (False, True):
+        pupil = student("nanogpt", "lawcat", window=3, dtype=torch.float32)
+        with spread(teacher, group, world) if together else nullcontext():
+            moved = transfer(teacher, pupil, data, Transfer(steps=6))
+            choice = choose(teacher, pupil, data.measure(2), 1)
+            learned = distil_logits(teacher, pupil, data, LogitDistillation(steps=4))
+        weights = torch.cat([parameter.detach().flatten() for parameter in pupil.graph_module.parameters()])
+        numbers = [*moved.losses, *moved.after.values(), *learned.losses, learned.after, choice.chosen]
+        found.append({"numbers": torch.tensor(numbers), "weights": weights, "kept": choice.kept})
+    one, many = found
+    return {
+        "numbers": _relative(one["numbers"], many["numbers"]),
+        "weights": _relative(one["weights"], many["weights"]),
+        "kept": float(one["kept"] != many["kept"]),
+        "learned": float(one["numbers"][5] / one["numbers"][0]),
+    }
 
 
 STEPS: dict[str, tuple[str, str, tuple[int, ...], int, bool]] = {

@@ -24,7 +24,7 @@ from lincompile.passes.errors import LincompileError, RefusedError
 from lincompile.passes.shard import SequenceParallel, shard_batch, splittable
 
 WORKER = Path(__file__).with_name("worker.py")
-Results = dict[str, list[Any]]
+pytestmark = pytest.mark.timeout(1600)  # the first test waits for all runs
 
 
 def measure(profile: str, folder: Path) -> dict[str, Any]:
@@ -53,7 +53,6 @@ def succeeded(measured: dict[str, Any], kind: str) -> dict[str, list[Any]]:
     return found
 
 
-@pytest.mark.timeout(1600)
 def test_ops_equal_one_device(measured: dict[str, Any]) -> None:
     runs = [(kind, name, ranks) for kind in ("ops", "ops32") for name, ranks in succeeded(measured, kind).items()]
     assert {kind for kind, _, _ in runs} == {"ops", "ops32"}
@@ -145,6 +144,13 @@ def test_a_hundred_steps_give_the_same_loss_curve(measured: dict[str, Any]) -> N
             assert result["last"] < 0.7 * result["first"], "it learned"
 
 
+def test_distillation_over_slices_learns_what_one_device_learns(measured: dict[str, Any]) -> None:
+    for ranks in succeeded(measured, "distilling").values():
+        for result in ranks:
+            assert result["numbers"] < 1e-4 and result["weights"] < 1e-4 and not result["kept"], result
+            assert result["learned"] < 0.99
+
+
 def test_under_torch_compile(measured: dict[str, Any]) -> None:
     runs = succeeded(measured, "aot_eager") | succeeded(measured, "inductor")
     assert runs
@@ -197,7 +203,7 @@ def test_a_rank_that_dies_ends_the_others(measured: dict[str, Any]) -> None:
         pytest.skip("in the quick profile")
     (code, error), (dead, _) = measured["dying_rank"]["ranks"]
     assert code == 1 and dead == 3, (error, "the survivor ends with an error")
-    assert measured["dying_rank"]["seconds"] < 25, "within the timeout"
+    assert measured["dying_rank"]["seconds"] < 60, "within the timeout"
 
 
 class Mixing(nn.Module):

@@ -38,10 +38,11 @@ def runs(profile: str) -> dict[str, Run]:
     found["handing over-2"] = (2, behave.handing_over(("lawcat, window", "hybrid that counts positions")), 120.0)
     found["causality-2"] = (2, behave.causality, 120.0)
     found["training-2"] = (2, behave.training, 120.0)
+    found["distilling-2"] = (2, behave.distilling, 120.0)
     found["aot_eager-2"] = (2, behave.compiled("aot_eager"), 120.0)
     found["padding-2"] = (2, behave.padded_mask, 120.0)
     found["refusals-2"] = (2, behave.refusals, 60.0)
-    found["dying_rank"] = (2, behave.dying_rank, 20.0)
+    found["dying_rank"] = (2, behave.dying_rank, 60.0)
     return found
 
 
