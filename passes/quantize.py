@@ -52,6 +52,10 @@ class Quantize:
         tolerance: ``int6`` gives a layer six-bit activations as long as the measured divergence of the outputs stays
             within this multiple of what uniform W6A8 causes.
         activation_bits: instead, the average activation bits (weighted by multiplications) that ``int6`` may use.
+        max_latency: instead of bits, microseconds per token that the quantized layers may take together (``int6`` and
+            ``auto``), by the time of each shape and scheme on the program's device.
+        latencies: a JSON file of those times, ``{"NxK": {scheme: microseconds}}``: written once measured; if it is
+            there it is used instead.
         calibration: batches (input name → tensor) for ``int6`` and ``auto``. Without them ``int6`` uses eight-bit
             activations everywhere and says so; ``auto`` refuses.
         scores: a JSON file for the sensitivity scores: written as they come, resumed if it is there.
@@ -74,6 +78,8 @@ class Quantize:
     metric: str = "fisher"
     tolerance: float = 1.25
     activation_bits: float | None = None
+    max_latency: float | None = None
+    latencies: str | None = None
     scores: str | None = None
     plan_file: str | None = None
     calibration: Sequence[Batch] | None = field(default=None, metadata={"text": False}, repr=False)
@@ -84,7 +90,8 @@ class Quantize:
         return "quantize"
 
     def run(self, program: Program) -> PassResult:
-        spec = parse_plan(self.plan, self.effective_bits)
+        timed = self.plan.strip().lower() == "auto" and self.max_latency is not None
+        spec = PlanSpec("auto") if timed else parse_plan(self.plan, self.effective_bits)
         if spec.kind == "none":
             return PassResult(program, modified=False, report={"plan": self.plan, "layers": [], "skipped": []})
         module = program.graph_module
@@ -136,7 +143,14 @@ class Quantize:
         if not free:
             return fixed, {"note": "every layer's scheme was given"}
         options = PlanOptions(
-            self.group_size, self.metric, codes_of.method, self.activation_bits, self.tolerance, self.scores
+            self.group_size,
+            self.metric,
+            codes_of.method,
+            self.activation_bits,
+            self.tolerance,
+            self.scores,
+            self.max_latency,
+            self.latencies,
         )
         chosen, record = choose(program, free, spec, self.calibration, options, codes_of)
         if self.plan_file is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .allocate import Frontier, Option
 from .errors import LincompileError, RefusedError
+from .latency import Latencies, load_latencies, measure_latencies, shape_of
 from .linear_layers import LinearLayer
 from .program import Program
 from .schemes import SCHEMES, PlanSpec, Scheme
@@ -20,6 +21,7 @@ from .sensitivity import Batch, CodesOf, Scores, divergence, groups_of, measure
 _PLAN_FORMAT = 1
 INT6 = ("w6a6", "w6a8")
 AUTO = ("w6a6", "w6a8", "w8a8", "float")
+Cost = Callable[[LinearLayer, Scheme], int]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class PlanOptions:
     activation_bits: float | None
     tolerance: float
     scores: str | None
+    max_latency: float | None = None
+    latencies: str | None = None
 
 
 def choose(
@@ -52,7 +56,7 @@ def choose(
     if spec.scheme is not None:
         return {layer.name: spec.scheme for layer in layers}, {}
     if calibration is None:
-        if spec.kind == "auto" or options.activation_bits is not None:
+        if spec.kind == "auto" or options.activation_bits is not None or options.max_latency is not None:
             raise LincompileError(
                 "quantize: choosing schemes for a budget needs calibration batches: give calibration text (CLI:"
                 " --distil FILE) or a uniform plan such as w6a8"
@@ -60,6 +64,7 @@ def choose(
         note = "no calibration batches: eight-bit activations everywhere (w6a8)"
         return {layer.name: SCHEMES["w6a8"] for layer in layers}, {"note": note}
     names = AUTO if spec.kind == "auto" else INT6
+    cost = _costs(program, layers, spec, options)
     scored = [SCHEMES[name] for name in names if name != "float"]
     scores = measure(
         program, layers, scored, calibration,
@@ -68,16 +73,22 @@ def choose(
         metric=options.metric, group_size=options.group_size, path=options.scores,
     )  # fmt: skip
     groups = groups_of(layers)
-    frontier = Frontier([[_option(spec, group, SCHEMES[name], scores, options) for name in names] for group in groups])
+    frontier = Frontier([[_option(group, SCHEMES[name], scores, cost) for name in names] for group in groups])
     weights = sum(layer.weights for layer in layers)
     bits = spec.effective_bits if spec.kind == "auto" else options.activation_bits
-    if bits is not None:
-        smallest = math.ceil(frontier.costs[0] / weights * 1000) / 1000
-        what = "bits per weight" if spec.kind == "auto" else "activation bits"
-        budget = math.floor(bits * weights)
-        index = frontier.within_cost(budget, f"{bits:g} {what} asked for, the smallest possible is {smallest:g}")
+    asked = options.max_latency if options.max_latency is not None else bits
+    if asked is not None:
+        unit, what = weights, "bits per weight" if spec.kind == "auto" else "activation bits"
+        if options.max_latency is not None:
+            unit, what = 1000, "microseconds per token"
+        smallest = math.ceil(frontier.costs[0] / unit * 1000) / 1000
+        budget = math.floor(asked * unit)
+        index = frontier.within_cost(budget, f"{asked:g} {what} asked for, the smallest possible is {smallest:g}")
         plan = _plan(groups, frontier.choices(index))
-        record = _check_against_uniform(program, layers, spec, plan, budget, calibration, options, codes_of)
+        record = _check_against_uniform(
+            program, layers, [scheme.name for scheme in scored], cost, plan, budget, calibration, options, codes_of
+        )
+        record["cost"] = {what: round(float(frontier.costs[index]) / unit, 4)}
     else:
         plan, record = _within_tolerance(program, layers, groups, frontier, scores, calibration, options, codes_of)
     record |= _predictions(layers, plan, scores)
@@ -121,7 +132,8 @@ def _within_tolerance(
 def _check_against_uniform(
     program: Program,
     layers: Sequence[LinearLayer],
-    spec: PlanSpec,
+    names: Sequence[str],
+    cost: Cost,
     plan: dict[str, Scheme],
     budget: int,
     calibration: Sequence[Batch],
@@ -130,10 +142,12 @@ def _check_against_uniform(
 ) -> dict[str, Any]:
     uniform = {
         name: {layer.name: SCHEMES[name] for layer in layers}
-        for name in ("w6a6", "w6a8", "w8a8")
-        if sum(_cost(spec, layer, SCHEMES[name], options.group_size) for layer in layers) <= budget
+        for name in names
+        if sum(cost(layer, SCHEMES[name]) for layer in layers) <= budget
     }
     measured = divergence(program, layers, {"plan": plan} | uniform, calibration, codes_of, options.group_size)
+    if not uniform:
+        return {"kl": measured, "budget": budget}
     best = min(uniform, key=lambda name: measured[name])
     # A thousandth of slack: float32 sums of the same plan differ that much between runs.
     if measured["plan"] > measured[best] * 1.001:
@@ -144,18 +158,41 @@ def _check_against_uniform(
     return {"kl": measured, "budget": budget}
 
 
-def _option(
-    spec: PlanSpec, group: Sequence[LinearLayer], scheme: Scheme, scores: Scores, options: PlanOptions
-) -> Option:
-    cost = sum(_cost(spec, layer, scheme, options.group_size) for layer in group)
-    return Option(scheme.name, cost, sum(scores.of(layer.name, scheme.name) for layer in group))
+def _option(group: Sequence[LinearLayer], scheme: Scheme, scores: Scores, cost: Cost) -> Option:
+    total = sum(cost(layer, scheme) for layer in group)
+    return Option(scheme.name, total, sum(scores.of(layer.name, scheme.name) for layer in group))
 
 
-def _cost(spec: PlanSpec, layer: LinearLayer, scheme: Scheme, group_size: int) -> int:
-    """Bits stored for ``auto``; for ``int6``, activation bits weighted by the layer's multiplications."""
+def _costs(program: Program, layers: Sequence[LinearLayer], spec: PlanSpec, options: PlanOptions) -> Cost:
+    """Cost of a layer under a scheme in whole units: nanoseconds where there is a limit on time, otherwise bits stored
+    for ``auto``, and for ``int6`` activation bits weighted by the layer's multiplications.
+    """
+    if options.max_latency is not None:
+        table = _latencies(program, layers, AUTO if spec.kind == "auto" else INT6, options)
+        return lambda layer, scheme: round(1000 * table[shape_of(layer)][scheme.name]) * len(layer.calls)
     if spec.kind == "auto":
-        return 8 * scheme.weight_bytes(layer.out_features, layer.in_features, group_size)
-    return scheme.activation_bits * layer.weights * len(layer.calls)
+        return lambda layer, scheme: 8 * scheme.weight_bytes(layer.out_features, layer.in_features, options.group_size)
+    return lambda layer, scheme: scheme.activation_bits * layer.weights * len(layer.calls)
+
+
+def _latencies(
+    program: Program, layers: Sequence[LinearLayer], names: Sequence[str], options: PlanOptions
+) -> Latencies:
+    if options.latencies is not None and Path(options.latencies).exists():
+        table = load_latencies(options.latencies)
+        for layer in layers:
+            lacking = [name for name in names if name not in table.get(shape_of(layer), {})]
+            if lacking:
+                raise LincompileError(
+                    f"latencies '{options.latencies}' lack {lacking[0]} for {shape_of(layer)} ('{layer.name}'): delete"
+                    " the file to measure again"
+                )
+        return table
+    weight = layers[0].matrix(program.graph_module)
+    table = measure_latencies(layers, names, options.group_size, weight.device, weight.dtype)
+    if options.latencies is not None:
+        Path(options.latencies).write_text(json.dumps(table, indent=1) + "\n")
+    return table
 
 
 def _plan(groups: Sequence[Sequence[LinearLayer]], choices: Sequence[str]) -> dict[str, Scheme]:
