@@ -66,6 +66,9 @@ def choose(
     names = AUTO if spec.kind == "auto" else INT6
     cost = _costs(program, layers, spec, options)
     scored = [SCHEMES[name] for name in names if name != "float"]
+    for layer in layers:  # now and in order: a rounder collects what it needs for a few neighbouring layers at a time
+        for scheme in {scheme.weight_bits: scheme for scheme in scored}.values():
+            codes_of(layer, scheme)
     scores = measure(
         program, layers, scored, calibration,
         codes_of=codes_of,

@@ -117,6 +117,25 @@ def test_the_pass_packs_the_codes_of_its_method(method: str, monkeypatch: pytest
     assert automatic["method"] == "gptq" and Quantize("w6a16").run(program).report["method"] == "rtn"
 
 
+def test_choosing_needs_no_more_than_one_layers_moments_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(96, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32)).eval()
+    program = capture(model, torch.randn(2, 5, 96))
+    data = [{program.inputs[0].name: correlated(64, 96).view(1, 64, 96)} for _ in range(2)]
+    whole = Quantize("auto:8", calibration=data).run(program.clone()).report
+    monkeypatch.setattr(weight_methods, "_MOMENT_BYTES", 1)
+    held: list[int] = []
+    collect = weight_methods.WeightRounder._collect
+
+    def counted(self: weight_methods.WeightRounder, layers: list) -> dict[str, Tensor]:
+        held.append(len(layers))
+        return collect(self, layers)
+
+    monkeypatch.setattr(weight_methods.WeightRounder, "_collect", counted)
+    parts = Quantize("auto:8", calibration=data).run(program.clone()).report
+    assert held == [1, 1, 1]  # each layer once, alone
+    assert parts["choice"]["kl"]["plan"] == pytest.approx(whole["choice"]["kl"]["plan"], rel=1e-2)
+
+
 def test_the_measured_divergence_is_that_of_the_packed_codes() -> None:
     """int6 with GPTQ: the report's figure comes from the codes that end up in the program."""
     model = nn.Sequential(nn.Linear(96, 64), nn.Tanh(), nn.Linear(64, 64)).eval()
