@@ -21,7 +21,7 @@ from .generate import NO_STEP_FORM, Prefilled, Session
 from .graph_file import weights_of
 from .hf_cache import Prefix, StateCache
 from .hf_options import check_config, check_options, one_device
-from .hf_read import caught_up, causal_loss, new_tokens, read
+from .hf_read import caught_up, causal_loss, check_positions, new_tokens, read
 from .hf_save import GENERATION_CONFIG, save_copy
 from .package import Artefact, hf_config, open_artefact
 from .state_file import SavedState, load_state, save_state
@@ -140,6 +140,8 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *rest)
         generation_config.prefill_chunk_size = None  # a prompt is read in chunks anyway, and no cache changes in place
         if generation_config.use_cache is False:
+            if model_kwargs.get("past_key_values") is not None:
+                raise LincompileError("use_cache=False reads everything again: leave it or past_key_values out")
             return
         if model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = StateCache(self.identity)
@@ -216,6 +218,7 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             LincompileError: states of another model or batch size, a row without a token, padding between tokens, an
                 unknown token id, more tokens than the model has positions, or an argument that can't be honoured.
         """
+        positions = unknown.pop("position_ids", None)  # not by name: generate() would then make them for every token
         if refused := sorted(name for name, value in unknown.items() if value is not None and value is not False):
             raise LincompileError(
                 f"a compiled model takes no '{refused[0]}': it takes input_ids, attention_mask, past_key_values, labels"
@@ -232,6 +235,8 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             kept.replay, logits = False, kept.known_logits()[:, None]
         else:
             tokens, mask = new_tokens(self.session, input_ids.to(self.device), attention_mask, cache)
+            if positions is not None:
+                check_positions(positions, mask, cache.lengths)
             every = isinstance(logits_to_keep, Tensor)
             logits, kept = read(self.session, tokens, mask, cache, 0 if every else int(logits_to_keep))
         if labels is not None and (isinstance(logits_to_keep, Tensor) or labels.shape != input_ids.shape):

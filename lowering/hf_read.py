@@ -123,6 +123,17 @@ def _check_padding(mask: Tensor, lengths: Tensor) -> None:
         raise LincompileError(f"row {int(runs.argmax())} has padding between its tokens: pad on the left")
 
 
+def check_positions(positions: Tensor, mask: Tensor, lengths: Tensor) -> None:
+    """That ``position_ids [B or 1, ≥ T]`` are those of the real tokens, which the model counts by itself.
+
+    transformers hands those of the main model to an assistant.
+    """
+    counted = lengths[:, None] + mask.long().cumsum(-1) - 1
+    given = positions[..., -mask.shape[1] :].to(mask.device)
+    if given.dim() != 2 or given.shape[1] != mask.shape[1] or bool(((given != counted) & mask).any()):
+        raise LincompileError("position_ids: a compiled model counts tokens from 0, padding left out; leave them out")
+
+
 def causal_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
     """Cross-entropy of each token from those before it, −100 = not predicted; the mean, or the sum over ``items``."""
     flat, wanted = logits[:, :-1].float().flatten(0, 1), labels[:, -logits.shape[1] :][:, 1:].flatten()

@@ -152,6 +152,16 @@ def test_assistance_changes_nothing(
         assert continued == greedy(model, turn)
 
 
+def test_an_artefact_assists_another_model(model: hf.LincompileForCausalLM) -> None:
+    """transformers hands the main model's positions on to its assistant."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=model.config.vocab_size, eos_token_id=EOS, **sizes)
+    main = transformers.LlamaForCausalLM(config).eval()
+    assisted = main.generate(PROMPT, max_new_tokens=12, do_sample=False, assistant_model=model)
+    assert assisted[:, :25].tolist() == main.generate(PROMPT, max_new_tokens=12, do_sample=False).tolist()
+
+
 def test_assisted_sampling_and_stopping(model: hf.LincompileForCausalLM, other: hf.LincompileForCausalLM) -> None:
     torch.manual_seed(1)
     tokens = model.generate(PROMPT, do_sample=True, max_new_tokens=12, assistant_model=other)
@@ -195,6 +205,8 @@ def test_states_of_another_text_or_model_are_refused(
         greedy(hf.from_pretrained(tmp_path / "c"), past_key_values=cache)
     with pytest.raises(LincompileError, match="past_key_values is a DynamicCache"):
         greedy(model, past_key_values=transformers.DynamicCache())
+    with pytest.raises(LincompileError, match="use_cache=False reads everything again"):
+        greedy(model, torch.cat([PROMPT, PROMPT], 1), past_key_values=cache, use_cache=False)
     two = model(PROMPT.repeat(2, 1)).past_key_values
     with pytest.raises(LincompileError, match="hold 2 rows, the input has 1"):
         model(PROMPT, past_key_values=two)
@@ -210,8 +222,8 @@ def test_what_a_program_has_not(model: hf.LincompileForCausalLM) -> None:
         model.generate_batch([[1, 2]])
     with pytest.raises(ValueError, match="inputs_embeds"):
         model.generate(inputs_embeds=torch.zeros(1, 3, 24), max_new_tokens=NEW)
-    with pytest.raises(LincompileError, match="takes no 'position_ids'"):
-        model(PROMPT, position_ids=torch.arange(13)[None])
+    with pytest.raises(LincompileError, match="position_ids: a compiled model counts tokens from 0"):
+        model(PROMPT, position_ids=torch.arange(13)[None] + 1)
     with pytest.raises(ValueError, match="`max_new_tokens` must be greater than 0"):
         greedy(model, max_new_tokens=0)
 
