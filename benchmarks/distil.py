@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--logit-length", type=int, default=None, help="tokens per window of the second stage")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     parser.add_argument("--start", type=Path, metavar="ADAPTER", help="begin from an adapter, without a transfer")
+    parser.add_argument("--ablations", action=argparse.BooleanOptionalAction, default=True, help="with a window")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapter", type=Path)
@@ -212,7 +213,7 @@ def ablate(
     result: dict[str, Any], teacher: Program, student: Program, texts: dict[str, Tensor], asked: argparse.Namespace
 ) -> None:
     """What the window and the linear attention do alone, where there are both."""
-    if not asked.window:
+    if not asked.window or not asked.ablations:
         return
     result["ablations"] = {}
     for name, far, near in (("window only", 0, 1), ("linear only", 1, 0), ("no attention", 0, 0)):

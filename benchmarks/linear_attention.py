@@ -35,6 +35,11 @@ CHECKS = {
     "per head": (2, 8, 2, 300, 64, 64, "head", 0.1, False, False, "bfloat16"),
     "strong": (2, 4, 4, 300, 128, 128, "key", 10.0, False, True, "bfloat16"),
     "strong normalised": (1, 8, 2, 1500, 64, 64, "key", 10.0, True, True, "bfloat16"),
+    # half chunks decay by 29, 42 and 58: around the limit of one anchor per chunk, in segments of many chunks
+    "even 0.9": (1, 9, 3, 2048, 128, 64, "even", 0.9, True, True, "bfloat16"),
+    "even 1.3": (1, 9, 3, 2048, 128, 64, "even", 1.3, True, True, "bfloat16"),
+    "even 1.8": (1, 9, 3, 2048, 128, 64, "even", 1.8, True, True, "bfloat16"),
+    "float32 even 1.8": (1, 9, 3, 2048, 128, 64, "even", 1.8, True, True, "float32"),
     "forget": (1, 4, 4, 200, 64, 64, "-inf", 0.1, False, True, "bfloat16"),
     "one token": (3, 8, 2, 1, 128, 128, "key", 0.5, True, True, "bfloat16"),
     "odd sizes": (1, 4, 2, 77, 40, 24, "key", 0.1, True, True, "bfloat16"),
@@ -67,6 +72,8 @@ def make(
     g = None
     if decay != "none":
         g = -strongest * rand(batch, kv_heads, length, 1 if decay == "head" else head_dim)
+        if decay == "even":
+            g.fill_(-strongest)
         if decay == "-inf":
             g[:, :, ::50] = float("-inf")
         g = g.to(narrow)

@@ -14,8 +14,10 @@ from .triton_backward import key_gradients, normaliser, value_gradients
 from .triton_blocks import INTERPRETED
 from .triton_forward import chunk_decays, decode, output, scan, states
 
-# Largest |log decay| of half a chunk for which both anchored factors stay far inside bfloat16's exponent range.
-LIMIT = 60.0
+# Largest |log decay| of half a chunk that the anchored factors are used for. Between the middles of two chunks lie two
+# halves, and exp(-2 · LIMIT), times a state and features that may be small themselves, must stay far above the smallest
+# float32 and bfloat16 (exp(-87)): what is lost there is lost for good, however large the next factor is.
+LIMIT = 32.0
 CHUNK = 64
 SLICE = 64
 MIN_SEGMENT_CHUNKS = 8

@@ -43,6 +43,17 @@ CASES = [
     ("none", False, False, 20, 128, 32),
 ]
 
+# In segments of several chunks. Where every step decays alike, half a chunk decays by about 30, 42 and 58: two halves
+# lie between the middles of neighbouring chunks, and float32 ends at exp(-87).
+LONG_CASES = [
+    ("key 0.93", True, True, 200, 16, 16),
+    ("key 1.3", True, True, 200, 16, 16),
+    ("key 1.8", True, False, 200, 16, 16),
+    ("head 1.8", False, True, 130, 16, 16),
+    ("key", True, True, 200, 16, 16),
+    ("key strong", False, True, 130, 16, 16),
+]
+
 
 @pytest.fixture(autouse=True)
 def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,8 +71,10 @@ def make(decay: str, normalize: bool, state: bool, length: int, head_dim: int, v
         g = -0.1 * torch.rand(1, 2, length, 1 if decay.startswith("head") else head_dim, device=DEVICE)
         if decay.endswith("strong"):
             g = g * 100
-        if decay.endswith("-inf"):
+        elif decay.endswith("-inf"):
             g[:, :, ::3] = float("-inf")
+        elif decay[-1].isdigit():
+            g = torch.full_like(g, -float(decay.split()[1]))
     initial = torch.rand(1, 2, head_dim, value_dim + int(normalize), device=DEVICE)
     return [
         torch.rand(1, length, 4, head_dim, device=DEVICE).transpose(1, 2),
@@ -70,6 +83,15 @@ def make(decay: str, normalize: bool, state: bool, length: int, head_dim: int, v
         g,
         initial if state else None,
     ]
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", LONG_CASES, ids=str)
+def test_long_segments(case: tuple[str, bool, bool, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from lincompile.kernels.linear_attention import triton_launch
+
+    monkeypatch.setattr(triton_launch, "MIN_SEGMENT_CHUNKS", 8)
+    test_values_states_and_gradients(case)
 
 
 @needs_kernels
