@@ -187,7 +187,8 @@ def _prefix_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, 
     if ctx.resumed:
         raise RuntimeError("lincompile.prefix_state: gradients don't reach the state a sequence was resumed from")
     gathered = functional.all_gather_into_tensor(grad.contiguous(), ctx.world, ctx.group)
-    if torch.is_anomaly_enabled():  # it looks at gradients as they pass
+    # Looking for NaN reads gradients as they pass. (Tracing enables anomaly mode too, without the look.)
+    if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
         gathered = functional.wait_tensor(gathered)
     return None, gathered, None, None, None, None, None, None
 

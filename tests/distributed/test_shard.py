@@ -160,9 +160,10 @@ def test_under_torch_compile(measured: dict[str, Any]) -> None:
             gathers = [size for kind, size in result["collectives"] if kind == "all_gather_into_tensor"]
             states = [size for size in gathers if size in (2 * 4 * 8 * 9, 2 * 4 * 8 * 8)]
             assert states == [2 * 4 * 8 * 9, 2 * 4 * 8 * 8], "one linear layer: once forward, once backward"
-            where = [i for i, step in enumerate(result["order"]) if step == "own"]
-            assert len(where) == 1
-            assert result["order"][where[0] - 1] == "start" and result["order"][where[0] + 1] == "wait", result["order"]
+            steps = result["order"]
+            where = [i for i, step in enumerate(steps) if step == "own"]
+            assert len(where) == 2, "forward and backward"
+            assert all(steps[i - 1] == "start" and steps[i + 1] == "wait" for i in where), steps
 
 
 def test_composes_on_a_mesh(measured: dict[str, Any]) -> None:
