@@ -5,7 +5,8 @@ activations passes them straight through) and to ``bias``. Shapes: ``docs/archit
 
 CPU tensors run the C kernel of :mod:`.cpu` for up to 16 tokens, otherwise the reference. CUDA tensors run the Triton
 kernels for the calls those support (groups of 128, K a multiple of 16, ``a6`` or ``a8``, inputs of at most 32 bits)
-where Triton can be imported, otherwise the reference; ``int8_linear`` where K is a multiple of 128.
+where Triton can be imported, otherwise the reference; ``int8_linear`` only where its kernel is switched on
+and K is a multiple of 128.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ def int8_linear(
     """Linear layer with eight-bit weights, int8 ``[N, K]`` and a float16 scale per group (the W8A8 plan)."""
     _check_int8(x, weight, weight_scale, bias, group_size, activation)
     kernels = backend("int6_linear", x)
-    if kernels is not None and x.shape[-1] % 128 == 0 and kernels.supports(x, group_size, activation):
+    fits = kernels is not None and kernels.INT8_LINEAR and x.shape[-1] % 128 == 0
+    if kernels is not None and fits and kernels.supports(x, group_size, activation):
         y: Tensor = kernels.int8_linear(x, weight, weight_scale, bias, group_size, activation)
         return y
     return reference.int8_linear(x, weight, weight_scale, bias, group_size, activation)

@@ -31,6 +31,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # The Gluon kernels' shares of M; 0 leaves everything to the others.
 TILE_TOKENS = 0
 PREFILL_TOKENS = 0
+# Whether int8_linear runs here: not before its values have been checked on a GPU.
+INT8_LINEAR = False
 _SMALL_M = 256
 _GROUP = 128
 Planes = tuple[Tensor, Tensor, Tensor]
