@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from safetensors import safe_open
 
 from lincompile.cli import demo
 
@@ -16,9 +20,9 @@ FIGURES = {
     "parameters_added": 2_345,
     "sites": {"found": 4, "proved": 4, "rewritten": 4},
     "bytes": {"float32": 4_000_000, "float16": 2_000_000, "ideal_6_bits": 750_000, "on_disk": 900_000},
-    "layer_errors": {f"layer.{i}": {"before": 1.0 + i, "adapter": 0.5, "after": 0.25 * i} for i in range(4)},
-    "distillation": {"seconds": 30.0, "tokens": 4096, "steps": 16},
-    "adapter": {"tokens": 5_000_000, "seconds": 78, "gpu": "GPU"},
+    "layer_errors": {f"layer.{i}": {"before": 1.0 + i, "after": 0.25 * i} for i in range(4)},
+    "distillation": None,
+    "adapter": {"tokens": 41_000_000, "seconds": 460.2, "gpu": "GPU"},
     "perplexity": {name: {"perplexity": value, "nll": 1.0, "tokens": 511} for name, value in PERPLEXITIES.items()},
     "speed": {"teacher": SPEED, "student": SPEED},
     "state_bytes": {"8192": 3_300_000, "32768": 3_300_000},
@@ -29,8 +33,20 @@ FIGURES = {
 }
 
 
-def test_tables_show_every_figure_and_the_honest_ratio(capfd: pytest.CaptureFixture[str]) -> None:
-    demo.print_tables(FIGURES, Path("out"), Path("model.gguf"))
+SCRATCH = FIGURES | {"adapter": None, "distillation": {"seconds": 30.0, "tokens": 4096, "steps": 16}}
+
+
+@pytest.mark.parametrize(
+    ("figures", "better"),
+    [
+        (FIGURES, ("41,000,000 tokens in 460 s on one GPU", f"--keep-softmax 5,7,8,17,18,23 --adapter {demo.HYBRID}")),
+        (SCRATCH, ("4,096 tokens in 30 s on this CPU", "--distil YOUR_TEXT.txt")),
+    ],
+)
+def test_tables_show_every_figure_and_the_honest_ratio(
+    figures: dict[str, Any], better: tuple[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    demo.print_tables(figures, Path("out"), Path("model.gguf"))
     shown = capfd.readouterr().out
     for text in (
         "4 of 4 proved",
@@ -42,7 +58,7 @@ def test_tables_show_every_figure_and_the_honest_ratio(capfd: pytest.CaptureFixt
         "+ 2,345",
         "Hello ⏎ world [bold]",
         "2.50 times the teacher's",
-        "--distil YOUR_TEXT.txt",
+        *better,
     ):
         assert text in shown, text
     assert "4.000" in shown and "0.750" in shown, "the last layer's error before and after"
@@ -53,3 +69,20 @@ def test_the_text_ships_and_nothing_held_out_is_trained_on() -> None:
     paragraphs = {text for text in held_out.split("\n\n") if len(text) > 80}
     assert len(paragraphs) > 50
     assert not paragraphs & set(train.split("\n\n"))
+
+
+def test_time_without_distillation_is_refused() -> None:
+    result = CliRunner().invoke(demo.command, ["--time", "5s"])
+    assert result.exit_code == 2 and "only --from-scratch" in result.output
+
+
+@pytest.mark.parametrize("file", [demo.ADAPTER, demo.HYBRID])
+def test_adapters_ship_with_their_record(file: Path) -> None:
+    with safe_open(file, framework="pt") as adapter:
+        metadata = adapter.metadata()
+    record = json.loads(metadata["record"])
+    assert file.stat().st_size <= 12_000_000
+    assert record["tokens"] > 20_000_000 and record["seconds"] <= 600 and record["gpu"] and record["command"]
+    assert set(record["perplexity"]) == {"valid", "wikitext2"}
+    methods = set(json.loads(metadata["sites"]).values())
+    assert methods == ({"lawcat+64", "softmax"} if file == demo.HYBRID else {"lawcat+64"})
