@@ -128,6 +128,7 @@ def check_captured(seed: int) -> dict[str, Any]:
     leaves = [x.requires_grad_() for x in inputs]
 
     def train(*args: Tensor) -> tuple[Tensor, ...]:
+        args = tuple(x.detach().requires_grad_() for x in args)  # of the stream that is recorded
         out = ops.softmax_attention(*args, None, "sliding", 64, SCALE, 0.0)
         return (out.detach(), *torch.autograd.grad(out, args, grad))
 
