@@ -133,8 +133,7 @@ def test_an_interrupted_prefill_resumes(
             raise KeyboardInterrupt
         return step(self, *inputs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(generate.prefill, "__kwdefaults__", {**(generate.prefill.__kwdefaults__ or {}), "chunk": 30})
-    monkeypatch.setattr(generate.generate, "__kwdefaults__", {**(generate.generate.__kwdefaults__ or {}), "chunk": 30})
+    monkeypatch.setattr(generate, "PREFILL_CHUNK", 30)
     with monkeypatch.context() as patch:
         patch.setattr(Session, "step", interrupted)
         stopped = cli(*options, "--save-state", file)
@@ -152,8 +151,7 @@ from lincompile.cli.main import run
 from lincompile.lowering import generate
 
 StateFiles.SHARE = 0  # these chunks take less time than saving one
-for function in (generate.prefill, generate.generate):
-    function.__kwdefaults__ = {**function.__kwdefaults__, "chunk": 30}
+generate.PREFILL_CHUNK = 30
 step, left = generate.Session.step, [2]
 
 

@@ -60,12 +60,27 @@ def test_an_adapter_takes_the_place_of_training(tmp_path: Path) -> None:
         assert (compiled.program(tokens) - trained).norm() < 0.05 * (untrained - trained).norm()
     assert compiled.manifest()["adapter"] == {"file": "a.safetensors", "tokens": 480}
     assert not any("not distilled" in note for note in compiled.notes)
+    on: dict[str, Any] = {"adapter": str(file), "distil": text(), "tokens": 4 * LENGTH, "length": LENGTH}
+    # Its projections aren't the teacher's any more: only the logits can go on from there.
+    with pytest.raises(LincompileError, match=r"projections aren't the teacher's.*--train lora:R or --train full"):
+        lincompile.compile(model(), example={"idx": zoo.tokens()}, **on)
+    further = lincompile.compile(model(), example={"idx": zoo.tokens()}, train="lora:2", **on)
+    assert further.transfer is not None and further.transfer.steps == 0
+    assert further.distilled is not None and further.distilled.logits is not None and further.distilled.logits.steps > 0
+    fresh = Errors(teacher, linear(teacher)).by_path(windows().measure(4))
+    assert mean(further.transfer.before) < 0.95 * mean(fresh)  # it began where the adapter ended
+
+
+def test_training_goes_on_from_an_adapter_of_attention_alone(tmp_path: Path) -> None:
+    teacher = proved()
+    student = linear(teacher)
+    transfer(teacher, student, windows(), Transfer(steps=15))
+    file = tmp_path / "a.safetensors"
+    save_adapter(file, teacher, student)
     further = lincompile.compile(
         model(), example={"idx": zoo.tokens()}, adapter=str(file), distil=text(), tokens=4 * LENGTH, length=LENGTH
     )
     assert further.transfer is not None and further.transfer.steps == 4
-    fresh = Errors(teacher, linear(teacher)).by_path(windows().measure(4))
-    assert mean(further.transfer.before) < 0.95 * mean(fresh)  # it began where the adapter ended
 
 
 @pytest.mark.parametrize(
