@@ -109,3 +109,8 @@ def lines_of(form: Form) -> frozenset[Line]:
     """Where an affine form changes sign."""
     assert form.offsets is not None
     return frozenset((form.slopes, offset) for offset in form.offsets) if form.slopes else frozenset()
+
+
+def crossing(form: Form) -> Form:
+    """A comparison of ``form`` with 0: its lines, or why they aren't known."""
+    return form if form.offsets is None else Form(lines=lines_of(form))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .evaluate import LOW_PRECISION, Opaque
-from .forms import MAX_VALUES, Form, Line, Reading, Unstable, lines_of, several, sum_of
+from .forms import MAX_VALUES, Form, Line, Reading, Unstable, crossing, lines_of, several, sum_of
 from .graph import (
     argument,
     aten,
@@ -296,7 +296,7 @@ class Reader:
                 return Form(offsets=tuple(sorted(set(whole))))
             return form
         if dtype == torch.bool:
-            return Form(lines=lines_of(form))
+            return crossing(form)
         return (
             self.exact(node, form)
             if dtype in (torch.int64, torch.int32, torch.float32, torch.float64) + LOW_PRECISION
@@ -308,7 +308,7 @@ class Reader:
         if left.constant and right.constant and not (left.slopes or right.slopes):
             return self.pointwise(node)
         if (left.affine or left.constant) and (right.affine or right.constant):
-            return Form(lines=lines_of(sum_of(left, right, -1)))
+            return crossing(sum_of(left, right, -1))
         return self.pointwise(node)
 
     def arithmetic(self, node: Node) -> Form:

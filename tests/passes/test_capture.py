@@ -79,3 +79,36 @@ def test_wrong_examples(example: Any, message: str) -> None:
 def test_branching_on_values_is_an_error_that_says_so() -> None:
     with pytest.raises(CaptureError, match="doesn't branch on tensor values"):
         capture(Small(lambda x: x if x.sum() > 0 else -x), torch.randn(2, 5, 16))
+
+
+class Branching(zoo.NanoGPT):
+    """Another computation where a condition on the input's sizes holds."""
+
+    def __init__(self, condition: Callable[[Tensor], bool]) -> None:
+        super().__init__(layers=1)
+        self.condition = condition
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:
+        x = self.wte(idx)
+        if self.condition(idx):
+            x = x * 3
+        return self.lm_head(self.h[0](x))
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda idx: idx.shape[1] < 6,
+        lambda idx: idx.shape[1] % 2 == 1,
+        lambda idx: idx.shape[0] > 4,
+        lambda idx: idx.numel() > 100,
+        lambda idx: idx.shape[0] > idx.shape[1],
+    ],
+)
+def test_branches_on_sizes_are_refused(condition: Callable[[Tensor], bool]) -> None:
+    with pytest.raises(CaptureError, match="takes another path at other sizes: what was traced holds only where"):
+        capture(Branching(condition), {"idx": zoo.tokens()})
+
+
+def test_a_longest_sequence_is_no_branch() -> None:
+    assert capture(Branching(lambda idx: idx.shape[1] > 64), {"idx": zoo.tokens()}).max_positions == 64
