@@ -6,6 +6,7 @@ import functools
 
 import torch
 import triton
+from torch import Tensor
 
 # Triton's interpreter runs kernels on CPU tensors. It multiplies bfloat16 by its bit patterns, so that kernels with
 # matrix products run in float32 there.
@@ -26,3 +27,8 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 1 << 30 if INTERPRETED else 0
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
+
+
+def mask_bytes(mask: Tensor | None) -> Tensor | None:
+    """A bool mask as the bytes that kernels load."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)

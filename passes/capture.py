@@ -297,27 +297,36 @@ def _check_branches(
     of 64), so module and program are compared at a size where one fails.
     """
     for guard in getattr(exported, "_guards_code", None) or []:
-        for batch, length in itertools.product(BATCHES, LENGTHS):
-            if program.max_positions is not None and length > program.max_positions:
-                continue
-            given = {name: _resized(program, name, value, batch, length) for name, value in inputs.items()}
-            try:
-                names = {"__builtins__": {"min": min, "max": max, "abs": abs}}
-                holds = bool(eval(guard, names, {"L": given}))
-            except (ArithmeticError, AttributeError, KeyError, NameError, TypeError) as error:
-                program.notes.append(f"a condition on the model's sizes couldn't be read: {guard} ({error})")
-                break
-            if holds:
-                continue
-            if length > LONGEST_RUN or any(value.is_meta for value in inputs.values()):
-                program.notes.append(f"what was traced holds only where {guard}; elsewhere nothing is known")
-            elif not _same_result(module, program, {name: value.tensor() for name, value in given.items()}):
-                raise CaptureError(
-                    f"the model takes another path at other sizes: what was traced holds only where {guard} "
-                    f"(not for a batch of {batch} with {length} tokens). Write the branch as masks, or capture the "
-                    "model in a form that doesn't look at sizes"
-                )
-            break
+        try:
+            failure = _first_failure(guard, program, inputs)
+        except (ArithmeticError, AttributeError, KeyError, NameError, TypeError) as error:
+            program.notes.append(f"a condition on the model's sizes couldn't be read: {guard} ({error})")
+            continue
+        if failure is None:
+            continue
+        batch, length, given = failure
+        if length > LONGEST_RUN or any(value.is_meta for value in inputs.values()):
+            program.notes.append(f"what was traced holds only where {guard}; elsewhere nothing is known")
+        elif not _same_result(module, program, {name: value.tensor() for name, value in given.items()}):
+            raise CaptureError(
+                f"the model takes another path at other sizes: what was traced holds only where {guard} "
+                f"(not for a batch of {batch} with {length} tokens). Write the branch as masks, or capture the "
+                "model in a form that doesn't look at sizes"
+            )
+
+
+def _first_failure(
+    guard: str, program: Program, inputs: Mapping[str, Tensor]
+) -> tuple[int, int, dict[str, _Resized]] | None:
+    """The first batch and length at which a guard's code doesn't hold, and the inputs there."""
+    names = {"__builtins__": {"min": min, "max": max, "abs": abs}}
+    for batch, length in itertools.product(BATCHES, LENGTHS):
+        if program.max_positions is not None and length > program.max_positions:
+            continue
+        given = {name: _resized(program, name, value, batch, length) for name, value in inputs.items()}
+        if not eval(guard, names, {"L": given}):
+            return batch, length, given
+    return None
 
 
 class _Resized:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_device import INTERPRETED, processors, shared_memory
+from ..triton_device import INTERPRETED, mask_bytes, processors, shared_memory
 
 ROWS = 64
 WIDEST = 256
@@ -147,10 +147,6 @@ def _grid(z: Tensor, kv_heads: int, features: int, options: dict[str, Any], prog
     return (problems, triton.cdiv(tiles, each), blocks), each
 
 
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous().view(torch.uint8)
-
-
 def forward(z: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, kv_heads: int, temperature: float) -> Tensor:
     """See ``reference.forward``."""
     features = weight.shape[0] // kv_heads
@@ -158,8 +154,8 @@ def forward(z: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, kv_hea
     out = z.new_empty(z.shape[0], kv_heads, z.shape[1], features)
     grid, each = _grid(z, kv_heads, features, options, 16)
     gate_forward[grid](
-        z, weight.to(z.dtype).contiguous(), bias.contiguous(), _bytes(mask), out, *z.stride(), z.shape[1], z.shape[2],
-        features, kv_heads, each, temperature, MASKED=mask is not None, num_warps=4, **options,
+        z, weight.to(z.dtype).contiguous(), bias.contiguous(), mask_bytes(mask), out, *z.stride(), z.shape[1],
+        z.shape[2], features, kv_heads, each, temperature, MASKED=mask is not None, num_warps=4, **options,
     )  # fmt: skip
     return out
 
@@ -185,7 +181,7 @@ def backward(
     d_weight = z.new_empty((grid[1], batch, *weight.shape), dtype=torch.float32)
     d_bias = z.new_empty((grid[1], batch, *bias.shape), dtype=torch.float32)
     gate_backward[grid](
-        grad, z, weight.to(z.dtype).contiguous(), bias.contiguous(), _bytes(mask), d_z, d_weight, d_bias,
+        grad, z, weight.to(z.dtype).contiguous(), bias.contiguous(), mask_bytes(mask), d_z, d_weight, d_bias,
         *grad.stride()[:3], *z.stride(), length, rank, features, kv_heads, each, temperature,
         MASKED=mask is not None, **tuning, **options,
     )  # fmt: skip

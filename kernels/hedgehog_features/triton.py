@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..short_conv.triton import MAX_TAPS, convolved, head_gradients, padded_rows, store_final
-from ..triton_device import INTERPRETED, processors, shared_memory
+from ..triton_device import INTERPRETED, mask_bytes, processors, shared_memory
 
 ROWS = 64
 SHARED_MEMORY = 160 * 1024
@@ -169,10 +169,6 @@ def _unit_columns(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous().view(torch.uint8)
-
-
 def _options(
     x: Tensor, conv_weight: Tensor | None, initial_state: Tensor | None, mask: Tensor | None, mask_output: bool
 ) -> dict[str, Any]:
@@ -215,8 +211,8 @@ def forward(
     features_forward[(batch * heads, parts)](
         x, None if conv_weight is None else conv_weight.contiguous(),
         initial_state.contiguous() if initial_state is not None and options["HAS_INITIAL"] else None,
-        weight.to(x.dtype).contiguous(), bias.contiguous(), _bytes(mask), features, state, *x.stride(), length, heads,
-        heads // weight.shape[0], each, num_warps=4 if options["BD"] <= 64 else 8, **options,
+        weight.to(x.dtype).contiguous(), bias.contiguous(), mask_bytes(mask), features, state, *x.stride(), length,
+        heads, heads // weight.shape[0], each, num_warps=4 if options["BD"] <= 64 else 8, **options,
     )  # fmt: skip
     return features, state
 
@@ -236,7 +232,7 @@ def backward(
     batch, heads, length, dim = x.shape
     maps = weight.shape[0]
     options = _options(x, conv_weight, initial_state, mask, mask_output)
-    x, grad, keep = _unit_columns(x), _unit_columns(grad), _bytes(mask)
+    x, grad, keep = _unit_columns(x), _unit_columns(grad), mask_bytes(mask)
     d_mixed = x.new_empty(batch, length, heads, dim).transpose(1, 2)
     parts, each = _parts(x, options["BT"], 2)
     d_weight = x.new_empty((parts, batch, maps, heads // maps, dim, dim), dtype=torch.float32)

@@ -12,7 +12,6 @@ columns: there, Triton 3.6 generates wrong code for Hopper's matrix unit (seen i
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,22 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .triton_blocks import INTERPRETED
+from ..triton_device import shared_memory
 from .triton_launch import Grads, backward, block_widths, fits, forward, state_alone
 
 NORMALIZER_EPS = 1e-10
-
-
 # Per block of threads. The largest kernel (float32 gradients) takes 194 KiB: Hopper has 227, A100 163.
 SHARED_MEMORY = 200 * 1024
-
-
-@functools.cache
-def _roomy(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return bool(INTERPRETED.value)
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", 0)) >= SHARED_MEMORY
 
 
 def supports(
@@ -46,7 +35,13 @@ def supports(
     The reference serves the others, on the same device.
     """
     wide = any(x is not None and x.dtype == torch.float64 for x in (q, k, v, log_decay, initial_state))
-    return causal and not wide and k.shape[2] > 0 and min(k.shape[3], v.shape[3]) > 0 and _roomy(q.device)
+    return (
+        causal
+        and not wide
+        and k.shape[2] > 0
+        and min(k.shape[3], v.shape[3]) > 0
+        and shared_memory(q.device) >= SHARED_MEMORY
+    )
 
 
 def chunkwise(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..triton_device import processors
 from .triton_backward import key_gradients, normaliser, value_gradients
 from .triton_blocks import INTERPRETED
 from .triton_forward import chunk_decays, decode, output, scan, states
@@ -24,13 +24,6 @@ MIN_SEGMENT_CHUNKS = 8
 
 Decays = tuple[Tensor | None, Tensor | None, Tensor, tuple[bool, ...]]
 Grads = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # the interpreter: enough to exercise segments
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,7 @@ class Plan:
     @property
     def segment_chunks(self) -> int:
         """Chunks per segment: enough segments for about two waves of programs, none shorter than 8 chunks."""
-        wanted = max(1, 2 * _processors(self.tensors[0].device) // self.problems)
+        wanted = max(1, 2 * processors(self.tensors[0].device) // self.problems)
         return max(min(MIN_SEGMENT_CHUNKS, self.chunks), -(-self.chunks // wanted))
 
     @property

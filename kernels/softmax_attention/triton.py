@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..linear_attention.triton_blocks import LOG2E, load_rows, store_rows
-from ..triton_device import INTERPRETED, shared_memory
+from ..triton_device import INTERPRETED, mask_bytes, shared_memory
 
 # Heads are padded to blocks of 64 or 128 and tiles have 64 rows: the widths of Hopper's matrix unit that are used
 # everywhere here. Loops are not pipelined: they have two or three turns, and other programs fill the waits.
@@ -240,10 +240,6 @@ def _options(
     }  # fmt: skip
 
 
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous().view(torch.uint8)
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -260,8 +256,9 @@ def forward(
     q, k, v = _rows(q), _rows(k), _rows(v)
     out = v.new_empty(batch, heads, length, v.shape[3])
     sliding_forward[(batch * heads, triton.cdiv(length, options["BM"]))](
-        q, k, v, _bytes(key_padding), out, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, *numbers, **options
-    )
+        q, k, v, mask_bytes(key_padding), out, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, *numbers,
+        **options,
+    )  # fmt: skip
     return out
 
 
@@ -279,7 +276,7 @@ def backward(
     """See ``reference.backward``; for calls that ``supports`` accepts."""
     (batch, heads, length, _), kv_heads, keys = q.shape, k.shape[1], k.shape[2]
     numbers, options = _options(q, k, v, key_padding, window, scale, softcap)
-    q, k, v, grad, mask = _rows(q), _rows(k), _rows(v), _rows(grad_o.to(v.dtype)), _bytes(key_padding)
+    q, k, v, grad, mask = _rows(q), _rows(k), _rows(v), _rows(grad_o.to(v.dtype)), mask_bytes(key_padding)
     strides = [step for x in (grad, q, k, v) for step in x.stride()[:3]]
     d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
     sums, deltas = (q.new_empty(batch, heads, length, dtype=torch.float32) for _ in range(2))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,6 @@ class LogitDistillation(LoopOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         lora_rank(self.train)
-
-    def scaled(self, factor: float) -> LogitDistillation:
-        """All rates times ``factor``: for a student that has been trained already."""
-        return replace(
-            self,
-            rate=self.rate * factor,
-            lora_rate=self.lora_rate * factor,
-            attention_rate=self.attention_rate * factor,
-        )
 
     def rate_of(self, name: str) -> float:
         """Peak rate of a parameter, by its name in the training graph."""

@@ -14,9 +14,9 @@ import pickle
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from .spread import add_gradients, agreed, current, start_alike, writes
 
 Progress = Callable[[int, int, float, float], None]
 """Called after every step: (step, steps expected, mean loss, tokens per second)."""
+
+Options = TypeVar("Options", bound="LoopOptions")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class LoopOptions:
             raise LincompileError(f"training can't take {self.steps} steps or {self.seconds} seconds: give 0 or more")
         if not (self.clip > 0 and 0 <= self.warmup <= 1 and self.weight_decay >= 0 and self.save_every > 0):
             raise LincompileError("training needs clip > 0, warmup from 0 to 1, weight_decay >= 0 and save_every > 0")
+
+    def scaled(self: Options, factor: float) -> Options:
+        """All rates times ``factor``: for a student that has been trained already."""
+        rates = [option.name for option in fields(self) if option.name == "rate" or option.name.endswith("_rate")]
+        return replace(self, **{name: getattr(self, name) * factor for name in rates})
 
     @property
     def replays(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,6 @@ class Transfer(LoopOptions):
     rate: float = 1e-2
     gate_rate: float = 3e-2
     bias_rate: float = 3e-1
-
-    def scaled(self, factor: float) -> Transfer:
-        """All rates times ``factor``: for a student that has been trained already."""
-        return replace(
-            self, rate=self.rate * factor, gate_rate=self.gate_rate * factor, bias_rate=self.bias_rate * factor
-        )
 
     def rate_of(self, name: str) -> float:
         """Peak rate of a parameter, by its name within its attention module."""
