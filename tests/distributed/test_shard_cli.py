@@ -57,6 +57,28 @@ def environment(rank: int, world: int, port: int = 29500) -> dict[str, str]:
     return {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in place.items()}
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_no_thread_of_the_group_outlives_it() -> None:
+    """Alive when the interpreter ends, they abort the process now and then (`terminate called …`)."""
+    script = """
+import pathlib, torch
+from lincompile.lowering.sharded import joined
+def threads():
+    return sum("gloo" in (task / "comm").read_text() for task in pathlib.Path("/proc/self/task").iterdir())
+with joined():
+    import torch._dynamo
+    print(threads() > 0)
+print(threads())
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = environment(0, 1, free.getsockname()[1])
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | place, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["True", "0"], done.stderr
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "examples" / "nano.py", tmp_path)
