@@ -123,6 +123,7 @@ def export_onnx(
     from .signature import Signature, bind_signature
     from .simplify import simplify
     from .verify import verify as compare
+    from .windows import constant_windows
 
     standard = opset == STANDARD
     version = DEFAULT_OPSET if standard else opset
@@ -136,14 +137,17 @@ def export_onnx(
     model = _translate(step, int(version))
     quantized = lower_quantized(model, layout)
     rounded = lower_embeddings(model, model.graph.inputs[0], quantized) if embeddings == "int6" else None
-    bound = bind_signature(model, step.states, dummy_conv=genai)
+    states = constant_windows(model, step.states, step.windows)
+    growing = {state.site for state in states if state.role == "key"}
+    windows = {site: window for site, window in step.windows.items() if site in growing}
+    bound = bind_signature(model, states, dummy_conv=genai)
     signature = Signature(
         bound,
         _vocabulary(model),
         causal=step.causal,
         max_positions=step.max_positions,
         uniform_positions=step.uniform_positions,
-        windows=dict(step.windows),
+        windows=windows,
     )
     signature.store(model)
     _clean(model)
@@ -157,7 +161,7 @@ def export_onnx(
         notes += attach_bodies(model)
     genai = genai and step.causal
     obstacles = genai_obstacles(bound) if genai else []
-    if genai and step.windows:
+    if genai and windows:
         notes.append(
             "onnxruntime-genai pads batches on the right, and the window of its sliding sites counts that padding: "
             "run prompts of different lengths one by one there, or pad on the left"

@@ -94,6 +94,8 @@ def _heads(states: Sequence[BoundState]) -> tuple[int, int]:
     if not states:
         return 1, 1
     shape = states[0].shape
+    if len(shape) == 1:  # a flat state: genai sizes no cache
+        return 1, 1
     heads, size = shape[0], shape[-1] if states[0].role == "key" else shape[1]
     assert isinstance(heads, int) and isinstance(size, int)
     return heads, size

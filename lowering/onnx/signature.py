@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from ...passes.errors import LincompileError
+from .quantized import Emitter
+from .windows import last_real_token
 
 METADATA_KEY = "lincompile"
 _ROLES = {"recurrent": "recurrent_state", "conv": "conv_state", "key": "key", "value": "value"}
@@ -127,7 +129,7 @@ def bind_signature(model: ir.Model, states: Sequence[StateLike], dummy_conv: boo
             before, after = _dummy_state(graph)
             _add(bound, inputs, outputs, index, site, "conv", (1, 1), before, after)
         for role, members in groups.items():
-            if role == "conv" and len(members) > 1:
+            if role == "conv":
                 shape, before, after = _merge_convolutions(graph, members)
             elif len(members) > 1 or role not in _ROLES:
                 raise LincompileError(
@@ -241,21 +243,8 @@ def _keep_last_real_inputs(graph: ir.Graph, convolutions: Sequence[ir.Node], tok
     """
     if not convolutions:
         return
-    first = convolutions[0]
-
-    def add(op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        node = ir.node(op_type, list(inputs), attributes)
-        graph.insert_before(first, node)
-        return node.outputs[0]
-
-    def constant(*values: int, scalar: bool = False) -> ir.Value:
-        return add("Constant", value_int=values[0]) if scalar else add("Constant", value_ints=list(values))
-
-    # last [B, 1]: one past the index of the row's last real token in this chunk; 0 where the chunk is all padding.
-    one = constant(1, scalar=True)
-    length = add("Squeeze", add("Shape", tokens, start=1, end=2), constant(0))
-    numbers = add("Range", one, add("Add", length, one), one)
-    last = add("ReduceMax", add("Mul", mask, numbers), constant(1), keepdims=1)
+    emit = Emitter(graph, convolutions[0])
+    last = last_real_token(emit, tokens, mask)
     for node in convolutions:
         x, weight, _, past = node.inputs
         assert weight is not None and weight.shape is not None
@@ -263,8 +252,8 @@ def _keep_last_real_inputs(graph: ir.Graph, convolutions: Sequence[ir.Node], tok
         if past is None or not isinstance(width, int) or width == 1:
             continue
         # Inputs last … last + W − 2 of [past, x] along time: [B, 1, W − 1], the same for every channel.
-        columns = add("Unsqueeze", add("Add", last, constant(*range(width - 1))), constant(1))
-        index = add("Expand", columns, add("Shape", past))
+        columns = emit("Unsqueeze", emit("Add", last, emit.constant(list(range(width - 1)))), emit.constant([1]))
+        index = emit("Expand", columns, emit("Shape", past))
         extended = ir.node("Concat", [past, x], {"axis": 2})
         state = ir.node("GatherElements", [extended.outputs[0], index], {"axis": 2})
         graph.insert_after(node, [extended, state])
@@ -288,7 +277,11 @@ def _dummy_state(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
 def _merge_convolutions(
     graph: ir.Graph, members: Sequence[tuple[StateLike, ir.Value, ir.Value]]
 ) -> tuple[tuple[int | None, ...], ir.Value, ir.Value]:
-    """One conv state for a site that has several (query and key): split on the channels, joined again."""
+    """One conv state for a site that has several (query and key): split on the channels, joined again.
+
+    A single one too: onnxruntime-genai hands in one buffer for the old and the new state, which is safe where one node
+    reads it and all else descends from that.
+    """
     widths = {state.shape[1] for state, _, _ in members}
     if len(widths) != 1:
         raise LincompileError(

@@ -135,9 +135,10 @@ def test_a_padded_batch_equals_single_runs(exported: Callable[[str], Exported], 
         assert close(name, difference)
 
 
-def test_padding_on_the_right_of_a_chunk(exported: Callable[[str], Exported]) -> None:
+@pytest.mark.parametrize("name", ["hybrid", "window"])
+def test_padding_on_the_right_of_a_chunk(exported: Callable[[str], Exported], name: str) -> None:
     """As onnxruntime-genai pads a batch: the next token must see each row's last real tokens, not the padding."""
-    session = exported("hybrid").session
+    session = exported(name).session
     tokens = torch.randint(3, zoo.VOCAB, (2, 9), generator=torch.Generator().manual_seed(2))
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
     positions = torch.arange(5) * mask
@@ -169,13 +170,21 @@ def test_greedy_tokens_equal_torch(exported: Callable[[str], Exported], name: st
         assert float((chosen == torch.tensor(continuation)).float().mean()) >= 0.9
 
 
-def test_a_window_beside_linear_attention_keeps_the_state_constant(exported: Callable[[str], Exported]) -> None:
-    session = exported("window").session
-    short, long = (generate(session, [[5, 6, 7, 8, 9]], count).state.states for count in (8, 24))
-    assert [state.shape for state in short] == [state.shape for state in long]
+def test_a_window_beside_linear_attention_is_part_of_a_constant_state(exported: Callable[[str], Exported]) -> None:
+    case = exported("window")
+    session = case.session
+    assert not [spec for spec in session.states if spec.role in ("key", "value", "mask")]
+    assert {len(spec.shape) for spec in session.states if spec.role == "recurrent"} == {1}
+    inputs = batch(case.step, (50, 41, 3))  # two blocks of queries; a row shorter than the window
+    with torch.no_grad():
+        wanted, _ = case.step(*inputs, case.step.initial_states(3))
+    for cuts in ((), (1, 2, 35), (47,)):
+        logits, states = in_chunks(session, session.initial_states(3), inputs, cuts)
+        assert close("window", (logits - wanted)[inputs[2]])
+        assert [state.shape for state in states] == [(3, *spec.shape) for spec in session.states]
 
 
-@pytest.mark.parametrize("name", ["hybrid", "int6"])
+@pytest.mark.parametrize("name", ["hybrid", "int6", "window"])
 def test_the_reference_evaluator_runs_the_bodies(exported: Callable[[str], Exported], name: str) -> None:
     from onnx.reference import ReferenceEvaluator
 
