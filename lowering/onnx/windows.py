@@ -121,7 +121,7 @@ class _Blocks:
 
     Attributes:
         columns: int64 ``[blocks, S]``: which of the kept and new tokens each block of queries reads.
-        visible: bool ``[B, blocks, 1, 1, C, S]``: which of them each of its C queries sees.
+        bias: float ``[B, blocks, 1, 1, C, S]``: added to the scores of its C queries, 0 for what they see.
         padding: what ``Pad`` adds to queries ``[B, T, H·D]`` to fill the last block.
         counts: int64 ``[blocks, C]``.
         end: int64 ``[T]``.
@@ -130,7 +130,7 @@ class _Blocks:
     """
 
     columns: ir.Value
-    visible: ir.Value
+    bias: ir.Value
     padding: ir.Value
     counts: ir.Value
     end: ir.Value
@@ -180,11 +180,13 @@ def _blocks(emit: Emitter, tokens: ir.Value, mask: ir.Value, real: ir.Value, win
     held = emit("Concat", real, emit("Cast", mask, to=ir.DataType.FLOAT.value), axis=1)
     shown = emit("Greater", emit("Gather", held, columns, axis=1), emit.constant(0.5, np.float32))
     visible = emit("And", emit("Unsqueeze", shown, emit.constant([2, 3, 4])), near)
+    scores = emit.constant(0.0, np.float32), emit.constant(MASKED_SCORE, np.float32)
+    bias = emit("Where", visible, *scores)
     filled = emit("Sub", emit("Mul", count, size), end)
     padding = emit("Concat", emit.constant([0, 0, 0, 0]), filled, emit.constant([0]), axis=0)
     last = last_real_token(emit, tokens, emit("Cast", mask, to=ir.DataType.INT64.value))
     kept = emit("Unsqueeze", emit("Add", last, emit.constant(list(range(past)))), emit.constant([2]))
-    return _Blocks(columns, visible, padding, counts, end, kept, emit("GatherND", held, kept, batch_dims=1))
+    return _Blocks(columns, bias, padding, counts, end, kept, emit("GatherND", held, kept, batch_dims=1))
 
 
 def _attend(emit: Emitter, node: ir.Node, cache: ir.Value, blocks: _Blocks, heads: _Heads) -> tuple[ir.Value, ir.Value]:
@@ -201,17 +203,15 @@ def _attend(emit: Emitter, node: ir.Node, cache: ir.Value, blocks: _Blocks, head
     both = ir.node("Split", [emit("Transpose", apart, perm=[0, 1, 3, 2, 4]), halves], {"axis": 2}, num_outputs=2)
     emit.graph.insert_before(emit.before, both)
     keys, values = (emit("Unsqueeze", half, emit.constant([3])) for half in both.outputs)
-    padded = emit("Pad", query, blocks.padding)
+    padded = emit("Pad", emit("Mul", query, emit.constant(heads.scale, np.float32)), blocks.padding)
     # [B, blocks · C, H·D] → [B, blocks, Hkv, group, C, D]
     split = emit("Concat", emit.constant([0]), blocks.counts, emit.constant([kv_heads, group, size]), axis=0)
     queries = emit("Transpose", emit("Reshape", padded, split), perm=[0, 1, 3, 4, 2, 5])
     scores = emit("MatMul", queries, emit("Transpose", keys, perm=[0, 1, 2, 3, 5, 4]))
-    scores = emit("Mul", scores, emit.constant(heads.scale, np.float32))
     if heads.softcap > 0:
         cap = emit.constant(heads.softcap, np.float32)
         scores = emit("Mul", emit("Tanh", emit("Div", scores, cap)), cap)
-    masked = emit("Where", blocks.visible, scores, emit.constant(MASKED_SCORE, np.float32))
-    mixed = emit("MatMul", emit("Softmax", masked, axis=-1), values)
+    mixed = emit("MatMul", emit("Softmax", emit("Add", scores, blocks.bias), axis=-1), values)
     ordered = emit("Transpose", mixed, perm=[0, 1, 4, 2, 3, 5])
     rows = emit("Reshape", ordered, emit.constant([0, -1, width]))
     return emit("Slice", rows, emit.constant([0]), blocks.end, emit.constant([1])), new_cache
