@@ -29,10 +29,10 @@ def opset_option(ctx: click.Context, param: click.Parameter, value: str) -> int 
 )
 @click.option(
     "--layout",
-    type=click.Choice(["planes", "int8"]),
+    type=click.Choice(["planes", "int8", "native"]),
     default="planes",
     show_default=True,
-    help="Six bits in memory, or eight and faster.",
+    help="Six bits in memory; eight and faster; or six with kernels of the native library where it can be compiled.",
 )
 @click.option(
     "--embeddings",

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import platform
-import shutil
 import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .. import compiled
 from . import reference
 from .codes import ACTIVATIONS, LEVELS, quantize_weight
 from .pack import group_count, pack
@@ -248,40 +245,9 @@ def build(folder: Path | None = None) -> Path:
         FileNotFoundError: no C compiler. PermissionError: the library there is another user's. OSError,
             subprocess.SubprocessError: the folder or the compiler failed.
     """
-    compiler = next((found for name in _compilers() if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise FileNotFoundError("no C compiler (cc, gcc, clang or $CC)")
-    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
-    key = hashlib.sha256("\0".join([SOURCE, compiler, *flags, _processor()]).encode()).hexdigest()[:16]
-    if folder is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lincompile"
-    target = folder / f"int6_{key}.so"
-    if target.exists():
-        if hasattr(os, "getuid") and target.stat().st_uid != os.getuid():
-            raise PermissionError(f"{target} belongs to another user")
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        source, made = Path(work) / "int6.c", Path(work) / "int6.so"
-        source.write_text(SOURCE)
-        command = [compiler, *flags, str(source), "-o", str(made), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-        made.replace(target)
-    return target
-
-
-def _compilers() -> list[str]:
-    return [name for name in (os.environ.get("CC", ""), "cc", "gcc", "clang") if name]
-
-
-def _processor() -> str:
-    """What ``-march=native`` depends on: a home folder may be shared by machines that differ in it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return "\0".join([platform.machine(), platform.processor(), flags])
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
+    compilers = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
+    return compiled.build("int6", "C", {"int6.c": SOURCE}, compilers, flags, folder)
 
 
 def _agrees(library: ctypes.CDLL) -> bool:

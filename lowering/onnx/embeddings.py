@@ -51,7 +51,8 @@ def lower_embeddings(model: ir.Model, tokens: ir.Value, report: QuantizedReport)
         emit.weight(f"{table.name}.onnx_hi", plane_of_codes(unsigned >> 2, 4)),
         emit.weight(f"{table.name}.onnx_lo", plane_of_codes(unsigned & 3, 2)),
     ]
-    scales = emit("Cast", emit.weight(f"{table.name}.onnx_scale", scale.numpy()), to=ir.DataType.FLOAT.value)
+    scale_stored = emit.weight(f"{table.name}.onnx_scale", scale.numpy())
+    scales = emit("Cast", scale_stored, to=ir.DataType.FLOAT.value)
     four = emit("Mul", scales, emit.constant(4.0, np.float32))
     parts = []
     for plane, bits, factor, zero in zip(planes, (4, 2), (four, scales), (8, 0), strict=True):
@@ -67,9 +68,11 @@ def lower_embeddings(model: ir.Model, tokens: ir.Value, report: QuantizedReport)
             if bits == 2 and activation != "a8":
                 bits, full, zeros = 4, widen_plane(emit, full), zero_points(emit, rows, blocks, 4, 0)
             products.append((bits, emit("Reshape", full, emit.constant([rows, blocks, -1])), factor, zeros))
-        matrix = Matrix(rows, columns, tuple(products))
+        native = (planes[0], planes[1], scale_stored) if report.native and activation == "a8" else None
+        matrix = Matrix(rows, columns, tuple(products), native)
         for head in heads:
             _replace_head(graph, head, matrix, activation)
+            report.native += native is not None
     for node in lookups:
         _replace_lookup(graph, node, parts)
     report.linears += len(heads)

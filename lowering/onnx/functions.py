@@ -9,6 +9,7 @@ two ways that need different bodies (update rules, convolution widths), none is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 import onnx
 import onnx_ir as ir
@@ -296,7 +297,7 @@ GatherBlockQuantized <bits, block_size, gather_axis, quantize_axis> (data, indic
 def attach_bodies(model: ir.Model) -> list[str]:
     """Add a function body for every contrib operator that the model calls; returns notes on those left without one."""
     calls: dict[str, list[ir.Node]] = {}
-    for node in model.graph.all_nodes():
+    for node in chain(model.graph.all_nodes(), *(function.all_nodes() for function in model.functions.values())):
         if node.domain == CONTRIB_DOMAIN:
             calls.setdefault(node.op_type, []).append(node)
     notes = []
@@ -309,6 +310,9 @@ def attach_bodies(model: ir.Model) -> list[str]:
             continue
         function = ir.serde.deserialize_function(parse_body(variants[0]))
         model.functions[function.identifier()] = function
+    for key in [key for key in model.functions if key[0] != CONTRIB_DOMAIN]:
+        # onnx's ReferenceEvaluator wants a function after those that it calls.
+        model.functions[key] = model.functions.pop(key)
     if model.functions:
         model.graph.opset_imports[CONTRIB_DOMAIN] = 1
     return notes

@@ -23,9 +23,10 @@ import torch
 
 from ...kernels.int6_linear.pack import unpack
 from ...passes.errors import LincompileError
+from . import native
 from .schemas import CONTRIB_DOMAIN, PLACEHOLDER_DOMAIN
 
-LAYOUTS = ("planes", "int8")
+LAYOUTS = ("planes", "int8", "native")
 _INT8_LEVEL = 4  # MatMulNBits' accuracy_level: activations in int8 per block
 _FLOAT_LEVEL = 1  # activations stay float32
 _OFFSET = 32  # of the unsigned six-bit code
@@ -34,20 +35,25 @@ _CONSTANT_PREFIX = "lincompile"
 
 @dataclass
 class QuantizedReport:
-    """What was lowered: how many linears, their weights, and their activations."""
+    """What was lowered: how many linears, their weights and activations, how many call a native operator."""
 
     linears: int = 0
     weights: int = 0
     activations: dict[str, int] = field(default_factory=dict)
+    native: int = 0
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One quantized matrix ``[N, K]`` as MatMulNBits inputs: ``(bits, B, scales, zero_points)`` per product."""
+    """One quantized matrix ``[N, K]`` as MatMulNBits inputs: ``(bits, B, scales, zero_points)`` per product.
+
+    Or, for the native operator, as its inputs ``(high, low, scale)``.
+    """
 
     rows: int
     columns: int
     products: tuple[tuple[int, ir.Value, ir.Value, ir.Value], ...]
+    native: tuple[ir.Value, ir.Value, ir.Value] | None = None
 
 
 class Emitter:
@@ -79,9 +85,10 @@ def lower_quantized(model: ir.Model, layout: str = "planes") -> QuantizedReport:
 
     Args:
         layout: ``planes`` keeps six bits in memory too (4 + 2 products); ``int8`` joins the planes to eight bits when
-            the model is loaded, six on disk: one product, faster, a third more memory. Layers whose activations aren't
-            ``a8`` (six-bit or float activations) need float products, for which only the four-bit kernel is fast:
-            their two bits are widened to four when loaded, in both layouts.
+            the model is loaded, six on disk: one product, faster, a third more memory; ``native`` calls an operator of
+            the native library, whose body in the file is ``planes`` (:mod:`.native`; groups of 128). Layers whose
+            activations aren't ``a8`` (six-bit or float activations) need float products, for which only the four-bit
+            kernel is fast: their two bits are widened to four when loaded, in every layout.
 
     Raises:
         LincompileError: an unknown layout, a group size that isn't a power of two, weights that aren't constants.
@@ -107,6 +114,9 @@ def lower_quantized(model: ir.Model, layout: str = "planes") -> QuantizedReport:
         _replace(emit, node, packed[key], group_size, activation)
         report.linears += 1
         report.activations[activation] = report.activations.get(activation, 0) + 1
+        report.native += packed[key].native is not None
+    if report.native:
+        native.attach_int6_linear(model)
     return report
 
 
@@ -163,9 +173,12 @@ def _pack_int6(emit: Emitter, node: ir.Node, group_size: int, activation: str, l
     padded = blocks * group_size
     hi_stored = emit.weight(f"{name}onnx_hi", plane_of_codes(codes >> 2, 4))
     lo_stored = emit.weight(f"{name}onnx_lo", plane_of_codes(codes & 3, 2))
+    scale_stored = emit.weight(f"{name}onnx_scale", scale.numpy())
+    if layout == "native" and activation == "a8" and group_size == native.GROUP_SIZE:
+        return Matrix(rows, columns, (), (hi_stored, lo_stored, scale_stored))
     hi_plane = _full_width(emit, hi_stored, padded // 2 - (columns + 1) // 2)
     lo_plane = _full_width(emit, lo_stored, padded // 4 - (columns + 3) // 4)
-    scales = emit("Cast", emit.weight(f"{name}onnx_scale", scale.numpy()), to=ir.DataType.FLOAT.value)
+    scales = emit("Cast", scale_stored, to=ir.DataType.FLOAT.value)
     if layout == "int8" and activation == "a8":
         blobs = _blobs(emit, _join_planes(emit, hi_plane, lo_plane), rows, blocks)
         zero = zero_points(emit, rows, blocks, 8, _OFFSET)
@@ -242,7 +255,9 @@ def widen_plane(emit: Emitter, lo_plane: ir.Value) -> ir.Value:
 
 
 def matmul(emit: Emitter, x: ir.Value, matrix: Matrix, group_size: int, activation: str) -> ir.Value:
-    """``x · Wᵀ``: the sum of the matrix's products."""
+    """``x · Wᵀ``: the sum of the matrix's products, or the native operator."""
+    if matrix.native is not None:
+        return emit(native.INT6_LINEAR, x, *matrix.native, domain=PLACEHOLDER_DOMAIN, K=matrix.columns, N=matrix.rows)
     total = None
     for bits, blobs, scales, zeros in matrix.products:
         product = emit(

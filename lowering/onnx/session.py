@@ -30,6 +30,7 @@ class OnnxSession:
         causal: False for an encoder: no states, each call is a whole sequence.
         max_positions: longest sequence the model accepts, None if unbounded.
         uniform_positions: all rows of a batch must be at the same position.
+        native: the native library's kernels that run (``avx512vnni``); None where all kernels are onnxruntime's.
     """
 
     def __init__(self, folder: str | Path, *, threads: int | None = None):
@@ -45,6 +46,7 @@ class OnnxSession:
         require("onnxruntime")
         import onnxruntime
 
+        from ..native import library
         from .signature import Signature
 
         path = Path(folder)
@@ -55,6 +57,7 @@ class OnnxSession:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        self.native = library.register(options) if library.calls_native_operators(path) else None
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no public base class

@@ -11,58 +11,14 @@ onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
 ort = pytest.importorskip("onnxruntime")
 
-import lincompile.kernels.ops  # noqa: E402, F401
+from quantized_models import expected, lowered, ops, placeholder_model, weights  # noqa: E402
+
 from lincompile.kernels.int6_linear.codes import quantize_weight  # noqa: E402
 from lincompile.kernels.int6_linear.pack import pack  # noqa: E402
 from lincompile.lowering.onnx.functions import attach_bodies  # noqa: E402
+from lincompile.lowering.onnx.native import attach_int6_linear  # noqa: E402
 from lincompile.lowering.onnx.quantized import lower_quantized  # noqa: E402
 from lincompile.passes.errors import LincompileError  # noqa: E402
-
-ops = torch.ops.lincompile
-
-
-def weights(rows: int, columns: int, bits: int, group: int = 128) -> dict[str, Tensor]:
-    torch.manual_seed(rows * 7 + columns)
-    codes, scale = quantize_weight(torch.randn(rows, columns) / columns**0.5, group, bits)
-    if bits == 8:
-        return {"fc.weight": codes, "fc.weight_scale": scale}
-    hi, lo = pack(codes, group)
-    return {"fc.weight_hi": hi, "fc.weight_lo": lo, "fc.weight_scale": scale}
-
-
-def placeholder_model(
-    tensors: dict[str, Tensor], columns: int, rows: int, activation: str, bias: Tensor | None = None, group: int = 128
-) -> ir.Model:
-    """What translation leaves: one placeholder node over initializers, x [B, T, K] → y [B, T, N]."""
-    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["B", "T", columns]))
-    given = dict(tensors) if bias is None else {**tensors, "fc.bias": bias}
-    values = [
-        ir.Value(name=name, const_value=ir.tensor(tensor.numpy(), name=name), shape=ir.Shape(tensor.shape))
-        for name, tensor in given.items()
-    ]
-    for value in values:
-        value.type = ir.TensorType(value.const_value.dtype)
-    if bias is None:
-        values.append(None)
-    name = "Int6Linear" if len(tensors) == 3 else "Int8Linear"
-    node = ir.node(name, [x, *values], {"group_size": group, "activation": activation}, domain="lincompile")
-    node.outputs[0].name, node.outputs[0].type = "y", x.type
-    node.outputs[0].shape = ir.Shape(["B", "T", rows])
-    initializers = [value for value in values if value is not None]
-    graph = ir.Graph([x], [node.outputs[0]], nodes=[node], initializers=initializers, opset_imports={"": 21}, name="g")
-    return ir.Model(graph, ir_version=10)
-
-
-def lowered(model: ir.Model, layout: str = "planes") -> onnx.ModelProto:
-    import onnx_ir.passes.common as common
-
-    lower_quantized(model, layout)
-    common.RemoveUnusedNodesPass()(model)
-    assert attach_bodies(model) == []
-    common.NameFixPass()(model)
-    proto = ir.serde.serialize_model(model)
-    onnx.checker.check_model(proto)
-    return proto
 
 
 def run(proto: onnx.ModelProto, x: Tensor) -> Tensor:
@@ -70,15 +26,10 @@ def run(proto: onnx.ModelProto, x: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 
-def expected(tensors: dict[str, Tensor], x: Tensor, bias: Tensor | None, activation: str, group: int = 128) -> Tensor:
-    op = ops.int6_linear if len(tensors) == 3 else ops.int8_linear
-    return op(x, *tensors.values(), bias, group, activation)
-
-
 # 72 and 576 end in a partial group, 70 in one whose planes end inside a byte; 256 fills its groups.
 @pytest.mark.parametrize("columns", [72, 70, 256, 576])
 @pytest.mark.parametrize("activation", ["a8", "a6", "a16"])
-@pytest.mark.parametrize(("bits", "layout"), [(6, "planes"), (6, "int8"), (8, "planes")])
+@pytest.mark.parametrize(("bits", "layout"), [(6, "planes"), (6, "int8"), (6, "native"), (8, "planes")])
 def test_equals_the_torch_op(columns: int, activation: str, bits: int, layout: str) -> None:
     rows = 40
     tensors = weights(rows, columns, bits)
@@ -97,7 +48,7 @@ def test_weights_are_exact() -> None:
     read = run(lowered(placeholder_model(tensors, columns, rows, "a16")), eye)[0].T
     assert torch.equal(read, expected(tensors, eye, None, "a16")[0].T)
     # With a8 an identity row quantizes to 127 · (1/127): exact up to the rounding of that scale and of one sum.
-    for layout in ("planes", "int8"):
+    for layout in ("planes", "int8", "native"):
         read8 = run(lowered(placeholder_model(tensors, columns, rows, "a8"), layout), eye)[0].T
         torch.testing.assert_close(read8, read, rtol=2e-7, atol=1e-7)
 
@@ -117,7 +68,7 @@ def test_all_zero_tokens_and_groups() -> None:
 @pytest.mark.parametrize("columns", [576, 1536])
 def test_six_bits_on_disk(columns: int) -> None:
     rows = 64
-    for layout in ("planes", "int8"):
+    for layout in ("planes", "int8", "native"):
         model = placeholder_model(weights(rows, columns, 6), columns, rows, "a8")
         proto = lowered(model, layout)
         stored = sum(len(item.raw_data) for item in proto.graph.initializer)
@@ -179,8 +130,8 @@ def embedding_model(table: Tensor) -> ir.Model:
     return ir.Model(graph, ir_version=10)
 
 
-@pytest.mark.parametrize("activation", ["a8", "a16"])
-def test_embeddings_in_six_bits(activation: str) -> None:
+@pytest.mark.parametrize(("activation", "native"), [("a8", 0), ("a16", 0), ("a8", 1)])
+def test_embeddings_in_six_bits(activation: str, native: int) -> None:
     """The look-up reads the rounded table, the tied head multiplies with it; the planes are stored once.
 
     The head's activations are rounded where those of the layers before it are.
@@ -194,9 +145,11 @@ def test_embeddings_in_six_bits(activation: str) -> None:
 
     torch.manual_seed(0)
     table = torch.randn(50, 200)
-    model, report = embedding_model(table), QuantizedReport(activations={activation: 1})
+    model, report = embedding_model(table), QuantizedReport(activations={activation: 1}, native=native)
     lower_embeddings(model, model.graph.inputs[0], report)
-    assert report.activations == {activation: 2}
+    assert report.activations == {activation: 2} and report.native == 2 * native
+    if native:
+        attach_int6_linear(model)
     common.RemoveUnusedNodesPass()(model)
     assert attach_bodies(model) == []
     common.NameFixPass()(model)

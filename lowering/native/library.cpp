@@ -1,0 +1,287 @@
+// The custom operators as onnxruntime sees them: shapes are checked, work is spread over the session's threads.
+#include <algorithm>
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "int6.h"
+#include "ort.h"
+
+namespace {
+
+constexpr char kDomain[] = "lincompile";
+constexpr int64_t kWorkPerTask = 1 << 17;  // multiplications; less isn't worth waking a thread for
+constexpr int64_t kMaxTasks = 16;
+
+// ---- Errors: a status of the runtime's, thrown up to the callback that may return it.
+
+struct Failure {
+    ort::Status* status;
+};
+
+[[noreturn]] void fail(const ort::Api* api, const char* format, ...) {
+    char text[400];
+    va_list arguments;
+    va_start(arguments, format);
+    std::vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    throw Failure{ort::create_status(api, ort::kInvalidArgument, static_cast<const char*>(text))};
+}
+
+void check(ort::Status* status) {
+    if (status != nullptr) throw Failure{status};
+}
+
+template <typename Body>
+ort::Status* guarded(const ort::Api* api, Body body) {
+    try {
+        body();
+        return nullptr;
+    } catch (const Failure& failure) {
+        return failure.status;
+    } catch (const std::exception& error) {
+        return ort::create_status(api, ort::kFail, error.what());
+    }
+}
+
+// ---- Tensors
+
+struct Shape {
+    std::vector<int64_t> sizes;
+
+    std::string text() const {
+        std::string out = "[";
+        for (std::size_t i = 0; i < sizes.size(); i++) out += (i ? ", " : "") + std::to_string(sizes[i]);
+        return out + "]";
+    }
+};
+
+const ort::Value* input_value(const ort::Api* api, ort::KernelContext* context, std::size_t index) {
+    const ort::Value* value = nullptr;
+    check(ort::input(api, static_cast<const ort::KernelContext*>(context), index, &value));
+    if (value == nullptr) fail(api, "lincompile: input %zu is missing", index);
+    return value;
+}
+
+Shape shape_of(const ort::Api* api, const ort::Value* value) {
+    ort::ShapeInfo* info = nullptr;
+    check(ort::shape_info(api, value, &info));
+    std::size_t rank = 0;
+    Shape shape;
+    ort::Status* status = ort::rank(api, static_cast<const ort::ShapeInfo*>(info), &rank);
+    if (status == nullptr) {
+        shape.sizes.resize(rank);
+        status = ort::dimensions(api, static_cast<const ort::ShapeInfo*>(info), shape.sizes.data(), rank);
+    }
+    ort::release_shape_info(api, info);
+    check(status);
+    return shape;
+}
+
+template <typename T>
+T* data_of(const ort::Api* api, const ort::Value* value) {
+    void* data = nullptr;
+    check(ort::tensor_data(api, const_cast<ort::Value*>(value), &data));
+    return static_cast<T*>(data);
+}
+
+// ---- Threads
+
+template <typename Body>
+struct Job {
+    Body body;
+    int64_t count, tasks;
+    std::atomic<bool> failed{false};
+
+    static void run(void* self, std::size_t index) {
+        Job& job = *static_cast<Job*>(self);
+        const int64_t task = static_cast<int64_t>(index);
+        try {
+            job.body(job.count * task / job.tasks, job.count * (task + 1) / job.tasks);
+        } catch (...) {  // only memory can run out here; nothing may be thrown through the runtime's threads
+            job.failed = true;
+        }
+    }
+};
+
+// body(first, last) over parts of `count` items that cost `work` multiplications in all.
+template <typename Body>
+void spread(const ort::Api* api, ort::KernelContext* context, int64_t count, int64_t work, Body body) {
+    const int64_t tasks = std::max<int64_t>(1, std::min({count, kMaxTasks, work / kWorkPerTask}));
+    if (tasks == 1) return body(0, count);
+    Job<Body> job{body, count, tasks};
+    check(ort::parallel_for(api, static_cast<const ort::KernelContext*>(context), &Job<Body>::run,
+                            static_cast<std::size_t>(tasks), std::size_t{0}, static_cast<void*>(&job)));
+    if (job.failed) throw std::bad_alloc();
+}
+
+// ---- Int6LinearA8(x [..., K], high [N, ceil(K/2)], low [N, ceil(K/4)], scale [N, ceil(K/128)]) -> y [..., N]
+
+const int6::Kernels* int6_kernels = nullptr;
+
+struct Int6Linear {
+    const ort::Api* api;
+    const int6::Kernels& kernels = *int6_kernels;
+    int6::Matrix weight{};
+    bool constant = false;  // the planes are the model's own: looked up once
+
+    Int6Linear(const ort::Api* api, const ort::KernelInfo* info) : api(api) {
+        check(ort::int_attribute(api, info, "K", &weight.width));
+        check(ort::int_attribute(api, info, "N", &weight.rows));
+        if (weight.width < 1 || weight.rows < 1)
+            fail(api, "lincompile.Int6LinearA8: K and N must be positive, got %lld and %lld",
+                 static_cast<long long>(weight.width), static_cast<long long>(weight.rows));
+        const ort::Value* planes[3] = {};
+        constant = true;
+        for (std::size_t i = 0; i < 3; i++) {
+            int is_constant = 0;
+            check(ort::constant_input(api, info, i + 1, &is_constant, &planes[i]));
+            constant &= is_constant != 0 && planes[i] != nullptr;
+        }
+        if (constant) bind(weight, planes);
+    }
+
+    void bind(int6::Matrix& to, const ort::Value* const* planes) const {
+        to.high = plane<uint8_t>(planes[0], "high", to.high_bytes());
+        to.low = plane<uint8_t>(planes[1], "low", to.low_bytes());
+        to.scale = plane<uint16_t>(planes[2], "scale", to.groups());
+    }
+
+    template <typename T>
+    const T* plane(const ort::Value* value, const char* name, int64_t columns) const {
+        const Shape shape = shape_of(api, value);
+        if (shape.sizes != std::vector<int64_t>{weight.rows, columns})
+            fail(api, "lincompile.Int6LinearA8: %s must be [%lld, %lld] for K = %lld, got %s", name,
+                 static_cast<long long>(weight.rows), static_cast<long long>(columns),
+                 static_cast<long long>(weight.width), shape.text().c_str());
+        return data_of<const T>(api, value);
+    }
+
+    void compute(ort::KernelContext* context) const {
+        const ort::Value* x = input_value(api, context, 0);
+        Shape shape = shape_of(api, x);
+        if (shape.sizes.empty() || shape.sizes.back() != weight.width)
+            fail(api, "lincompile.Int6LinearA8: x must be [..., %lld], got %s", static_cast<long long>(weight.width),
+                 shape.text().c_str());
+        int64_t count = 1;
+        for (std::size_t axis = 0; axis + 1 < shape.sizes.size(); axis++) count *= shape.sizes[axis];
+        int6::Matrix matrix = weight;
+        if (!constant) {
+            const ort::Value* planes[3];
+            for (std::size_t i = 0; i < 3; i++) planes[i] = input_value(api, context, i + 1);
+            bind(matrix, planes);
+        }
+        shape.sizes.back() = matrix.rows;
+        ort::Value* output = nullptr;
+        check(ort::output(api, context, std::size_t{0}, static_cast<const int64_t*>(shape.sizes.data()),
+                          shape.sizes.size(), &output));
+        if (count == 0) return;
+        const float* in = data_of<const float>(api, x);
+        float* out = data_of<float>(api, output);
+        int6::Tokens tokens(count, matrix.groups());
+        // Rounding an input costs about as much as 16 multiplications.
+        spread(api, context, count, count * matrix.width * 16,
+               [&](int64_t first, int64_t last) { kernels.quantize(in, matrix.width, tokens, first, last); });
+        const int64_t blocks = (matrix.rows + int6::kRowBlock - 1) / int6::kRowBlock;
+        spread(api, context, blocks, count * matrix.rows * matrix.width, [&](int64_t first, int64_t last) {
+            kernels.multiply(matrix, tokens, out, first * int6::kRowBlock,
+                             std::min(matrix.rows, last * int6::kRowBlock));
+        });
+    }
+};
+
+// ---- Registration
+
+template <typename Kernel>
+ort::Status* create(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** kernel) {
+    return guarded(api, [&] { *kernel = new Kernel(api, info); });
+}
+
+template <typename Kernel>
+ort::Status* compute(void* kernel, ort::KernelContext* context) {
+    const Kernel& self = *static_cast<const Kernel*>(kernel);
+    return guarded(self.api, [&] { self.compute(context); });
+}
+
+template <typename Kernel>
+void destroy(void* kernel) {
+    delete static_cast<Kernel*>(kernel);
+}
+
+// An operator with float outputs; the types of its inputs are in `inputs`.
+struct Op : ort::CustomOp {
+    const char* op_name;
+    std::vector<ort::ElementType> inputs;
+    std::size_t outputs;
+};
+
+template <typename Kernel>
+Op make_op(const char* name, std::vector<ort::ElementType> inputs, std::size_t outputs) {
+    using ort::CustomOp;
+    Op op{};
+    op.op_name = name;
+    op.inputs = std::move(inputs);
+    op.outputs = outputs;
+    op.version = ort::kApiVersion;
+    op.name = [](const CustomOp* self) { return static_cast<const Op*>(self)->op_name; };
+    op.provider = [](const CustomOp*) -> const char* { return nullptr; };
+    op.input_type = [](const CustomOp* self, std::size_t i) { return static_cast<const Op*>(self)->inputs[i]; };
+    op.input_count = [](const CustomOp* self) { return static_cast<const Op*>(self)->inputs.size(); };
+    op.output_type = [](const CustomOp*, std::size_t) { return ort::kFloat; };
+    op.output_count = [](const CustomOp* self) { return static_cast<const Op*>(self)->outputs; };
+    op.create_v1 = [](const CustomOp*, const ort::Api*, const ort::KernelInfo*) -> void* { return nullptr; };
+    op.compute_v1 = [](void*, ort::KernelContext*) {};
+    op.destroy = destroy<Kernel>;
+    op.input_characteristic = op.output_characteristic = [](const CustomOp*, std::size_t) { return 0; };  // required
+    op.input_memory = [](const CustomOp*, std::size_t) { return 0; };
+    op.variadic_input_minimum = op.variadic_output_minimum = [](const CustomOp*) { return 1; };
+    op.variadic_input_homogeneous = op.variadic_output_homogeneous = [](const CustomOp*) { return 1; };
+    op.create = create<Kernel>;
+    op.compute = compute<Kernel>;
+    op.start_version = [](const CustomOp*) { return 1; };
+    op.end_version = [](const CustomOp*) { return INT32_MAX; };
+    return op;
+}
+
+}  // namespace
+
+extern "C" {
+
+// The kernels that RegisterCustomOps registers, by name: those asked for, or by default the only ones measured to be
+// worth it. Null where this processor runs none of them.
+__attribute__((visibility("default"))) const char* lincompile_kernels() {
+    const char* wanted = std::getenv("LINCOMPILE_NATIVE");
+    const bool any = wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, "1") == 0;
+    const int6::Kernels* chosen = int6::choose(any ? int6::avx512vnni_name : wanted);
+    return chosen == nullptr ? nullptr : chosen->name;
+}
+
+// Adds the operators to a session's options; where there are no kernels, none: a file's function bodies then run.
+__attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
+                                                                      const ort::ApiBase* base) {
+    const ort::Api* api = base->get_api(ort::kApiVersion);
+    if (api == nullptr) {
+        const ort::Api* first = base->get_api(1);  // an error can be made through any version
+        std::string text = std::string("lincompile's native library needs onnxruntime 1.20 or newer, this is ") +
+                           base->version_string();
+        return ort::create_status(first, ort::kFail, text.c_str());
+    }
+    return guarded(api, [&] {
+        const char* name = lincompile_kernels();
+        if (name == nullptr) return;
+        int6_kernels = int6::choose(name);
+        static const Op int6_linear =
+            make_op<Int6Linear>("Int6LinearA8", {ort::kFloat, ort::kUint8, ort::kUint8, ort::kFloat16}, 1);
+        // Lives as long as the process: sessions made from these options refer to it.
+        ort::Domain* domain = nullptr;
+        check(ort::create_domain(api, static_cast<const char*>(kDomain), &domain));
+        check(ort::add_op(api, domain, static_cast<const ort::CustomOp*>(&int6_linear)));
+        check(ort::add_domain(api, options, domain));
+    });
+}
+}
