@@ -1,10 +1,12 @@
-"""The native library beside onnxruntime's own kernels: all linear layers of SmolLM2-135M in one graph, runs in turn.
+"""The native library beside onnxruntime's own kernels: the linear layers of SmolLM2-135M, its LAWCAT attention.
 
     python benchmarks/onnx_native.py --out benchmarks/results/onnx_native.json
 
-``planes`` and ``int8`` are the stock layouts, ``native`` the same weights through the library, ``native_stock`` that
-same file without it. Every layer has weights of its own, so that a token reads them from memory as decoding does.
-Times are milliseconds, the best of the repetitions of each; speedups are medians of the ratios of neighbouring runs.
+All linear layers in one graph: ``planes`` and ``int8`` are the stock layouts, ``native`` the same weights through the
+library, ``native_stock`` that same file without it. Every layer has weights of its own, so that a token reads them from
+memory as decoding does. One attention layer: ``stock`` is com.microsoft.LinearAttention, ``native`` the same call
+through the library. Times are milliseconds, the best of the repetitions of each; speedups are medians of the ratios of
+neighbouring runs.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ from lincompile.kernels import ops  # noqa: F401  registers torch.ops.lincompile
 from lincompile.kernels.int6_linear.pack import pack
 from lincompile.lowering.native import library
 from lincompile.lowering.onnx.functions import attach_bodies
+from lincompile.lowering.onnx.native import lower_attention
 from lincompile.lowering.onnx.quantized import lower_quantized
 
 WIDTH, KV_WIDTH, HIDDEN = 576, 192, 1536
 TOKENS = (1, 4, 16, 128, 512)
+HEADS, KV_HEADS, FEATURES, COLUMNS = 9, 3, 128, 65
 
 
 def linears(layers: int, layout: str) -> bytes:
@@ -71,6 +75,40 @@ def linears(layers: int, layout: str) -> bytes:
     return data
 
 
+def attention(native: bool) -> bytes:
+    """Queries, keys, values, state and log decays of one LAWCAT layer → outputs and the new state."""
+    shapes: dict[str, list[str | int]] = {
+        "q": ["B", "T", HEADS * FEATURES],
+        "k": ["B", "T", KV_HEADS * FEATURES],
+        "v": ["B", "T", KV_HEADS * COLUMNS],
+        "s": ["B", KV_HEADS, FEATURES, COLUMNS],
+        "g": ["B", "T", KV_HEADS * FEATURES],
+    }
+    inputs = [ir.Value(name=n, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(x)) for n, x in shapes.items()]
+    attributes = {"update_rule": "gated", "q_num_heads": HEADS, "kv_num_heads": KV_HEADS, "scale": 1.0}
+    node = ir.node("LinearAttention", inputs, attributes, domain="com.microsoft", num_outputs=2)
+    for output, name in zip(node.outputs, ("o", "state"), strict=True):
+        output.name, output.type = name, ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 21}, name="attention")
+    model = ir.Model(graph, ir_version=10)
+    if native:
+        lower_attention(model)
+    attach_bodies(model)
+    data: bytes = ir.serde.serialize_model(model).SerializeToString()
+    return data
+
+
+def attention_feed(tokens: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "q": rng.random((1, tokens, HEADS * FEATURES), np.float32) / FEATURES,
+        "k": rng.random((1, tokens, KV_HEADS * FEATURES), np.float32) / FEATURES,
+        "v": rng.standard_normal((1, tokens, KV_HEADS * COLUMNS), np.float32),
+        "s": rng.standard_normal((1, KV_HEADS, FEATURES, COLUMNS), np.float32),
+        "g": -rng.random((1, tokens, KV_HEADS * FEATURES), np.float32) / 8,
+    }
+
+
 def session(model: bytes, threads: int, native: bool) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -82,20 +120,21 @@ def session(model: bytes, threads: int, native: bool) -> ort.InferenceSession:
 
 def measure(sessions: dict[str, ort.InferenceSession], feed: dict[str, np.ndarray], seconds: float) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in sessions}
-    expected = sessions["planes"].run(None, feed)[0]
+    stock = [name for name in sessions if "native" not in name]
+    expected = sessions[stock[0]].run(None, feed)[0]
     for run in sessions.values():  # of the first layer: a code that falls the other way changes all that follows it
         found = run.run(None, feed)[0]
         assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
     stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(times["planes"]) < 5:
+    while time.perf_counter() < stop or len(times["native"]) < 5:
         for name, run in sessions.items():
             time.sleep(0.01)  # until the threads of the session before stop spinning
             run.run(None, feed)
             begun = time.perf_counter()
             run.run(None, feed)
             times[name].append((time.perf_counter() - begun) * 1e3)
-    row: dict[str, Any] = {f"{name}_ms": round(min(values), 2) for name, values in times.items()}
-    for name in ("planes", "int8"):
+    row: dict[str, Any] = {f"{name}_ms": round(min(values), 3) for name, values in times.items()}
+    for name in stock:
         ratios = [slow / fast for slow, fast in zip(times[name], times["native"], strict=True)]
         row[f"speedup_over_{name}"] = round(statistics.median(ratios), 2)
     return row
@@ -117,6 +156,14 @@ def main() -> None:
             row = {"threads": threads, "tokens": tokens, **measure(sessions, {"x": x}, options.seconds)}
             rows.append(row)
             print(row, flush=True)
+    attention_rows = []
+    both = {"stock": attention(False), "native": attention(True)}
+    for threads in (1, 2):
+        sessions = {name: session(model, threads, name == "native") for name, model in both.items()}
+        for tokens in (1, 16, 64, 512, 4096):
+            row = {"threads": threads, "tokens": tokens, **measure(sessions, attention_feed(tokens), options.seconds)}
+            attention_rows.append(row)
+            print(row, flush=True)
     processor = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
     result = {
         "benchmark": "onnx_native",
@@ -128,7 +175,8 @@ def main() -> None:
         "kernels": library.register(ort.SessionOptions()),
         "versions": {"onnxruntime": ort.__version__, "torch": torch.__version__},
         "layers": options.layers,
-        "rows": rows,
+        "linears": rows,
+        "attention": attention_rows,
     }
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "int6.h"
 #include "ort.h"
 
@@ -195,6 +196,82 @@ struct Int6Linear {
     }
 };
 
+// ---- GatedLinearAttention(query, key, value, past_state, decay) -> (output, present_state): shapes and attributes as
+// com.microsoft.LinearAttention with update_rule "gated"
+
+const attention::Kernels* attention_kernels = nullptr;
+
+struct GatedLinearAttention {
+    const ort::Api* api;
+    const attention::Kernels& kernels = *attention_kernels;
+    int64_t query_heads, kv_heads;
+    float scale;
+
+    GatedLinearAttention(const ort::Api* api, const ort::KernelInfo* info) : api(api) {
+        check(ort::int_attribute(api, info, "q_num_heads", &query_heads));
+        check(ort::int_attribute(api, info, "kv_num_heads", &kv_heads));
+        check(ort::float_attribute(api, info, "scale", &scale));
+        if (kv_heads < 1 || query_heads < 1 || query_heads % kv_heads != 0)
+            fail(api, "lincompile.GatedLinearAttention: %lld query heads can't be divided among %lld key heads",
+                 static_cast<long long>(query_heads), static_cast<long long>(kv_heads));
+    }
+
+    void expect(const Shape& shape, const char* name, const std::vector<int64_t>& wanted) const {
+        if (shape.sizes != wanted)
+            fail(api, "lincompile.GatedLinearAttention: %s must be %s, got %s", name, Shape{wanted}.text().c_str(),
+                 shape.text().c_str());
+    }
+
+    void compute(ort::KernelContext* context) const {
+        const ort::Value* given[5];
+        Shape shapes[5];
+        for (std::size_t i = 0; i < 5; i++) {
+            given[i] = input_value(api, context, i);
+            shapes[i] = shape_of(api, given[i]);
+        }
+        const std::vector<int64_t>&query = shapes[0].sizes, &past = shapes[3].sizes, &decay = shapes[4].sizes;
+        if (query.size() != 3 || past.size() != 4 || decay.size() != 3)
+            fail(api, "lincompile.GatedLinearAttention: query, past_state and decay must have 3, 4 and 3 axes, got %s, "
+                 "%s and %s", shapes[0].text().c_str(), shapes[3].text().c_str(), shapes[4].text().c_str());
+        attention::Call call{};
+        call.batch = query[0], call.tokens = query[1];
+        call.kv_heads = kv_heads, call.group = query_heads / kv_heads;
+        call.keys = past[2], call.values = past[3];
+        call.decay_keys = decay[2] == kv_heads ? 1 : call.keys;
+        call.scale = scale;
+        expect(shapes[0], "query", {call.batch, call.tokens, query_heads * call.keys});
+        expect(shapes[1], "key", {call.batch, call.tokens, kv_heads * call.keys});
+        expect(shapes[2], "value", {call.batch, call.tokens, kv_heads * call.values});
+        expect(shapes[3], "past_state", {call.batch, kv_heads, call.keys, call.values});
+        expect(shapes[4], "decay", {call.batch, call.tokens, kv_heads * call.decay_keys});
+        const std::vector<int64_t> out{call.batch, call.tokens, query_heads * call.values};
+        ort::Value *output = nullptr, *present = nullptr;
+        check(ort::output(api, context, std::size_t{0}, static_cast<const int64_t*>(out.data()), out.size(), &output));
+        check(ort::output(api, context, std::size_t{1}, static_cast<const int64_t*>(past.data()), past.size(),
+                          &present));
+        const float** inputs[] = {&call.query, &call.key, &call.value, &call.past, &call.decay};
+        for (std::size_t i = 0; i < 5; i++) *inputs[i] = data_of<const float>(api, given[i]);
+        call.output = data_of<float>(api, output);
+        call.present = data_of<float>(api, present);
+        if (call.tokens == 0) {
+            std::copy_n(call.past, call.heads() * call.keys * call.values, call.present);
+            return;
+        }
+        const int64_t steps = call.batch * call.tokens;
+        call.factor.resize(steps * call.decay_row());
+        spread(api, context, steps, steps * call.decay_row() * 16,
+               [&](int64_t first, int64_t last) { kernels.exponentials(call, first, last); });
+        const int64_t blocks = (call.values + attention::kColumns - 1) / attention::kColumns;
+        const int64_t work = steps * kv_heads * call.keys * call.values * (2 + call.group);
+        spread(api, context, call.heads() * blocks, work, [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; i++) {
+                const int64_t column = i % blocks * attention::kColumns;
+                kernels.columns(call, i / blocks, column, std::min(call.values, column + attention::kColumns));
+            }
+        });
+    }
+};
+
 // ---- Registration
 
 template <typename Kernel>
@@ -277,10 +354,17 @@ __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Sessi
         int6_kernels = int6::choose(name);
         static const Op int6_linear =
             make_op<Int6Linear>("Int6LinearA8", {ort::kFloat, ort::kUint8, ort::kUint8, ort::kFloat16}, 1);
+        attention_kernels = &attention::portable;
+#if defined(__x86_64__)
+        if (std::strcmp(name, int6::avx512vnni_name) == 0) attention_kernels = &attention::avx512;
+#endif
+        static const Op gated = make_op<GatedLinearAttention>("GatedLinearAttention",
+                                                              std::vector<ort::ElementType>(5, ort::kFloat), 2);
         // Lives as long as the process: sessions made from these options refer to it.
         ort::Domain* domain = nullptr;
         check(ort::create_domain(api, static_cast<const char*>(kDomain), &domain));
         check(ort::add_op(api, domain, static_cast<const ort::CustomOp*>(&int6_linear)));
+        check(ort::add_op(api, domain, static_cast<const ort::CustomOp*>(&gated)));
         check(ort::add_domain(api, options, domain));
     });
 }

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DOMAIN = "lincompile"
 # The layout of onnxruntime's interface was checked against these; a later major version may change it.
 OLDEST_RUNTIME, NEXT_RUNTIME = (1, 32), (2, 0)
-_SOURCES = ("ort.h", "int6.h", "int6.cpp", "int6_x86.cpp", "library.cpp")
+_SOURCES = ("ort.h", "int6.h", "int6.cpp", "int6_x86.cpp", "attention.h", "attention.cpp", "library.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
 _DEFAULT_FEATURE = "avx512_vnni"
 _OPSET_IMPORT = 8  # ModelProto.opset_import, in onnx.proto

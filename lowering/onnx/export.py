@@ -97,7 +97,8 @@ def export_onnx(
     Args:
         step: the stateful program; its graph module's weights must be float32 (and packed integers).
         folder: made when missing; files of the same names are replaced, each only once it is complete.
-        layout: ``planes`` (six bits in memory) or ``int8`` (eight in memory, faster); see :mod:`.quantized`.
+        layout: ``planes`` (six bits in memory), ``int8`` (eight in memory, faster) or ``native`` (six, with kernels of
+            the native library where it runs, for linear attention too); see :mod:`.quantized`, :mod:`.native`.
         opset: 21 to 23; or ``"std"``: operators of ai.onnx alone (opset 27), which any runtime of that opset runs.
             onnxruntime runs the linear attention of such a file several times slower.
         genai: also write onnxruntime-genai's configuration, and dummy conv states where it needs them.
@@ -119,6 +120,7 @@ def export_onnx(
     from .embeddings import lower_embeddings
     from .functions import STANDARD_OPSET, attach_bodies, standard_operators_only
     from .genai import genai_config, genai_obstacles
+    from .native import lower_attention
     from .quantized import LAYOUTS, lower_quantized
     from .signature import Signature, bind_signature
     from .simplify import simplify
@@ -153,6 +155,8 @@ def export_onnx(
     _clean(model)
     simplify(model)
     _clean(model)
+    if layout == "native":
+        lower_attention(model)
     notes = []
     if standard:
         standard_operators_only(model)

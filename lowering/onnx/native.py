@@ -1,8 +1,9 @@
 """Operators of the native library (:mod:`lincompile.lowering.native`) in a file, each with a body of stock operators.
 
-A session that has registered the library runs its kernel for ``lincompile.Int6LinearA8``; onnxruntime without it, and
-any other runtime, finds the function of the same name in the file and runs that: the two products of the ``planes``
-layout, whose constants fold when the file is loaded, so that nothing is slower or larger for having asked.
+A session that has registered the library runs its kernels; onnxruntime without it, and any other runtime, finds the
+function of the same name in the file and runs that. For ``lincompile.Int6LinearA8`` these are the two products of the
+``planes`` layout, whose constants fold when the file is loaded, for ``lincompile.GatedLinearAttention`` the contrib
+operator: nothing is slower or larger for having asked.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .functions import BODY_OPSET
 from .schemas import CONTRIB_DOMAIN
 
 INT6_LINEAR = "Int6LinearA8"
+GATED_LINEAR_ATTENTION = "GatedLinearAttention"
 GROUP_SIZE = 128  # the kernels' only one
 
 # x [..., K], high [N, ceil(K/2)], low [N, ceil(K/4)] (codes in input order, low bits first), scale float16 [N, groups].
@@ -67,10 +69,41 @@ _INT6_LINEAR = f"""
 }}"""
 
 
+# The contrib operator's inputs and shapes; update_rule is "gated".
+_GATED_LINEAR_ATTENTION = f"""
+{GATED_LINEAR_ATTENTION} <q_num_heads, kv_num_heads, scale> (query, key, value, past_state, decay)
+=> (output, present_state) {{
+  output, present_state = {CONTRIB_DOMAIN}.LinearAttention
+    <update_rule = "gated", q_num_heads: int = @q_num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale>
+    (query, key, value, past_state, decay)
+}}"""
+
+
 def attach_int6_linear(model: ir.Model) -> None:
     """Add the operator's function, and its domain, to a model that calls it."""
+    _attach(model, _INT6_LINEAR)
+
+
+def lower_attention(model: ir.Model) -> int:
+    """Call the native operator wherever com.microsoft.LinearAttention has a decay and a past, in place; how many."""
+    count = 0
+    for node in model.graph:
+        if node.domain != CONTRIB_DOMAIN or node.op_type != "LinearAttention":
+            continue
+        given = [value is not None for value in node.inputs]
+        if node.attributes["update_rule"].as_string() != "gated" or given != [True] * 5:
+            continue
+        node.domain, node.op_type = DOMAIN, GATED_LINEAR_ATTENTION
+        del node.attributes["update_rule"]
+        count += 1
+    if count:
+        _attach(model, _GATED_LINEAR_ATTENTION)
+    return count
+
+
+def _attach(model: ir.Model, text: str) -> None:
     header = f'<domain: "{DOMAIN}", opset_import: ["" : {BODY_OPSET}, "{CONTRIB_DOMAIN}" : 1]>'
-    proto: onnx.FunctionProto = parser.parse_function(header + _INT6_LINEAR)
+    proto: onnx.FunctionProto = parser.parse_function(header + text)
     function = ir.serde.deserialize_function(proto)
     model.functions[function.identifier()] = function
     model.graph.opset_imports[DOMAIN] = 1

@@ -20,6 +20,8 @@ ort = pytest.importorskip("onnxruntime")
 from quantized_models import expected, lowered, placeholder_model, weights  # noqa: E402
 
 from lincompile.lowering.native import library  # noqa: E402
+from lincompile.lowering.onnx.functions import attach_bodies  # noqa: E402
+from lincompile.lowering.onnx.native import lower_attention  # noqa: E402
 from lincompile.passes.errors import LincompileError  # noqa: E402
 
 KERNELS = ("avx512vnni", "avx2", "portable")
@@ -51,7 +53,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     step = make_stateful(Pipeline(passes)(capture(*zoo.build("llama-gqa"))), check=False)
     folder = tmp_path_factory.mktemp("model")
     report = export_onnx(step, folder, layout="native", embeddings="int6")
-    assert report.quantized["native"] == report.operators["lincompile.Int6LinearA8"] == report.quantized["linears"] >= 14
+    assert (
+        report.quantized["native"] == report.operators["lincompile.Int6LinearA8"] == report.quantized["linears"] >= 14
+    )
+    assert report.operators["lincompile.GatedLinearAttention"] == 2 and "com.microsoft.LinearAttention" not in (
+        node.op_type for node in onnx.load(report.path).graph.node
+    )
     return folder
 
 
@@ -141,6 +148,86 @@ def test_odd_values(kernels: str) -> None:
         assert_close(y[0, 2:], wanted[0, 2:])
     assert run(native, torch.zeros(1, 0, columns)).shape == (1, 0, rows)
     assert run(native, torch.zeros(0, 3, columns)).shape == (0, 3, rows)
+
+
+def attention_model(heads: int, kv_heads: int, keys: int, values: int, decay_keys: int) -> onnx.ModelProto:
+    """One gated linear attention, as the translation leaves it and then for the library."""
+    sizes = {"q": heads * keys, "k": kv_heads * keys, "v": kv_heads * values}
+    shapes: dict[str, list[Any]] = {name: ["B", "T", size] for name, size in sizes.items()}
+    shapes |= {"s": ["B", kv_heads, keys, values], "g": ["B", "T", kv_heads * decay_keys]}
+    inputs = [ir.Value(name=n, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(x)) for n, x in shapes.items()]
+    attributes = {"update_rule": "gated", "q_num_heads": heads, "kv_num_heads": kv_heads, "scale": 0.5}
+    node = ir.node("LinearAttention", inputs, attributes, domain="com.microsoft", num_outputs=2)
+    results = {"o": ["B", "T", heads * values], "state": shapes["s"]}
+    for output, (name, shape) in zip(node.outputs, results.items(), strict=True):
+        output.name, output.type, output.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+    graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 21}, name="attention")
+    model = ir.Model(graph, ir_version=10)
+    assert lower_attention(model) == 1 and lower_attention(model) == 0
+    assert attach_bodies(model) == []
+    proto = ir.serde.serialize_model(model)
+    onnx.checker.check_model(proto)
+    return proto
+
+
+def attention_inputs(batch: int, time: int, heads: int, kv_heads: int, keys: int, values: int, decay_keys: int) -> Any:
+    generator = torch.Generator().manual_seed(time)
+    q, k = (torch.randn(batch, count, time, keys, generator=generator) for count in (heads, kv_heads))
+    v = torch.randn(batch, kv_heads, time, values, generator=generator)
+    state = torch.randn(batch, kv_heads, keys, values, generator=generator)
+    decay = -torch.rand(batch, kv_heads, time, decay_keys, generator=generator) * 2
+    if time > 3:
+        decay[:, :, 2, :1], decay[:, 0, 3] = float("-inf"), -200
+    return q, k, v, state, decay
+
+
+def run_attention(native: ort.InferenceSession, q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor) -> list[Tensor]:
+    packed = {n: x.transpose(1, 2).flatten(2) for n, x in {"q": q, "k": k, "v": v, "g": g}.items()}
+    feed = {name: x.numpy() for name, x in (packed | {"s": s}).items()}
+    return [torch.from_numpy(x) for x in native.run(None, feed)]
+
+
+# Columns and rows that fill no vector, groups of more than four heads, one decay a head; lengths around the 64 tokens
+# that are read at a time.
+@pytest.mark.parametrize(
+    "sizes", [(9, 3, 128, 65, 128), (5, 1, 7, 33, 1), (2, 2, 22, 16, 22), (6, 1, 1, 1, 1)], ids=str
+)
+def test_attention_equals_the_torch_op(kernels: str, sizes: tuple[int, ...]) -> None:
+    native = session(attention_model(*sizes), threads=2)
+    for batch, time in ((1, 1), (2, 5), (1, 64), (2, 131)):
+        q, k, v, state, decay = attention_inputs(batch, time, *sizes)
+        wide = (x.double() for x in (q, k, v, decay, state))
+        wanted, last = torch.ops.lincompile.linear_attention(*wide, 0.5, True, False)
+        o, present = run_attention(native, q, k, v, state, decay)
+        for found, exact in ((o, wanted.transpose(1, 2).flatten(2)), (present, last)):
+            error = (found - exact).abs().max() / exact.abs().max()
+            assert found.shape == exact.shape and float(error) < 2e-6
+    q, k, v, state, decay = attention_inputs(1, 5, *sizes)
+    v[0, 0, 4, 0] = float("nan")
+    o, present = run_attention(native, q, k, v, state, decay)
+    assert torch.isnan(o[0, 4, 0]) and torch.isfinite(o[0, :4]).all() and torch.isnan(present[0, 0, :, 0]).all()
+    o, present = run_attention(native, *(x[:, :, :0] for x in (q, k, v)), state, decay[:, :, :0])
+    assert o.shape[1] == 0 and torch.equal(present, state)
+
+
+def test_attention_of_wrong_shapes_is_an_error(kernels: str, tmp_path: Path) -> None:
+    proto = attention_model(4, 2, 8, 9, 8)
+    assert operators(proto, tmp_path, native=True) == ["GatedLinearAttention"]
+    assert operators(proto, tmp_path, native=False) == ["LinearAttention"]
+    for value in proto.graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            dim.dim_param = f"any_{value.name}_{axis}"
+    native = session(proto)
+    q, k, v, state, decay = attention_inputs(1, 3, 4, 2, 8, 9, 8)
+    with pytest.raises(Exception, match=r"key must be \[1, 3, 16\], got \[1, 2, 16\]"):
+        run_attention(native, q, k[:, :, :2], v, state, decay)
+    with pytest.raises(Exception, match=r"decay must be \[1, 3, 16\], got \[1, 3, 14\]"):
+        run_attention(native, q, k, v, state, decay[..., :7])
+    with pytest.raises(Exception, match=r"past_state must be \[1, 2, 8, 9\], got \[1, 1, 8, 9\]"):
+        run_attention(native, q, k, v, state[:, :1], decay)
+    next(item for item in proto.graph.node[0].attribute if item.name == "kv_num_heads").i = 3
+    with pytest.raises(Exception, match="4 query heads can't be divided among 3 key heads"):
+        session(proto)
 
 
 def test_a_file_runs_with_and_without_the_library(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
