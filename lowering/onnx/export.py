@@ -155,7 +155,7 @@ def export_onnx(
     _clean(model)
     simplify(model)
     _clean(model)
-    if layout == "native":
+    if layout == "native" and not standard:
         lower_attention(model)
     notes = []
     if standard:
