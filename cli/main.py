@@ -10,6 +10,8 @@ import importlib
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
@@ -71,8 +73,9 @@ def cli() -> None:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 1 refused or failed, 2 usage, 130 interrupted."""
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)  # also where a background shell started us with SIGINT ignored
+    stop = _Stop()
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)  # also where a background shell started us with SIGINT ignored
     sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
 
 
@@ -120,6 +123,33 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _stop(signum: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM and SIGINT end alike, so that temporary folders are cleaned up."""
-    raise KeyboardInterrupt
+class _Stop:
+    """SIGTERM and SIGINT end alike, by an exception, so that temporary folders are cleaned up.
+
+    An import is given a few seconds to end first: native modules (Triton's) abort the process when an exception meets
+    them while they are set up.
+    """
+
+    patience_s = 5.0
+    poll_s = 0.05
+
+    def __init__(self) -> None:
+        self.deadline = float("inf")
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        self.deadline = min(self.deadline, now + self.patience_s)
+        kill = getattr(signal, "pthread_kill", None)  # absent on Windows
+        if kill is None or now >= self.deadline or not _importing(frame):
+            raise KeyboardInterrupt
+        again = threading.Timer(self.poll_s, kill, (threading.main_thread().ident, signum))
+        again.daemon = True
+        again.start()
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False

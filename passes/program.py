@@ -157,6 +157,7 @@ class Program:
         """A copy whose graph can be rewritten on its own; parameters and buffers stay shared."""
         memo: dict[int, Any] = {}
         module = share_tensors(self.graph_module, memo)
+        modules = dict(self.graph_module.named_modules())
         nodes = {old.name: new for old, new in zip(self.graph_module.graph.nodes, module.graph.nodes, strict=True)}
         sites = []
         for site in self.sites:
@@ -164,6 +165,10 @@ class Program:
             twin.details = dict(site.details)
             twin.node = nodes[site.node.name] if site.node is not None else None
             twin.near = nodes[site.near.name] if site.near is not None else None
+            name = site.details.get("module")
+            # A GraphModule keeps what its graph reads of a submodule, not the submodule.
+            if isinstance(name, str) and name in modules:
+                module.set_submodule(name, copy.deepcopy(modules[name], memo))
             sites.append(twin)
         return Program(
             module,

@@ -87,7 +87,11 @@ class Slices:
             if normalize:
                 ones = make(aten.ones_like.default, make(aten.slice.Tensor, v, 3, 0, 1))
                 values = make(aten.cat.default, [v, ones], -1)
-            alone = make(ops.linear_attention.default, q, k, values, decay, None, scale, True, False)
+            if chained:
+                alone = make(ops.linear_attention.default, q, k, values, decay, None, scale, True, False)
+            else:
+                alone = make(ops.slice_own.default, q, k, values, None, decay, None, gathered, slots, scale)
+                slots = make.item(alone, 1)
             own = make(aten.to.dtype, make.item(alone, 0), wide)
         if chained:
             before, final = make(ops.scan_state.default, packed, self.world, columns, self.scan, self.group), None
@@ -118,8 +122,8 @@ class Slices:
         start = make(aten.add.Tensor, make(aten.unsqueeze.default, lent, -1), start)
         summary = make.item(make(ops.gated_delta.default, k, k, values, beta, decay, start, 1.0), 1)
         gathered, slots = self._start(make, summary, columns, MATRIX, True)
-        alone = make.item(make(ops.gated_delta.default, q, k, values, beta, decay, start, scale), 0)
-        alone = make(aten.to.dtype, alone, wide)
+        both = make(ops.slice_own.default, q, k, values, beta, decay, start, gathered, slots, scale)
+        alone, slots = make(aten.to.dtype, make.item(both, 0), wide), make.item(both, 1)
         own = make(aten.slice.Tensor, alone, 3, 0, columns)
         reading = make(aten.slice.Tensor, alone, 3, columns, columns + width)
         before, final = self._arrive(make, gathered, slots, initial, columns, MATRIX, True)

@@ -10,7 +10,7 @@ from torch.library import custom_op
 
 functional = torch.ops._c10d_functional
 
-_CHECKED: set[tuple[int, str, tuple[int, ...]]] = set()
+_MET: dict[tuple[str, torch.device, tuple[int, ...]], Tensor] = {}
 
 
 def process_group(group: str) -> Any:
@@ -50,23 +50,29 @@ def _(like: Tensor, group: str) -> Tensor:
 def equal_slices(x: Tensor, world: int, group: str) -> Tensor:
     """``x [B, T, …]`` as it is, once all ranks have been seen to hold slices of the same shape.
 
-    Positions and states would be silently wrong otherwise. One message of a few integers the first time a shape is met;
-    ranks that meet different shapes differ in their next collective at the latest, which fails.
+    Positions and states would be silently wrong otherwise, so every call compares, by an all-reduce of four integers.
+    On a GPU only the first call with a shape waits for the answer; later ones leave an assertion on the stream.
 
     Raises:
-        ValueError: the shapes differ, with every rank's.
+        ValueError: the shapes differ, with every rank's. (On a GPU, where the shape isn't new to this rank, the
+            stream's assertion fails instead.)
     """
-    key = (id(process_group(group)), group, tuple(x.shape))
-    if key not in _CHECKED:
-        mine = torch.tensor(x.shape[:2], dtype=torch.int64, device=x.device)
-        shapes = gather(mine, world, group).tolist()
-        if any(shape != shapes[0] for shape in shapes):
-            listed = ", ".join(f"rank {rank}: {shape}" for rank, shape in enumerate(shapes))
-            raise ValueError(
-                f"lincompile.equal_slices: the ranks hold slices of different shapes [B, T] ({listed}); cut the batch "
-                "with shard_batch, which makes them equal"
-            )
-        _CHECKED.add(key)
+    key = (group, x.device, tuple(x.shape[:2]))
+    new = key not in _MET
+    if new:
+        _MET[key] = torch.tensor(x.shape[:2], dtype=torch.int64, device=x.device)
+    mine = _MET[key]
+    most = functional.wait_tensor(functional.all_reduce(torch.cat((mine, -mine)), "max", group))
+    equal = (most[:2] == -most[2:]).all()
+    if x.is_cuda and not new:
+        torch._assert_async(equal, "lincompile.equal_slices: slices of different shapes")
+    elif not equal:  # on every rank alike
+        shapes = enumerate(gather(mine, world, group).tolist())
+        listed = ", ".join(f"rank {rank}: {shape}" for rank, shape in shapes)
+        raise ValueError(
+            f"lincompile.equal_slices: the ranks hold slices of different shapes [B, T] ({listed}); cut the batch "
+            "with shard_batch, which makes them equal"
+        )
     return x.clone()
 
 

@@ -1,8 +1,9 @@
-"""Registers the ops of sequence parallelism: for linear sites ``states.py``, ``scan.py``; for tokens ``tokens.py``."""
+"""Registers the ops of sequence parallelism (linear sites: ``states``, ``own``, ``scan``; by token: ``tokens``)."""
 
 from __future__ import annotations
 
 from .group import equal_slices, functional, process_group, rank_in, rank_index
+from .own import slice_own
 from .scan import scan_state
 from .states import ALL, DECAY, MATRIX, prefix_state, segment_summary, slot_gradient, state_slots
 from .tokens import exchange_halves, halo, last_tokens, slice_attention
@@ -23,6 +24,7 @@ __all__ = [
     "scan_state",
     "segment_summary",
     "slice_attention",
+    "slice_own",
     "slot_gradient",
     "state_slots",
 ]

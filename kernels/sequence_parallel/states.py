@@ -18,12 +18,13 @@ In a graph, a site is
     packed   = segment_summary(k, v, log_decay, normalize)
     gathered = _c10d_functional.all_gather_into_tensor(detach(packed), W, group)      starts
     slots    = state_slots(packed, gathered, …)
-    own      = what the slice sees of itself                                          meanwhile
+    own, slots = slice_own(…, gathered, slots, …)        what the slice sees of itself   meanwhile
     arrived  = _c10d_functional.wait_tensor(gathered)
     prefix, final = prefix_state(arrived, slots, …)
 
 ``slots`` is never read: it carries the gradient. The backward pass of ``prefix_state`` starts the all-gather of dP and
-hands on the result without waiting; that of ``own`` runs meanwhile; that of ``state_slots`` waits.
+hands on the result without waiting; that of ``slice_own`` runs meanwhile; that of ``state_slots`` waits. (Bidirectional
+sites have no ``slice_own``: nothing in them can run without the others' states.)
 """
 
 from __future__ import annotations

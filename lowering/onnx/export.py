@@ -119,7 +119,7 @@ def export_onnx(
     from ..verify import holding
     from .embeddings import lower_embeddings
     from .functions import STANDARD_OPSET, attach_bodies, standard_operators_only
-    from .genai import genai_config, genai_obstacles
+    from .genai import genai_config, genai_obstacles, shares_cache
     from .native import lower_attention
     from .quantized import LAYOUTS, lower_quantized
     from .signature import Signature, bind_signature
@@ -165,11 +165,6 @@ def export_onnx(
         notes += attach_bodies(model)
     genai = genai and step.causal
     obstacles = genai_obstacles(bound) if genai else []
-    if genai and windows:
-        notes.append(
-            "onnxruntime-genai pads batches on the right, and the window of its sliding sites counts that padding: "
-            "run prompts of different lengths one by one there, or pad on the left"
-        )
     rounding = sorted(set(quantized.activations) - {"a16"})
     if rounding:
         notes.append(
@@ -193,7 +188,9 @@ def export_onnx(
     size = _save(model, destination, external_data, check)
     if genai and not obstacles:
         context = context_length or step.max_positions or DEFAULT_CONTEXT
-        config = genai_config(bound, signature.vocabulary, context, special_tokens or {}, MODEL_FILE)
+        config = genai_config(
+            bound, signature.vocabulary, context, special_tokens or {}, MODEL_FILE, shares_cache(model)
+        )
         (destination / GENAI_FILE).write_text(json.dumps(config, indent=2) + "\n")
     return OnnxReport(
         path=str(destination / MODEL_FILE),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import onnx_ir as ir
+
 from .signature import BoundState
 
 # One of genai's names for a plain decoder: which states it carries is read from the model's own inputs.
@@ -28,11 +30,13 @@ def genai_config(
     context_length: int,
     special_tokens: Mapping[str, int | list[int]],
     filename: str,
+    shared_cache: bool,
 ) -> dict[str, Any]:
     """The configuration for a model with these states.
 
     ``special_tokens`` may name ``bos_token_id``, ``eos_token_id`` (one or several) and ``pad_token_id``; genai needs a
-    pad token to batch, for which the end-of-sequence token stands in.
+    pad token to batch, for which the end-of-sequence token stands in. ``shared_cache``: each softmax site's past and
+    present lie in one buffer of the longest length, so that a token copies nothing; the graph must allow it.
     """
     roles = {state.role for state in states}
     keys = [state for state in states if state.role == "key"]
@@ -70,12 +74,20 @@ def genai_config(
             "max_length": context_length,
             "min_length": 0,
             "num_beams": 1,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": shared_cache,
             "temperature": 1.0,
             "top_k": 50,
             "top_p": 1.0,
         },
     }
+
+
+def shares_cache(model: ir.Model) -> bool:
+    """Whether every cache of keys and values belongs to a GroupQueryAttention, which takes a buffer that is longer than
+    what it holds."""
+    caches = [value for value in model.graph.inputs if str(value.name).endswith((".key", ".value"))]
+    users = [node.op_type for value in caches for node, index in value.uses() if index in (3, 4)]
+    return bool(caches) and users.count("GroupQueryAttention") == len(caches)
 
 
 def genai_obstacles(states: Sequence[BoundState]) -> list[str]:

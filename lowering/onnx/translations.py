@@ -210,6 +210,7 @@ def softmax_attention_step(
     if size != value_size or size % _GQA_HEAD_MULTIPLE:
         return _plain_attention_step(q, k, v, k_cache, v_cache, key_padding, kind, window, scale, softcap, total)
     batch, time = op.Shape(q, start=0, end=1), op.Shape(q, start=2, end=3)
+    window = window if kind == "sliding" else 0
     int32 = ir.DataType.INT32.value
     total32 = op.Cast(total, to=int32)
     packed, key, value = GroupQueryAttention(
@@ -223,7 +224,7 @@ def softmax_attention_step(
         None,
         None,
         None,
-        None if key_padding is None else _padding_bias(key_padding, batch, time, total),
+        None if key_padding is None else _padding_bias(key_padding, batch, time, total, window),
         None,
         None,
         None,
@@ -233,17 +234,33 @@ def softmax_attention_step(
         num_heads=heads,
         kv_num_heads=kv_heads,
         scale=_nonzero_scale(scale),
-        local_window_size=window if kind == "sliding" else -1,
+        local_window_size=-1 if key_padding is not None or not window else window,
         softcap=softcap,
     )
     return _unpack_heads(packed, heads, size), key, value
 
 
-def _padding_bias(key_padding: Any, batch: Any, time: Any, total: Any) -> Any:
-    """0 or ``MASKED_SCORE`` as ``[B, 1, T, S]`` from bool ``[B, ≥ S]``, the last S columns."""
-    last = op.Slice(key_padding, op.Neg(total), _ints(_LAST), _ints(1))
-    bias = op.Where(last, op.Constant(value_float=0.0), op.Constant(value_float=MASKED_SCORE))
-    return op.Expand(op.Unsqueeze(bias, _ints(1, 2)), op.Concat(batch, _ints(1), time, total, axis=0))
+def _visible_columns(key_padding: Any, time: Any, total: Any, window: int) -> Any:
+    """Bool ``[B, 1, 1 or T, S]`` from bool ``[B, ≥ S]``, the last S columns: real, and with a window near enough.
+
+    A window counts real tokens: padding between them, as onnxruntime-genai leaves on the right of a prompt, takes no
+    place in it.
+    """
+    real = op.Slice(key_padding, op.Neg(total), _ints(_LAST), _ints(1))
+    if window <= 0:
+        return op.Unsqueeze(real, _ints(1, 2))
+    count = op.CumSum(op.Cast(real, to=ir.DataType.INT64.value), op.Constant(value_int=1))
+    newest = op.Slice(count, op.Neg(time), _ints(_LAST), _ints(1))
+    distance = op.Sub(op.Unsqueeze(newest, _ints(2)), op.Unsqueeze(count, _ints(1)))
+    near = op.Less(distance, op.Constant(value_int=window))
+    return op.Unsqueeze(op.And(near, op.Unsqueeze(real, _ints(1))), _ints(1))
+
+
+def _padding_bias(key_padding: Any, batch: Any, time: Any, total: Any, window: int) -> Any:
+    """0 or ``MASKED_SCORE`` as ``[B, 1, T, S]``."""
+    visible = _visible_columns(key_padding, time, total, window)
+    bias = op.Where(visible, op.Constant(value_float=0.0), op.Constant(value_float=MASKED_SCORE))
+    return op.Expand(bias, op.Concat(batch, _ints(1), time, total, axis=0))
 
 
 def _plain_attention_step(
@@ -266,14 +283,12 @@ def _plain_attention_step(
     columns = op.Range(zero, op.Squeeze(total, _ints(0)), one)
     rows = op.Add(op.Range(zero, op.Squeeze(time, _ints(0)), one), op.Sub(total, time))
     distance = op.Sub(op.Unsqueeze(rows, _ints(1)), op.Unsqueeze(columns, _ints(0)))
-    visible = op.GreaterOrEqual(distance, zero)
-    if kind == "sliding":
-        visible = op.And(visible, op.Less(distance, op.Constant(value_int=window)))
+    visible = op.Unsqueeze(op.GreaterOrEqual(distance, zero), _ints(0, 1))
+    window = window if kind == "sliding" else 0
     if key_padding is not None:
-        last = op.Slice(key_padding, op.Neg(total), _ints(_LAST), _ints(1))
-        visible = op.And(visible, op.Unsqueeze(last, _ints(1, 2)))
-    else:
-        visible = op.Unsqueeze(visible, _ints(0, 1))
+        visible = op.And(visible, _visible_columns(key_padding, time, total, window))
+    elif window:
+        visible = op.And(visible, op.Unsqueeze(op.Less(distance, op.Constant(value_int=window)), _ints(0, 1)))
     return _masked_attention(q, key, value, visible, scale, softcap), key, value
 
 

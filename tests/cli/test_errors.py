@@ -219,6 +219,28 @@ def test_an_interrupted_run_leaves_nothing(module: Path, tmp_path: Path, number:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupted_import_ends_first(tmp_path: Path) -> None:
+    """Native modules abort the process when an exception meets them while they are imported."""
+    body = "print('begins', file=sys.stderr)\ntime.sleep(1)\nprint('ends', file=sys.stderr)"
+    text = f"import sys, time\n{body}\ndef build():\n    time.sleep(30)\n"
+    (tmp_path / "slow_import.py").write_text(text)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lincompile", "inspect", "slow_import:build"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("begins"):
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read().splitlines()
+    assert process.wait(60) == 130
+    assert rest[0] == "ends"
+    assert rest[-1].startswith("lincompile: interrupted")
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_eval_beyond_the_positions(cli: Run, artefact: Path, tmp_path: Path, compiled: bool) -> None:
     """An uncompiled model's limit is found as a compiled one's is: in the table of its positions."""

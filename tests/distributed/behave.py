@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from exact import batch, captured, collectives, first, order, profiled, student
+from exact import batch, collectives, first, order, profiled, proved, student
 from torch import Tensor, nn
 
 import lincompile
@@ -82,11 +82,12 @@ def training(rank: int, world: int, steps: int = 100) -> dict[str, Any]:
                 labels = part.pop("labels")
                 loss = sequence_loss(first(program(**part)), labels)
                 loss.backward()
-                for parameter in parameters:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    dist.all_reduce(parameter.grad)
-                dist.all_reduce(loss := loss.detach())
+                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+                together = torch.cat([loss.detach().view(1), *(grad.flatten() for grad in grads)])
+                dist.all_reduce(together)
+                loss, *parts = together.split([1, *(p.numel() for p in parameters)])
+                for parameter, part_of in zip(parameters, parts, strict=True):
+                    parameter.grad = part_of.view_as(parameter)
             optimizer.step()
             losses.append(float(loss.detach()))
         curves.append(losses)
@@ -96,9 +97,7 @@ def training(rank: int, world: int, steps: int = 100) -> dict[str, Any]:
 
 def distilling(rank: int, world: int) -> dict[str, float]:
     """Attention transfer, layer choice and logit distillation over slices against one device."""
-    teacher = lincompile.Pipeline([lincompile.Canonicalize(), lincompile.ProveAttention()])(
-        captured("nanogpt", torch.float32)
-    )
+    teacher = proved("nanogpt", torch.float32)
     data = TokenWindows(ids(600, rows=1)[0], length=4 * world * 2, batch=2)
     group = dist.group.WORLD.group_name
     found: list[dict[str, Any]] = []
@@ -302,10 +301,16 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         out, _ = step(tokens, torch.arange(4).expand(2, 4) + 4 * rank, mask, step.initial_states(2))
         out.sum().backward()
 
+    def slices() -> None:
+        """Also where every rank has met either shape before."""
+        for length in (6, 7):
+            sharded(ids(length))
+        sharded(ids(6 + rank))
+
     attempts: dict[str, Any] = {
         "programs": lambda: SequenceParallel().run(other),
         "weights": weights,
-        "slices": lambda: sharded(ids(6 + rank)),
+        "slices": slices,
         "world": lambda: SequenceParallel(world=world + 1).run(gla),
         "odd": lambda: balanced(ids(5)),
         "resumed": resumed,

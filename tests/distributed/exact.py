@@ -28,24 +28,45 @@ MODELS: dict[str, tuple[str, str, tuple[int, ...], int, int, bool]] = {
     "gated-delta": ("gpt2", "gated-delta", (), 3, 13, False),
     "hedgehog-hybrid": ("llama-gqa", "hedgehog", (1,), 0, 16, True),
 }
-_captured: dict[str, Program] = {}
+_captured: dict[Any, tuple[Program, list[Tensor]]] = {}
+
+
+def _copy(key: Any, build: Callable[[], Program]) -> Program:
+    """A copy of what ``build`` gave the first time. Copies share parameters: they get their first values again."""
+    if key not in _captured:
+        program = build()
+        _captured[key] = program, [parameter.detach().clone() for parameter in program.graph_module.parameters()]
+    program, values = _captured[key]
+    with torch.no_grad():
+        for parameter, value in zip(program.graph_module.parameters(), values, strict=True):
+            parameter.copy_(value)
+            parameter.grad = None
+    return program.clone()
 
 
 def captured(name: str, dtype: torch.dtype = torch.float64) -> Program:
-    """A fresh copy of a zoo model's program; captured once for all ranks if a parent asked for it before forking."""
-    key = f"{name}-{dtype}"
-    if key not in _captured:
+    """A copy of a zoo model's program; captured once for all ranks if a parent asked for it before forking."""
+
+    def build() -> Program:
         module, example = zoo.build(name)
         example = {k: value.to(dtype) if value.is_floating_point() else value for k, value in example.items()}
-        _captured[key] = lincompile.capture(module.to(dtype).eval(), example)
-    return _captured[key].clone()
+        return lincompile.capture(module.to(dtype).eval(), example)
+
+    return _copy((name, dtype), build)
+
+
+def proved(name: str, dtype: torch.dtype = torch.float64) -> Program:
+    passes = [lincompile.Canonicalize(), lincompile.ProveAttention()]
+    return _copy((name, dtype, "proved"), lambda: lincompile.Pipeline(passes)(captured(name, dtype)))
 
 
 def student(name: str, attn: str, keep: tuple[int, ...] = (), window: int = 0, dtype: Any = torch.float64) -> Program:
-    torch.manual_seed(0)
-    rewrite = lincompile.LinearizeAttention(attn, keep=keep, window=window)
-    passes = [lincompile.Canonicalize(), lincompile.ProveAttention(), rewrite]
-    return lincompile.Pipeline(passes)(captured(name, dtype))
+    def build() -> Program:
+        torch.manual_seed(0)
+        rewrite = lincompile.LinearizeAttention(attn, keep=keep, window=window)
+        return lincompile.Pipeline([rewrite])(proved(name, dtype))
+
+    return _copy((name, dtype, attn, keep, window), build)
 
 
 def first(result: Any) -> Tensor:
@@ -245,7 +266,7 @@ def collectives(profile: torch.profiler.profile) -> list[tuple[str, int]]:
     found = []
     for event in sorted(profile.events(), key=lambda event: event.time_range.start):
         library, _, name = event.name.partition("::")
-        starts = name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
+        starts = name in ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor", "all_to_all_single")
         if library == "_c10d_functional" and starts:
             found.append((name, math.prod(event.input_shapes[0])))
     return found
@@ -253,8 +274,8 @@ def collectives(profile: torch.profiler.profile) -> list[tuple[str, int]]:
 
 STAGES = {
     "_c10d_functional::all_gather_into_tensor": "start",
-    "lincompile::linear_attention": "own",
-    "lincompile::linear_attention_backward": "own",
+    "lincompile::slice_own": "own",
+    "lincompile::slice_own_backward": "own",
     "_c10d_functional::wait_tensor": "wait",
     "lincompile::prefix_state": "use",
     "lincompile::slot_gradient": "use",

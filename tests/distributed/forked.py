@@ -19,30 +19,45 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+Function = Callable[[int, int], Any]
+"""What a rank does: ``function(rank, world)``; JSON-able results."""
 Outcome = tuple[int, Any]
-"""(exit code, what the rank returned: JSON-able; its error's text where it failed)."""
+"""(exit code, what the rank returned; its error's text where it failed)."""
 
 
-def run_ranks(world: int, function: Callable[[int, int], Any], seconds: float = 60.0) -> list[Outcome]:
-    """``function(rank, world)`` on every rank of a gloo group."""
+def run_ranks(world: int, functions: dict[str, Function], seconds: float = 60.0) -> dict[str, Any]:
+    """Every function in turn on the ranks of one gloo group: ``{name: {"seconds": s, "ranks": [[code, result], …]}}``.
+
+    A rank that fails ends; the functions after that one count as failed.
+    """
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         children = []
         for rank in range(world):
             child = os.fork()
             if child == 0:
-                os._exit(_child(Path(folder), rank, world, function, seconds))
+                os._exit(_child(Path(folder), rank, world, functions, seconds))
             children.append(child)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         files = [Path(folder) / f"rank{rank}.json" for rank in range(world)]
-        return [
-            (code, json.loads(file.read_text()) if file.exists() else None)
-            for code, file in zip(codes, files, strict=True)
-        ]
+        written = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    total = time.monotonic() - started
+
+    def outcome(rank: int, name: str) -> Outcome:
+        return tuple(written[rank][name][:2]) if name in written[rank] else (codes[rank], "not run, or ended before")
+
+    return {
+        name: {
+            "seconds": round(written[0][name][2] if name in written[0] else total, 2),
+            "ranks": [outcome(rank, name) for rank in range(world)],
+        }
+        for name in functions
+    }
 
 
-def _child(folder: Path, rank: int, world: int, function: Callable[[int, int], Any], seconds: float) -> int:
+def _child(folder: Path, rank: int, world: int, functions: dict[str, Function], seconds: float) -> int:
     torch.set_num_threads(1)
-    code, result = 0, None
+    code, results, name, started = 0, {}, "", time.monotonic()
     try:
         dist.init_process_group(
             "gloo",
@@ -51,23 +66,25 @@ def _child(folder: Path, rank: int, world: int, function: Callable[[int, int], A
             world_size=world,
             timeout=timedelta(seconds=seconds),
         )
-        result = function(rank, world)
-        dist.barrier()
+        for name, function in functions.items():
+            started = time.monotonic()
+            result = function(rank, world)
+            dist.barrier()
+            results[name] = (0, result, time.monotonic() - started)
         dist.destroy_process_group()
     except BaseException as error:
-        code, result = 1, f"{type(error).__name__}: {error}"
+        code = 1
+        results[name] = (1, f"{type(error).__name__}: {error}", time.monotonic() - started)
         if os.environ.get("LINCOMPILE_TEST_TRACE"):
             traceback.print_exc()
-    (folder / f"rank{rank}.json").write_text(json.dumps(result))
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
     sys.stdout.flush()
     return code
 
 
-def main(out: Path, runs: dict[str, tuple[int, Callable[[int, int], Any], float]]) -> None:
-    """Runs everything; writes ``{name: {"seconds": s, "ranks": [[code, result], …]}}`` to ``out``."""
-    results = {}
-    for name, (world, function, seconds) in runs.items():
-        started = time.monotonic()
-        outcomes = run_ranks(world, function, seconds)
-        results[name] = {"seconds": round(time.monotonic() - started, 2), "ranks": outcomes}
-        out.write_text(json.dumps(results))
+def main(out: Path, batches: list[tuple[int, dict[str, Function], float]]) -> None:
+    """Runs everything and writes what it found to ``out``."""
+    results: dict[str, Any] = {}
+    for world, functions, seconds in batches:
+        results |= run_ranks(world, functions, seconds)
+    out.write_text(json.dumps(results))
