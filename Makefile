@@ -6,7 +6,7 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip
 PYTEST_ARGS ?=
 # One test process for each core, at most four (each holds a model or two), with one thread each.
-PYTEST := HF_HUB_OFFLINE=1 PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n auto --maxprocesses 4
+PYTEST := HF_HUB_OFFLINE=1 PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n auto --maxprocesses 4 --dist worksteal
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
