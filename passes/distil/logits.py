@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from .lora import PREFIX as LORA_PREFIX
 from .lora import add_lora, merge_lora
 from .regions import Compiled, agrees
 from .replay import Replayed
-from .spread import current, cut, share_of_mean, total
+from .spread import cut, exchanging, share_of_mean, total
 
 ROWS = 2048
 
@@ -195,7 +196,12 @@ class Recomputed(nn.Module):
         self.module = module
 
     def forward(self, *operands: Tensor) -> Tensor:
-        return recompute(self.module, *operands, use_reentrant=False)  # type: ignore[no-any-return]
+        return recompute(self.module, *operands, use_reentrant=False, context_fn=_contexts)  # type: ignore[no-any-return]
+
+
+def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Of the first run and of the second, in the backward pass, which has left ``exchanging`` behind."""
+    return nullcontext(), exchanging()
 
 
 def distil_logits(
@@ -243,8 +249,6 @@ def _distil(
     measure_windows: int,
     note: Callable[[str], None],
 ) -> LogitReport:
-    if options.recompute and current() is not None:  # what is recomputed would run outside the exchange
-        raise LincompileError("recompute=True isn't built for distillation on several ranks: leave it out")
     distiller = Distiller(teacher, student, options)
     rank = lora_rank(options.train)
     additions = add_lora(distiller.student.graph_module, rank) if rank else []

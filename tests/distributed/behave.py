@@ -96,7 +96,7 @@ def training(rank: int, world: int, steps: int = 100) -> dict[str, Any]:
 
 
 def distilling(rank: int, world: int) -> dict[str, float]:
-    """Attention transfer, layer choice and logit distillation over slices against one device."""
+    """Attention transfer, layer choice and logit distillation, over slices (activations recomputed) and on one device."""
     teacher = proved("nanogpt", torch.float32)
     data = TokenWindows(ids(600, rows=1)[0], length=4 * world * 2, batch=2)
     group = dist.group.WORLD.group_name
@@ -106,7 +106,7 @@ def distilling(rank: int, world: int) -> dict[str, float]:
         with spread(teacher, group, world) if together else nullcontext():
             moved = transfer(teacher, pupil, data, Transfer(steps=6))
             choice = choose(teacher, pupil, data.measure(2), 1)
-            learned = distil_logits(teacher, pupil, data, LogitDistillation(steps=4))
+            learned = distil_logits(teacher, pupil, data, LogitDistillation(steps=4, recompute=together))
         weights = torch.cat([parameter.detach().flatten() for parameter in pupil.graph_module.parameters()])
         numbers = [*moved.losses, *moved.after.values(), *learned.losses, learned.after, choice.chosen]
         found.append({"numbers": torch.tensor(numbers), "weights": weights, "kept": choice.kept})
@@ -245,12 +245,23 @@ def composed(rank: int, world: int) -> dict[str, float]:
     share.backward()
     results["ddp"] = largest(gradients(sharded.graph_module))
 
-    sharded, part, targets = fresh()
-    fully_shard(sharded.graph_module, mesh=init_device_mesh("cpu", (world,)))  # over both axes
-    share = sequence_loss(first(sharded.graph_module(part["idx"])), targets, group) * sequence
-    share.backward()
-    found = gradients(sharded.graph_module)
-    results["fsdp2"] = largest({name: grad.full_tensor() for name, grad in found.items()})
+    meshes = {
+        "fsdp2": init_device_mesh("cpu", (world,)),  # over both axes as one
+        "fsdp2, two axes": mesh,  # sharded over the sequence's ranks, replicated over the data's
+        "fsdp2, data axis": mesh["dp"],  # which averages over the copies only: the sum over slices is the caller's
+    }
+    for name, over in meshes.items():
+        sharded, part, targets = fresh()
+        fully_shard(sharded.graph_module, mesh=over)
+        alone = name == "fsdp2, data axis"
+        share = sequence_loss(first(sharded.graph_module(part["idx"])), targets, group) * (1 if alone else sequence)
+        share.backward()
+        found = gradients(sharded.graph_module)
+        if alone:
+            for parameter in sharded.graph_module.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad.to_local(), group=mesh.get_group("sp"))
+        results[name] = largest({key: grad.full_tensor() for key, grad in found.items()})
 
     sharded, part, targets = fresh()
     out = checkpoint(lambda x: first(sharded(x)), part["idx"], use_reentrant=False)
