@@ -10,12 +10,14 @@ import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..passes.errors import LincompileError
+from ..passes.last_token import last_token_only
 from ..passes.stateful import StateSpec, StepProgram
 
 PREFILL_CHUNK = 256
@@ -111,6 +113,19 @@ class Session:
         """Runs one chunk; see :class:`StepSession`. The given states are not modified."""
         return self.advance(tokens, positions, mask, states)
 
+    @cached_property
+    def _last(self) -> Session | None:
+        """The same program, for the last token's logits; None where it can't be had."""
+        program = last_token_only(self.program)
+        return None if program is None else Session(program, vocab_size=self.vocab_size)
+
+    def step_last(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, states: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """:meth:`step`, but logits of the last token of the chunk may be all there are: ``[B, 1 or t, V]``."""
+        session = self if tokens.shape[1] == 1 or self._last is None else self._last
+        return session.step(tokens, positions, mask, states)
+
     def advance(
         self, tokens: Tensor, positions: Tensor, mask: Tensor, states: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
@@ -186,10 +201,11 @@ def prefill(
         chunk = length
     states = session.initial_states(batch) if after is None else after.states
     positions = positions_of(mask) + before[:, None]
+    step = session.step if collect else getattr(session, "step_last", session.step)  # a runtime may have no shortcut
     logits: Tensor | None = None
     for start in range(0, length, chunk):
         part = slice(start, min(start + chunk, length))
-        logits, states = session.step(tokens[:, part], positions[:, part], mask[:, part], states)
+        logits, states = step(tokens[:, part], positions[:, part], mask[:, part], states)
         if collect:
             collect(start, logits)
         if on_state:

@@ -182,6 +182,8 @@ class ShardedSession(Session):
         gathered = gather(logits, self.world, self.group).transpose(0, 1).flatten(1, 2)
         return torch.cat([*parts, gathered], 1), states
 
+    step_last = Session.step  # what is gathered is the last token's already
+
 
 def logits_of_slices(program: Program) -> LogitsOf:
     """As ``logits_of_program``: each rank runs its slice of a window and yields that slice's logits.
