@@ -4,7 +4,8 @@
 
 Measured: one attention layer, forward and backward, on gloo ranks of this machine, every output and gradient compared
 with one device's; what each rank receives is counted where it is received. Computed: a cost model of training steps on
-8 to 128 GPUs and 128K to 4M tokens (``sequence_parallel_model.py``), beside the figures that LASP-2 publishes.
+8 to 128 GPUs and 128K to 4M tokens (``sequence_parallel_model.py``), beside the figures that LASP-2 publishes
+(``sequence_parallel_published.py``).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 from sequence_parallel_model import A100, H200, METHODS, Cluster, Model, crossover, scan_seconds
 from sequence_parallel_peers import Wire, lasp1, ring_attention, ulysses
+from sequence_parallel_published import compared
 from torch import Tensor
 from versions import versions
 
@@ -33,8 +35,6 @@ from lincompile.passes.shard_sites import Eager, Slices
 ops = torch.ops.lincompile
 BATCH, HEADS, KV_HEADS, DIM, SCALE = 1, 8, 4, 32, 0.125
 TOLERANCE = 1e-4  # float32, relative to the largest value
-# Linear-Llama3-1B on 64 A100s, 2048K tokens (arXiv 2502.07563): LASP-2's throughput over that of the others.
-PUBLISHED = {"ring of keys, linear attention": 1.366, "LASP-1 (chain of states)": 1.152}
 Method = Callable[..., Tensor]
 
 
@@ -189,15 +189,11 @@ def computed() -> dict[str, Any]:
                 steps[f"{cluster.name}, {world} ranks, {length // 1024}K"] = {
                     name: None if math.isinf(value) else round(value, 4) for name, value in seconds.items()
                 }
-    best = METHODS["LASP-2 (gathered states)"](A100, model, 64, 2_097_152)
-    ratios = {name: METHODS[name](A100, model, 64, 2_097_152) / best for name in PUBLISHED}
     return {
         "clusters": {cluster.name: asdict(cluster) for cluster in (A100, H200)},
         "model": asdict(model) | {"state_bytes": model.state},
         "seconds_per_step": steps,
-        "against_published": {
-            name: {"published": PUBLISHED[name], "computed": round(ratio, 3)} for name, ratio in ratios.items()
-        },
+        "against_published": compared(),
         "scan": {cluster.name: scan_table(cluster) for cluster in (A100, H200)},
     }
 
@@ -243,9 +239,11 @@ def main() -> None:
         print(f"measured, {world} ranks, {options.length} tokens (most of any rank)")
         for name, row in rows.items():
             print(f"  {name:34} {row['messages']:4} messages {row['bytes']:12,} bytes  error {row['error']:.1e}")
-    print("computed, LASP-2's gain at 2048K tokens on 64 A100s")
-    for name, row in result["computed"]["against_published"].items():
-        print(f"  over {name:30} published {row['published']:.3f}  computed {row['computed']:.3f}")
+    for length, rows in result["computed"]["against_published"]["gains_on_64_a100"].items():
+        print(f"computed, LASP-2's gain at {length} tokens on 64 A100s")
+        for name, row in rows.items():
+            if isinstance(row, dict):
+                print(f"  {name:72} published {row['published']:.3f}  computed {row['with_fixed']:.3f}")
 
 
 if __name__ == "__main__":

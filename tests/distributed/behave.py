@@ -96,7 +96,7 @@ def training(rank: int, world: int, steps: int = 100) -> dict[str, Any]:
 
 
 def distilling(rank: int, world: int) -> dict[str, float]:
-    """Attention transfer, layer choice and logit distillation, over slices (activations recomputed) and on one device."""
+    """Attention transfer, layer choice and logits, over slices (activations recomputed) and on one device."""
     teacher = proved("nanogpt", torch.float32)
     data = TokenWindows(ids(600, rows=1)[0], length=4 * world * 2, batch=2)
     group = dist.group.WORLD.group_name
