@@ -1,7 +1,8 @@
 """An artefact as a transformers model: ``generate`` with beams, sampling, assistants, streaming, left-padded batches.
 
 The model is the step program itself, so what ships is what runs. transformers' loop hands the states through as its
-cache (``past_key_values``, see :mod:`.hf_cache`): passing them back in goes on without reading anything again.
+cache (see :mod:`.hf_cache`; :mod:`.hf_versions` knows its name): passing them back in goes on without reading anything
+again.
 
 Importing this module registers the model type ``lincompile``, so that ``AutoModelForCausalLM.from_pretrained(DIR)`` and
 ``pipeline("text-generation", model=DIR)`` work.
@@ -36,8 +37,9 @@ try:
         PretrainedConfig,
         PreTrainedModel,
     )
-    from transformers.cache_utils import Cache
     from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    from .hf_versions import CACHE, CROP_KEEPS, NAMES, given_states
 except ImportError as error:
     raise LincompileError("lincompile.hf needs transformers: pip install 'lincompile[hf]'") from error
 
@@ -50,7 +52,7 @@ class LincompileConfig(PretrainedConfig):  # type: ignore[misc]
     """What transformers wants to know: sizes and special tokens, from the manifest."""
 
     model_type = "lincompile"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers adds it to a list)
+    keys_to_ignore_at_inference = [*NAMES]  # noqa: RUF012  (transformers adds it to a list)
 
     def __init__(self, vocab_size: int = 0, max_position_embeddings: int | None = None, **kwargs: Any) -> None:
         self.vocab_size = vocab_size
@@ -122,14 +124,24 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
+    def generate(self, *inputs: Any, **options: Any) -> Any:
+        """The ``generate`` of transformers; states to go on from are called ``cache`` or ``past_key_values``.
+
+        Raises:
+            LincompileError: what :meth:`forward` refuses, or states of another text than ``input_ids`` begins with.
+        """
+        name, cache = given_states(options)
+        options = {option: value for option, value in options.items() if option not in NAMES}
+        if cache is not None:
+            options[CACHE] = self._mine(cache, name)
+        return super().generate(*inputs, **options)
+
     def _expand_inputs_for_generation(self, expand_size: int = 1, **inputs: Any) -> tuple[Tensor, dict[str, Any]]:
-        """States that were handed in stay as they are: a copy goes on, repeated with its rows."""
-        if (given := inputs.get("past_key_values")) is not None:
-            cache = self._mine(given).copy()
+        """States that were handed in are a copy already (see :meth:`_mine`): it is repeated with its rows."""
+        if (cache := inputs.get(CACHE)) is not None:
             cache.trusted, cache.recording, cache.snapshots = not cache.columns, False, []
             if expand_size > 1:
                 cache.batch_repeat_interleave(expand_size)
-            inputs["past_key_values"] = cache
         expanded: tuple[Tensor, dict[str, Any]] = super()._expand_inputs_for_generation(expand_size, **inputs)
         return expanded
 
@@ -140,12 +152,12 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *rest)
         generation_config.prefill_chunk_size = None  # a prompt is read in chunks anyway, and no cache changes in place
         if generation_config.use_cache is False:
-            if model_kwargs.get("past_key_values") is not None:
-                raise LincompileError("use_cache=False reads everything again: leave it or past_key_values out")
+            if (cache := model_kwargs.get(CACHE)) is not None:
+                raise LincompileError(f"use_cache=False reads everything again: leave it or {cache.called} out")
             return
-        if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = StateCache(self.identity)
-        cache = model_kwargs["past_key_values"]
+        if model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = StateCache(self.identity)
+        cache = model_kwargs[CACHE]
         if generation_config.is_assistant or getattr(generation_mode, "value", "") == "assisted_generation":
             cache.activate_past_recording()
 
@@ -153,12 +165,11 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: StateCache | None = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What :meth:`forward` is called with; states that were handed in must be those of the text's beginning."""
-        cache = past_key_values
+        cache = kwargs.get(CACHE)
         if cache is not None and not cache.trusted:
             length = input_ids.shape[1]
             # Without a mask, only the ids can say whether they are all of the text or what is new.
@@ -172,7 +183,6 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             **kwargs,
         )
@@ -196,6 +206,7 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        cache: StateCache | None = None,
         **unknown: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of the new tokens.
@@ -203,16 +214,17 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         Args:
             input_ids: int64 ``[B, T]``: the new tokens, or the whole sequence, of which the unread end is used.
             attention_mask: ``[B, read + T]``, 0 = padding, on the left (on the right only where nothing follows).
-            past_key_values: what an earlier call returned.
+            past_key_values: the states that an earlier call returned (see :func:`.hf_versions.states_of`).
             labels: int64 ``[B, T]``, −100 = not predicted; adds ``loss``.
             use_cache: False returns no states.
             logits_to_keep: compute only the last so many positions' logits (0 = all), or those at these positions.
             num_items_in_batch: what the summed loss is divided by, in the place of the number of labels (``Trainer``
                 gives it, so that accumulated gradients weigh every token alike).
             return_dict: False returns a tuple.
+            cache: another name for ``past_key_values``, transformers' own since 5.24.
 
         Returns:
-            ``logits`` float ``[B, T or logits_to_keep, V]``, ``past_key_values``, ``loss``.
+            ``logits`` float ``[B, T or logits_to_keep, V]``, ``loss``, and the states by transformers' name for them.
 
         Raises:
             LincompileError: states of another model or batch size, a row without a token, padding between tokens, an
@@ -221,42 +233,46 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         positions = unknown.pop("position_ids", None)  # not by name: generate() would then make them for every token
         if refused := sorted(name for name, value in unknown.items() if value is not None and value is not False):
             raise LincompileError(
-                f"a compiled model takes no '{refused[0]}': it takes input_ids, attention_mask, past_key_values, labels"
+                f"a compiled model takes no '{refused[0]}': it takes input_ids, attention_mask, {CACHE}, labels"
             )
         if input_ids is None or input_ids.dim() != 2 or input_ids.is_floating_point() or not input_ids.numel():
             raise LincompileError("give input_ids: int64 token ids [batch, length], at least one in each row")
         batch = input_ids.shape[0]
-        cache = StateCache(self.identity) if past_key_values is None else self._mine(past_key_values)
-        cache = cache if cache.rows else self._fresh(batch, cache.recording)
-        if cache.rows != batch:
-            raise LincompileError(f"the states hold {cache.rows} rows, the input has {batch}")
-        if cache.replay:
-            kept = caught_up(self.session, cache).copy()
+        name, given = given_states({"cache": cache, "past_key_values": past_key_values})
+        states = StateCache(self.identity) if given is None else self._mine(given, name)
+        states = states if states.rows else self._fresh(batch, states.recording)
+        if states.rows != batch:
+            raise LincompileError(f"{name}: the states hold {states.rows} rows, the input has {batch}")
+        if states.replay:
+            kept = caught_up(self.session, states).copy()
             kept.replay, logits = False, kept.known_logits()[:, None]
         else:
-            tokens, mask = new_tokens(self.session, input_ids.to(self.device), attention_mask, cache)
+            tokens, mask = new_tokens(self.session, input_ids.to(self.device), attention_mask, states)
             if positions is not None:
-                check_positions(positions, mask, cache.lengths)
+                check_positions(positions, mask, states.lengths)
             every = isinstance(logits_to_keep, Tensor)
-            logits, kept = read(self.session, tokens, mask, cache, 0 if every else int(logits_to_keep))
+            logits, kept = read(self.session, tokens, mask, states, 0 if every else int(logits_to_keep))
         if labels is not None and (isinstance(logits_to_keep, Tensor) or labels.shape != input_ids.shape):
             raise LincompileError(f"labels must be like input_ids, {list(input_ids.shape)}, and need all the logits")
         loss = None if labels is None else causal_loss(logits, labels.to(self.device), num_items_in_batch)
         logits = logits[:, logits_to_keep.to(self.device)] if isinstance(logits_to_keep, Tensor) else logits
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=None if use_cache is False else kept)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: None if use_cache is False else kept})
         return output.to_tuple() if return_dict is False else output
 
-    def _mine(self, cache: Any) -> StateCache:
+    def _mine(self, cache: Any, called: str) -> StateCache:
+        """A copy of the states that the argument ``called`` holds, once they are known to be this model's."""
         if not isinstance(cache, StateCache):
             raise LincompileError(
-                f"past_key_values is a {type(cache).__name__}: a compiled model continues only the states that it or "
+                f"{called} is a {type(cache).__name__}: a compiled model continues only the states that it or "
                 "load_states returned"
             )
         if cache.model != self.identity:
             raise LincompileError(
-                f"past_key_values holds the states of another model ({cache.model[:12]}…, this one is "
+                f"{called} holds the states of another model ({cache.model[:12]}…, this one is "
                 f"{self.identity[:12]}…): read the text again"
             )
+        cache = cache.copy()
+        cache.called = called
         return cache
 
     def _fresh(self, batch: int, recording: bool = False) -> StateCache:
@@ -335,16 +351,27 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         save_copy(self.artefact, weights, Path(save_directory))
         self.generation_config.save_pretrained(save_directory)
 
-    def save_states(self, path: str | Path, cache: StateCache, input_ids: Tensor | None = None) -> Path:
-        """Writes a prompt cache: what ``past_key_values`` holds, in a file (see :mod:`.state_file`).
+    def save_states(
+        self,
+        path: str | Path,
+        cache: StateCache | None = None,
+        input_ids: Tensor | None = None,
+        *,
+        past_key_values: StateCache | None = None,
+    ) -> Path:
+        """Writes a prompt cache, the states after what has been read, into a file (see :mod:`.state_file`).
 
         Args:
+            cache: what an earlier call returned; ``past_key_values`` is another name for it.
             input_ids: int64 ``[B, T]``, the tokens it has read: only checked, the cache knows them.
 
         Raises:
             LincompileError: nothing has been read, other tokens have, or the file can't be written.
         """
-        cache = self._mine(cache)
+        name, given = given_states({"cache": cache, "past_key_values": past_key_values})
+        if given is None:
+            raise LincompileError("give save_states the cache that a call of the model returned")
+        cache = self._mine(given, name)
         if not cache.columns:
             raise LincompileError("the cache holds nothing that has been read: run the model first")
         if input_ids is not None:
@@ -387,7 +414,6 @@ def from_pretrained(
     return LincompileForCausalLM.from_pretrained(directory, **{"device_map": device, **options})
 
 
-# Before transformers 5.17, crop(n) says how many tokens to keep; since then, minus how many to drop.
-StateCache.crop_keeps = not hasattr(Cache, "activate_past_recording")
+StateCache.crop_keeps = CROP_KEEPS
 AutoConfig.register(LincompileConfig.model_type, LincompileConfig, exist_ok=True)
 AutoModelForCausalLM.register(LincompileConfig, LincompileForCausalLM, exist_ok=True)

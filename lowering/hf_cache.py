@@ -54,10 +54,11 @@ class StateCache:
         recording: states from before each call are kept in ``snapshots``.
         replay: the next call asks for the logits of what has been read, and reads nothing.
         trusted: the text that comes next is known to begin with what has been read.
+        called: the argument that brought it, for messages.
     """
 
     is_compileable = False
-    is_croppable = False  # not without recording, so stopping isn't deferred by a step
+    is_linear = (False,)  # to transformers (since 5.24) a cache of linear layers alone doesn't count what it has read
     crop_keeps = False  # what crop(n) means in the installed transformers; lowering/hf.py sets it
     layers: tuple[Any, ...] = ()
 
@@ -77,7 +78,7 @@ class StateCache:
         self.prefix = prefix if prefix is not None else Prefix(0, [""] * self.rows)
         self.tokens = self.lengths.new_empty(self.rows, 0)
         self.unread, self.closed, self.replay, self.trusted = 0, False, False, True
-        self.recording = recording
+        self.recording, self.called = recording, "the cache"
         self.snapshots: list[Snapshot] = []
 
     @property
@@ -109,6 +110,11 @@ class StateCache:
         if self.logits is None:
             raise LincompileError("these states went back to where their logits weren't kept: read one token more")
         return self.logits
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether :meth:`crop` can go back: only with recording."""
+        return self.recording
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read so far, padding included."""
@@ -190,7 +196,7 @@ class StateCache:
         """
         if tokens.shape[1] < self.columns:
             raise LincompileError(
-                f"input_ids has {tokens.shape[1]} tokens, past_key_values has read {self.columns}: give all ids so far "
+                f"input_ids has {tokens.shape[1]} tokens, {self.called} has read {self.columns}: give all ids so far "
                 "followed by what is new, or an attention_mask that covers both"
             )
         real = torch.ones_like(tokens) if mask is None else mask
@@ -199,6 +205,6 @@ class StateCache:
             if known and running_hash([token for token in row if token != PADDING]) != known:
                 raise LincompileError(
                     f"row {index} of input_ids doesn't begin with the {int(self.lengths[index])} tokens that "
-                    "past_key_values has read: give the ids of the earlier sequences followed by what is new (text "
+                    f"{self.called} has read: give the ids of the earlier sequences followed by what is new (text "
                     "that is tokenized again or goes through a chat template can give other ids)"
                 )

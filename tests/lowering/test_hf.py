@@ -62,7 +62,7 @@ def test_sampling_is_seeded(model: hf.LincompileForCausalLM) -> None:
 def test_a_conversation_continues_from_its_states(model: hf.LincompileForCausalLM) -> None:
     tokens = torch.tensor([PROMPTS[0]])
     first = model(tokens[:, :4])
-    rest = model(tokens[:, 4:], past_key_values=first.past_key_values)
+    rest = model(tokens[:, 4:], past_key_values=hf.states_of(first))
     torch.testing.assert_close(rest.logits, model(tokens).logits[:, 4:], atol=1e-5, rtol=1e-5)
 
 
@@ -101,8 +101,8 @@ def test_an_encoder_is_told_what_to_use_instead(artefact: package.Artefact) -> N
 
 
 def test_misuse_is_named(model: hf.LincompileForCausalLM, artefact: package.Artefact) -> None:
-    states = model(torch.tensor([[1, 2]])).past_key_values
-    with pytest.raises(LincompileError, match="hold 1 rows, the input has 2"):
+    states = hf.states_of(model(torch.tensor([[1, 2]])))
+    with pytest.raises(LincompileError, match="past_key_values: the states hold 1 rows, the input has 2"):
         model(torch.tensor([[1], [2]]), past_key_values=states)
     with pytest.raises(LincompileError, match="at most 64 positions"):
         model(torch.ones(1, 65, dtype=torch.int64))

@@ -98,14 +98,14 @@ def test_a_conversation_continues_without_reading_again(
     monkeypatch.setattr(
         model.session, "advance", lambda tokens, *rest: lengths.append(tokens.shape[1]) or advance(tokens, *rest)
     )
-    again = model.generate(turn, past_key_values=first.past_key_values, **options)
+    again = model.generate(turn, past_key_values=hf.states_of(first), **options)
     assert again.tolist() == whole.tolist()
     assert max(lengths) <= 4  # the last token of the answer, and the three of the next turn
 
 
 def test_a_prompt_cache_on_disk(model: hf.LincompileForCausalLM, tmp_path: Path) -> None:
     prompt = torch.tensor(PROMPT)
-    cache = model(prompt[:, :5]).past_key_values
+    cache = hf.states_of(model(prompt[:, :5]))
     file = model.save_states(tmp_path / "cache", cache, prompt)
     # The same file serves lincompile's own loop, and the other way round.
     saved = model.artefact.load_state(file)
@@ -142,7 +142,7 @@ def test_options_that_change_nothing(folder: Path) -> None:
 
 
 def test_padding_between_tokens_is_refused(model: hf.LincompileForCausalLM) -> None:
-    cache = model(torch.tensor([[4, 5], [6, 7]])).past_key_values
+    cache = hf.states_of(model(torch.tensor([[4, 5], [6, 7]])))
     with pytest.raises(LincompileError, match="padding after tokens already read"):
         model(
             torch.tensor([[8, 9], [1, 9]]),

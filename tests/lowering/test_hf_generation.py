@@ -80,7 +80,7 @@ def test_modes(model: hf.LincompileForCausalLM, options: dict[str, Any], rows: i
     assert len(output.scores) == len(output.logits) == NEW
     beams = options.get("num_beams", 1) if "num_beams" in options else rows
     assert output.logits[0].shape == (beams, model.config.vocab_size)
-    assert (output.past_key_values is None) == (not use_cache)
+    assert (hf.states_of(output) is None) == (not use_cache)
     if "num_beams" not in options:  # each step's logits are those of the whole sequence
         with torch.no_grad():
             whole = model(output.sequences).logits[:, PROMPT.shape[1] - 1 : -1]
@@ -148,7 +148,7 @@ def test_assistance_changes_nothing(
             assert len(chunks) < 24, "fewer calls than tokens"
         # The states that assisted generation leaves continue like any others.
         turn = torch.cat([result.sequences, torch.tensor([[7, 8, 9]])], 1)
-        continued = greedy(model, turn, past_key_values=result.past_key_values)
+        continued = greedy(model, turn, past_key_values=hf.states_of(result))
         assert continued == greedy(model, turn)
 
 
@@ -174,7 +174,7 @@ def test_assisted_sampling_and_stopping(model: hf.LincompileForCausalLM, other: 
 
 def test_continuing_after_all_of_the_prompt_was_read(model: hf.LincompileForCausalLM) -> None:
     """A prompt cache of exactly this prompt: the first token comes from its logits."""
-    cache = model(PROMPT).past_key_values
+    cache = hf.states_of(model(PROMPT))
     for options in ({}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}):
         again = greedy(model, past_key_values=cache, **options)
         assert again[0][: PROMPT.shape[1] + NEW] == greedy(model, **{"num_beams": 1, **options})[0][:19]
@@ -188,7 +188,7 @@ def test_continuing_after_all_of_the_prompt_was_read(model: hf.LincompileForCaus
 def test_states_of_another_text_or_model_are_refused(
     model: hf.LincompileForCausalLM, toy: SimpleNamespace, tmp_path: Path
 ) -> None:
-    cache = model(PROMPT).past_key_values
+    cache = hf.states_of(model(PROMPT))
     wrong = PROMPT.clone()
     wrong[0, 4] = 9
     with pytest.raises(LincompileError, match="row 0 of input_ids doesn't begin with the 13 tokens"):
@@ -207,7 +207,7 @@ def test_states_of_another_text_or_model_are_refused(
         greedy(model, past_key_values=transformers.DynamicCache())
     with pytest.raises(LincompileError, match="use_cache=False reads everything again"):
         greedy(model, torch.cat([PROMPT, PROMPT], 1), past_key_values=cache, use_cache=False)
-    two = model(PROMPT.repeat(2, 1)).past_key_values
+    two = hf.states_of(model(PROMPT.repeat(2, 1)))
     with pytest.raises(LincompileError, match="hold 2 rows, the input has 1"):
         model(PROMPT, past_key_values=two)
     with pytest.raises(LincompileError, match="can't go back from 13 tokens to 11"):
@@ -254,4 +254,4 @@ def test_padding_on_the_right_is_read_but_not_continued(model: hf.LincompileForC
     with pytest.raises(LincompileError, match="padded on the right, which can't go on"):
         greedy(model, tokens, attention_mask=mask)
     with pytest.raises(LincompileError, match="can't be continued"):
-        model.save_states("never-written", output.past_key_values)
+        model.save_states("never-written", hf.states_of(output))
