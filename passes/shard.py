@@ -14,6 +14,7 @@ The formulas are in ``shard_sites.py``, the exchanges in ``kernels/sequence_para
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -201,9 +202,24 @@ class Sharder:
         scale, causal, normalize = (argument(node, i, n) for i, n in ((5, "scale"), (6, "causal"), (7, "normalize")))
         make = Builder(self.module, node)
         refuse_cross(q, k, site.path if site else node.name)
-        out, final = self.slices.linear(make, q, k, v, decay, initial, scale, causal, normalize)
+        started = None if causal else partial(self._sink, q, node)
+        out, final = self.slices.linear(make, q, k, v, decay, initial, scale, causal, normalize, started)
         self._replace(node, site, out, final, initial)
         self.counts["linear"] += 1
+
+    def _sink(self, q: Any, node: Node) -> None:
+        """Moves what only a site's queries need to its place, behind the exchange that has just been started."""
+        found: dict[Node, None] = {node: None}
+        wanted, place = {q}, node.prev
+        while wanted:
+            if place in wanted:
+                wanted.remove(place)
+                if place.op == "call_function" and place.users.keys() <= found.keys():
+                    found[place] = None
+                    wanted.update(place.all_input_nodes)
+            place = place.prev
+        for moved in reversed(list(found)[1:]):
+            node.prepend(moved)
 
     def _gated_delta(self, node: Node, site: AttentionSite | None) -> None:
         q, k, v, beta, decay, initial = node.args[:6]

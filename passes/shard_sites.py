@@ -72,8 +72,12 @@ class Slices:
         scale: float,
         causal: bool,
         normalize: bool,
+        started: Callable[[], None] | None = None,
     ) -> tuple[Any, Any]:
-        """``linear_attention`` over the whole sequence: this rank's rows of the output, and the last state."""
+        """``linear_attention`` over the whole sequence: this rank's rows of the output, and the last state.
+
+        ``started`` is called once the all-gather is on its way: for what a bidirectional site can do meanwhile.
+        """
         wide = torch.float64 if fake(q).dtype == torch.float64 else torch.float32
         columns = int(fake(v).shape[-1]) + int(normalize)
         passing = ALL if decay is None else DECAY
@@ -82,6 +86,8 @@ class Slices:
         gathered = slots = own = None
         if not chained:
             gathered, slots = self._start(make, packed, columns, passing, causal)
+        if started is not None:
+            started()
         if causal:  # beside the all-gather: what the slice sees of itself
             values = v
             if normalize:

@@ -24,6 +24,7 @@ MODELS: dict[str, tuple[str, str, tuple[int, ...], int, int, bool]] = {
     "lawcat-window": ("llama-gqa", "lawcat", (), 5, 17, False),
     "hybrid": ("nanogpt", "lawcat", (0,), 0, 12, True),
     "bidirectional": ("bert", "hedgehog", (), 0, 14, False),
+    "bidirectional-nano": ("nanogpt-bidirectional", "hedgehog", (), 0, 12, False),
     "sliding": ("mistral", "softmax", (), 0, 12, False),
     "gated-delta": ("gpt2", "gated-delta", (), 3, 13, False),
     "hedgehog-hybrid": ("llama-gqa", "hedgehog", (1,), 0, 16, True),
@@ -253,6 +254,7 @@ def compare_model(name: str, rank: int, world: int) -> dict[str, Any]:
         "backward": collectives(backward),
         "order": order(forward),
         "backward_order": order(backward),
+        "beside": [products_beside(forward), products_beside(backward)],
         "graph_order": [STAGES[name] for name in map(_stage, nodes) if name in STAGES],
     }
 
@@ -280,6 +282,19 @@ STAGES = {
     "lincompile::prefix_state": "use",
     "lincompile::slot_gradient": "use",
 }
+
+
+def products_beside(profile: torch.profiler.profile) -> list[int]:
+    """How many matrix products ran between the start of each exchange of states and the next wait."""
+    counts, open_ = [], False
+    for event in sorted(profile.events(), key=lambda event: event.time_range.start):
+        stage = STAGES.get(event.name)
+        if stage == "start":
+            counts.append(0)
+        open_ = stage == "start" or (open_ and stage != "wait")
+        if open_ and event.name in ("aten::mm", "aten::addmm", "aten::bmm"):
+            counts[-1] += 1
+    return counts
 
 
 def _stage(target: str) -> str:

@@ -19,7 +19,7 @@ def runs(profile: str) -> dict[int, dict[str, forked.Function]]:
     for world in (4, 8) if nightly else (1, 2, 3):
         found[world][f"ops-{world}"] = exact.compare_ops
     found[2]["ops32-2"] = exact.compare_ops_float32
-    models = {2: ("gla", "hybrid"), 3: ("lawcat-window",)}
+    models = {2: ("gla", "hybrid", "bidirectional-nano"), 3: ("lawcat-window",)}
     if nightly:
         models = {1: ("lawcat-window", "hybrid"), 2: ("bidirectional", "sliding")}
         models |= {world: tuple(exact.MODELS) for world in (3, 4, 8)}
@@ -48,7 +48,7 @@ def main() -> None:
     out, profile, chosen = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     torch.set_num_threads(1)
     more = ("gpt2", "bert", "mistral") if profile == "nightly" else ()
-    for model in ("llama-gqa", "nanogpt", *more):
+    for model in ("llama-gqa", "nanogpt", "nanogpt-bidirectional", *more):
         exact.captured(model, torch.float64)
     for model in ("nanogpt", *(("llama-gqa", "gpt2", "mistral") if profile == "nightly" else ())):
         exact.captured(model, torch.float32)
