@@ -72,7 +72,7 @@ class SequenceParallel:
     name: str = field(default="shard", init=False, metadata={"text": False})
 
     def __post_init__(self) -> None:
-        if self.scan < 0:
+        if not isinstance(self.scan, int) or self.scan < 0:
             raise LincompileError(f"shard: scan={self.scan}: write a number of pieces, such as 4 (0 = gather)")
 
     def run(self, program: Program) -> PassResult:
@@ -104,18 +104,13 @@ class SequenceParallel:
         if not dist.is_available() or not dist.is_initialized():
             raise RefusedError("shard: torch.distributed isn't initialised; start with torchrun and init_process_group")
         if self.mesh is not None:
-            names = self.mesh.mesh_dim_names or ()
-            if self.mesh_dim not in names:
-                raise RefusedError(
-                    f"shard: the mesh has no axis '{self.mesh_dim}' (it has {', '.join(names) or 'no names'})"
-                )
-            group = self.mesh.get_group(self.mesh_dim).group_name
+            group = self._axis()
         elif self.group is not None:
             group = self.group
             try:
                 _op.process_group(group)
-            except (RuntimeError, ValueError):
-                raise RefusedError(f"shard: there is no process group '{group}'") from None
+            except (RuntimeError, TypeError, ValueError):
+                raise RefusedError(f"shard: there is no process group '{group}' (give a group's group_name)") from None
         else:
             world_group = dist.group.WORLD
             assert world_group is not None
@@ -124,6 +119,21 @@ class SequenceParallel:
         if self.world is not None and self.world != found:
             raise RefusedError(f"shard: world={self.world}, but the process group has {found} ranks")
         return group, found
+
+    def _axis(self) -> str:
+        """The group of the mesh's axis that this process is on."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if not isinstance(self.mesh, DeviceMesh):
+            raise RefusedError(f"shard: mesh takes a DeviceMesh (init_device_mesh), not {type(self.mesh).__name__}")
+        names = self.mesh.mesh_dim_names or ()
+        if self.mesh_dim not in names:
+            raise RefusedError(
+                f"shard: the mesh has no axis '{self.mesh_dim}' (it has {', '.join(names) or 'no names'})"
+            )
+        if self.mesh.get_coordinate() is None:
+            raise RefusedError("shard: this process isn't part of the mesh; run the pass on the mesh's ranks only")
+        return str(self.mesh.get_group(self.mesh_dim).group_name)
 
 
 def splittable(program: Program) -> Any:

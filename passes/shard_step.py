@@ -52,9 +52,11 @@ class _StepSharder(Sharder):
     """Positions are inputs of a step program, so only its token-mixing ops change."""
 
     def __init__(self, step: StepProgram, slices: Slices) -> None:
-        tokens = next(node for node in step.graph_module.graph.nodes if node.op == "placeholder")
-        super().__init__(Program(step.graph_module, [], {}), tokens, slices)
-        self.inputs = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
+        inputs = [node for node in step.graph_module.graph.nodes if node.op == "placeholder"]
+        super().__init__(Program(step.graph_module, [], {}), inputs[0], slices)
+        # by place: a graph that was saved and read back has other names
+        names = ["tokens", "positions", "mask", *(spec.name for spec in step.states)]
+        self.inputs = dict(zip(names, inputs, strict=True))
         self._check_slices()
         self.everything: Node | None = None
         if "key_mask" in self.inputs:

@@ -141,6 +141,9 @@ def handing_over(names: tuple[str, ...]) -> Any:
 def _hand_over(name: str, rank: int, world: int) -> list[dict[str, Any]]:
     model, attn, keep, window, balance = STEPS[name]
     step = make_stateful(student(model, attn, keep, window, dtype=torch.float64 if window else torch.float32))
+    for i, node in enumerate(node for node in step.graph_module.graph.nodes if node.op == "placeholder"):
+        node.name = node.target = f"input_{i}"  # as in an artefact: read back, its inputs have no other names
+    step.graph_module.recompile()
     alone = Session(step)
     together = ShardedSession(step, SequenceParallel(balance=balance), every_token=True)
     results = []
@@ -288,6 +291,8 @@ def composed(rank: int, world: int) -> dict[str, float]:
 
 def refusals(rank: int, world: int) -> dict[str, str]:
     """The errors of runs that fail on every rank alike (the group goes on), by what is wrong."""
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
     gla = student("nanogpt", "gla", dtype=torch.float32)
     other = student("nanogpt", "hedgehog", dtype=torch.float32) if rank else gla
     hybrid = student("nanogpt", "lawcat", (0,), dtype=torch.float32)
@@ -318,6 +323,7 @@ def refusals(rank: int, world: int) -> dict[str, str]:
             sharded(ids(length))
         sharded(ids(6 + rank))
 
+    everyone = init_device_mesh("cpu", (world,), mesh_dim_names=("sp",))
     attempts: dict[str, Any] = {
         "programs": lambda: SequenceParallel().run(other),
         "weights": weights,
@@ -327,6 +333,10 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         "resumed": resumed,
         "stateful": lambda: make_stateful(sharded),
         "group": lambda: SequenceParallel(group="nobody").run(gla),
+        "group object": lambda: SequenceParallel(group=dist.group.WORLD).run(gla),  # type: ignore[arg-type]
+        "no mesh": lambda: SequenceParallel(mesh=world).run(gla),
+        "axis": lambda: SequenceParallel(mesh_dim="tp", mesh=everyone).run(gla),
+        "elsewhere": lambda: SequenceParallel(mesh=DeviceMesh("cpu", [1 - rank], mesh_dim_names=("sp",))).run(gla),
     }
     found = {}
     for name, attempt in attempts.items():

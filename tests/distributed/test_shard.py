@@ -210,7 +210,11 @@ REFUSALS = {
     "odd": "balanced softmax needs slices of even length, got 5 tokens",
     "resumed": "gradients don't reach the state a sequence was resumed from",
     "stateful": "RefusedError: no step form: the program is sharded; make the step program first, then shard_step",
-    "group": "RefusedError: shard: there is no process group 'nobody'",
+    "group": "RefusedError: shard: there is no process group 'nobody' (give a group's group_name)",
+    "group object": "RefusedError: shard: there is no process group '<torch.distributed",
+    "no mesh": "RefusedError: shard: mesh takes a DeviceMesh (init_device_mesh), not int",
+    "axis": "RefusedError: shard: the mesh has no axis 'tp' (it has sp)",
+    "elsewhere": "RefusedError: shard: this process isn't part of the mesh; run the pass on the mesh's ranks only",
 }
 
 
@@ -315,7 +319,8 @@ def test_without_a_process_group_the_pass_says_what_to_do() -> None:
     program = lincompile.Pipeline("canonicalize,prove")(lincompile.capture(module, example))
     with pytest.raises(RefusedError, match="torchrun"):
         SequenceParallel().run(program)
-    with pytest.raises(LincompileError, match="scan=-1"):
-        SequenceParallel(scan=-1)
+    for scan in (-1, "4"):
+        with pytest.raises(LincompileError, match=f"scan={scan}"):
+            SequenceParallel(scan=scan)  # type: ignore[arg-type]
     text = str(lincompile.Pipeline("canonicalize,shard{mesh_dim=sp,balance=true}"))
     assert text == "canonicalize,shard{balance=true}"

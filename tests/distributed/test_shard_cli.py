@@ -112,6 +112,8 @@ def test_the_commands_give_what_one_process_gives(folder: Path) -> None:
         "full",
         "--window",
         "8",
+        "--keep-softmax",
+        "1",
         "--json",
     ]
     one = json.loads(lincompile(folder, "nano:build", *training, "-o", "one"))["distillation"]
