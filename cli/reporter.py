@@ -28,7 +28,7 @@ class BarReporter(Reporter):
             console=self.console,
         )
         self._task: TaskID | None = None
-        self._said = 0.0
+        self._said = self._began = 0.0
         self._stage = ""
 
     def __enter__(self) -> BarReporter:
@@ -45,6 +45,7 @@ class BarReporter(Reporter):
         """A new stage begins; the one before it is done."""
         self._finish()
         self._stage, self._said = text, time.monotonic()
+        self._began = self._said
         if self.console.is_terminal:
             self._task = self.bars.add_task(text, total=None, text="")
         else:
@@ -56,7 +57,9 @@ class BarReporter(Reporter):
             self.bars.update(self._task, completed=done, total=total, text=text)
         elif time.monotonic() - self._said > LINE_EVERY:
             self._said = time.monotonic()
-            self.console.print(f"{self._stage}: {done} of {total}, {text}", soft_wrap=True)
+            left = (self._said - self._began) * (total - done) / max(done, 1)
+            clock = f"{int(left) // 60}:{int(left) % 60:02d} left"
+            self.console.print(f"{self._stage}: {done} of {total}, {text}, {clock}", soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A remark the user should see."""

@@ -1,51 +1,86 @@
-"""Distillation and evaluation text: files, datasets or token ids → one stream of tokens."""
+"""Distillation and evaluation text: files, datasets or token ids → tokens, and where each document begins."""
 
 from __future__ import annotations
 
 import json
-import tempfile
+import random
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..passes.distil.retrieval import Needles
 from ..passes.errors import LincompileError
-from .tokenizer import TextCodec
+from .tokenizer import TextCodec, codec_of
 
 SEPARATOR = "\n\n"
+NEEDLES = 512
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text's tokens: ``ids`` int64 ``[N]``, and where each document begins in them, ``[D]``.
+
+    ``empty``: rows of the source without text, which were passed over.
+    """
+
+    ids: Tensor
+    documents: Tensor
+    empty: int = 0
 
 
 def read_tokens(source: Any, tokenizer: Callable[[Path], None] | None) -> Tensor:
-    """Token ids, int64 ``[N]``.
+    """Token ids of all documents as one text, blank lines between them, int64 ``[N]``.
 
     Args:
-        source: token ids (a tensor), a list of texts, a ``.txt``, ``.md``, ``.jsonl`` (key "text"), ``.parquet``
-            (column "text") or ``.npy`` (token ids) file, or ``hf:name`` (a Hugging Face dataset, split train).
+        source: token ids (a tensor), a list of texts, a ``.txt``, ``.md``, ``.json`` (a list of texts), ``.jsonl`` (key
+            "text"), ``.parquet`` (column "text") or ``.npy`` (token ids) file, or ``hf:name`` (a Hugging Face dataset,
+            split train).
         tokenizer: writes the model's tokenizer into a folder.
 
     Raises:
         LincompileError: a missing or unreadable file, or text for a model without a tokenizer.
     """
-    if isinstance(source, Tensor):
-        return source.flatten().long()
-    if isinstance(source, (str, Path)) and str(source).endswith(".npy"):
-        import numpy as np
+    if (ids := _ready(source)) is not None:
+        return ids
+    texts, _ = _documents(source)
+    return torch.tensor(_codec(tokenizer).encode(SEPARATOR.join(texts)), dtype=torch.int64)
 
-        return torch.from_numpy(np.load(existing(source)).astype("int64")).flatten()
-    texts = list(source) if isinstance(source, (list, tuple)) else list(read_texts(str(source)))
-    if tokenizer is None:
-        raise LincompileError(
-            "the model came without a tokenizer: give token ids instead of text (a .npy file of integers)"
-        )
-    with tempfile.TemporaryDirectory(prefix="lincompile-") as folder:
-        tokenizer(Path(folder))
-        codec = TextCodec(Path(folder))
-        ids = codec.encode(SEPARATOR.join(texts))
-    if not ids:
-        raise LincompileError(f"the text {source} is empty")
-    return torch.tensor(ids, dtype=torch.int64)
+
+def read_corpus(source: Any, tokenizer: Callable[[Path], None] | None) -> Corpus:
+    """The documents of a text, tokenized one by one (a text file, or token ids, are one document).
+
+    Args and errors: as ``read_tokens``; also an error where the text is empty.
+    """
+    if (ids := _ready(source)) is not None:
+        return Corpus(ids, torch.zeros(1, dtype=torch.int64))
+    texts, empty = _documents(source)
+    pieces = _codec(tokenizer).encode_all(texts)
+    lengths = torch.tensor([len(piece) for piece in pieces])
+    flat = torch.tensor([token for piece in pieces for token in piece], dtype=torch.int64)
+    return Corpus(flat, lengths.cumsum(0) - lengths, empty)
+
+
+def retrieval_needles(tokenizer: Callable[[Path], None], ids: Tensor, seed: int) -> Needles:
+    """Sentences that give a word of the text a number, and the same sentences again to be completed.
+
+    Args:
+        ids: tokens of the training text, whose words are used.
+    """
+    codec = _codec(tokenizer)
+    generator = random.Random(seed)
+    middle = max(0, ids.numel() // 2 - 20_000)
+    words = sorted(set(re.findall(r"\b[a-z]{4,10}\b", codec.decode(ids[middle : middle + 40_000].tolist()))))
+    if len(words) < 16:
+        return Needles.from_spans(ids, seed)
+    chosen = generator.sample(words, min(NEEDLES, len(words)))
+    facts = [f"\nFor {word}, note down {generator.randrange(1000, 1_000_000)}.\n" for word in chosen]
+    sentences = [torch.tensor(tokens) for tokens in codec.encode_all(facts, special=False)]
+    return Needles(sentences, sentences)
 
 
 def existing(source: str | Path) -> Path:
@@ -57,27 +92,115 @@ def existing(source: str | Path) -> Path:
 
 
 def read_texts(source: str) -> Iterator[str]:
-    """The documents of a file or dataset, in order."""
+    """The documents of a file or dataset, in order (an empty row is an empty text).
+
+    Raises:
+        LincompileError: a missing or unreadable file, a table without a column "text", a row that isn't text.
+    """
     if source.startswith("hf:"):
         try:
             from datasets import load_dataset
         except ImportError:
             raise LincompileError("hf: datasets need the 'datasets' package: pip install 'lincompile[hf]'") from None
-        yield from (row["text"] for row in load_dataset(source[3:], split="train"))
+        dataset = load_dataset(source[3:], split="train")
+        _column("text", dataset.column_names, source)
+        yield from (_text(row["text"], f"{source}: row {i}") for i, row in enumerate(dataset, 1))
         return
     path = existing(source)
     try:
         if path.suffix == ".parquet":
-            try:
-                from pyarrow import parquet
-            except ImportError:
-                raise LincompileError(f"{path} needs the 'pyarrow' package: pip install pyarrow") from None
-            yield from parquet.read_table(path, columns=["text"])["text"].to_pylist()
+            yield from _parquet(path)
         elif path.suffix == ".jsonl":
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
                 if line.strip():
-                    yield json.loads(line)["text"]
+                    yield _row(json.loads(line), f"{path}: line {number}")
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(rows, list):
+                raise LincompileError(f"the text file {path} holds no list: write a list of texts")
+            yield from (
+                row if isinstance(row, str) else _row(row, f"{path}: item {number}")
+                for number, row in enumerate(rows, 1)
+            )
         else:
             yield path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
         raise LincompileError(f"the text file {path} can't be read: {type(error).__name__}: {error}") from error
+
+
+def _ready(source: Any) -> Tensor | None:
+    """Ids that need no tokenizer, ``[N]``."""
+    if isinstance(source, Tensor):
+        ids = source.flatten().long()
+    elif isinstance(source, (str, Path)) and str(source).endswith(".npy"):
+        import numpy as np
+
+        path = existing(source)
+        try:
+            values = np.load(path)
+        except (ValueError, OSError, EOFError) as error:
+            raise LincompileError(f"the token file {path} can't be read: {error}") from error
+        if values.dtype.kind not in "iu":
+            raise LincompileError(f"the token file {path} holds {values.dtype}: token ids are integers")
+        ids = torch.from_numpy(values.astype("int64")).flatten()
+    else:
+        return None
+    if not ids.numel():
+        raise LincompileError("the text holds no tokens")
+    return ids
+
+
+def _documents(source: Any) -> tuple[list[str], int]:
+    """The documents with text in them, and how many rows had none."""
+    rows = list(source) if isinstance(source, (list, tuple)) else list(read_texts(str(source)))
+    texts = [_text(row, f"item {number} of the list") for number, row in enumerate(rows, 1)]
+    filled = [text for text in texts if text.strip()]
+    if not filled:
+        raise LincompileError(
+            f"the text {source if isinstance(source, (str, Path)) else ''} is empty".replace("  ", " ")
+        )
+    return filled, len(texts) - len(filled)
+
+
+def _codec(tokenizer: Callable[[Path], None] | None) -> TextCodec:
+    if tokenizer is None:
+        raise LincompileError(
+            "the model came without a tokenizer: give token ids instead of text (a .npy file of integers)"
+        )
+    return codec_of(tokenizer)
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise LincompileError(f"{path} needs the 'pyarrow' package: pip install pyarrow") from None
+    try:
+        file = parquet.ParquetFile(path)
+        _column("text", file.schema_arrow.names, path)
+        rows = file.read(columns=["text"])["text"].to_pylist()
+    except ArrowException as error:
+        raise LincompileError(f"the text file {path} can't be read: {error}") from error
+    yield from (_text(row, f"{path}: row {number}") for number, row in enumerate(rows, 1))
+
+
+def _column(name: str, found: list[str], where: Any) -> None:
+    if name not in found:
+        raise LincompileError(
+            f"{where} has no column '{name}' but {', '.join(found) or 'none'}: rename the text's column"
+        )
+
+
+def _row(row: Any, where: str) -> str:
+    if not isinstance(row, dict) or "text" not in row:
+        keys = ", ".join(map(str, row)) if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise LincompileError(f"{where} has no key 'text' but {keys or 'none'}: name the text's key 'text'")
+    return _text(row["text"], where)
+
+
+def _text(value: Any, where: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise LincompileError(f"{where} holds a {type(value).__name__} where text is wanted: {str(value)[:40]!r}")
+    return value

@@ -49,6 +49,10 @@ class TextCodec:
         """Token ids of ``text``, with the special tokens that the tokenizer itself adds (unless ``special`` is off)."""
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
+    def encode_all(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """``encode`` of each text, on all processors."""
+        return [list(found.ids) for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=special)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))

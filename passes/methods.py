@@ -66,6 +66,7 @@ class LinearMethod(nn.Module):
     rotary = True
     gated = False
     bidirectional = False
+    normalised = False  # whether an output is an average of values, whose weights add up to one
     # Features and gates as one op each, with gradients; None: on a GPU. Graphs are traced on the CPU, so that programs
     # keep the plain form, which every target understands (lowering/triton.py puts the ops into a program's graph).
     fuse: bool | None = None
@@ -254,6 +255,7 @@ class Hedgehog(LinearMethod):
 
     method = "hedgehog"
     bidirectional = True
+    normalised = True
 
     def __init__(self, shape: SiteShape) -> None:
         super().__init__(shape)
@@ -283,6 +285,7 @@ class Lawcat(LinearMethod):
     method = "lawcat"
     rotary = False
     gated = True
+    normalised = True
 
     def __init__(self, shape: SiteShape) -> None:
         super().__init__(shape)

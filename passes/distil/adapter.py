@@ -130,7 +130,9 @@ def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash
             seen.add(name)
     if missing := [n for n in parameters if n.startswith(MODULE_PREFIX) and n not in seen]:
         raise LincompileError(f"the adapter {path} lacks '{missing[0]}'")
-    merge_lora(student, [_addition(path, student, name, pair) for name, pair in factors.items()])
+    additions = [_addition(path, student, name, pair) for name, pair in factors.items()]
+    merge_lora(student, additions)
+    student.metadata["low_rank"] = additions
     record: dict[str, Any] = json.loads(metadata["record"])
     student.metadata["adapter"] = {"file": path.name, **record}
     student.metadata["projections"] = "adapted" if factors else "teacher's"

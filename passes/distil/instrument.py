@@ -69,13 +69,14 @@ class TrainingGraph:
             return self.graph_module(*inputs)
 
 
-def beside(teacher: Program, student: Program, wrap: Wrap) -> TrainingGraph:
+def beside(teacher: Program, student: Program, wrap: Wrap, with_scores: bool = False) -> TrainingGraph:
     """The teacher up to its last attention site; beside each rewritten site ``wrap(path, student's module)``.
 
     The wrapped module is called with (the site's output, q, k, v, hidden states, and a padding mask where the model
-    derives one from its tokens); the graph returns the tuple of what these calls return.
+    derives one from its tokens), and ``with_scores`` with the softmax's own q and k after its output; the graph returns
+    the tuple of what these calls return.
     """
-    return _instrument(teacher, student, wrap, instead=False)
+    return _instrument(teacher, student, wrap, instead=False, with_scores=with_scores)
 
 
 def instead(teacher: Program, student: Program, wrap: Wrap | None = None) -> TrainingGraph:
@@ -121,7 +122,12 @@ def unpadded(program: Program) -> TrainingGraph:
 
 
 def _instrument(
-    teacher: Program, student: Program, wrap: Wrap, instead: bool, with_softmax: bool = False
+    teacher: Program,
+    student: Program,
+    wrap: Wrap,
+    instead: bool,
+    with_softmax: bool = False,
+    with_scores: bool = False,
 ) -> TrainingGraph:
     program, autocast, content = _prepared(teacher)
     module = program.graph_module
@@ -139,7 +145,9 @@ def _instrument(
         name = twin.details["module"]
         module.add_submodule(name, wrap(site.path, branch))
         with module.graph.inserting_after(site.node):
-            wanted = (site.node,) if with_softmax or not instead else ()
+            wanted: tuple[Any, ...] = (site.node,) if with_softmax or not instead else ()
+            if with_scores:
+                wanted += tuple(site.node.args[:2])
             if operands.mask not in content:
                 operands = dataclasses.replace(operands, mask=None)
             call = module.graph.call_module(name, (*wanted, *operands.arguments()))

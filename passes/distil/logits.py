@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,17 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ..errors import LincompileError
-from ..graph import finish, set_tensor
+from ..graph import finish, get_attribute, set_tensor
 from ..linearize import MODULE_PREFIX
 from ..methods import LinearMethod
 from ..program import Program
-from .data import TokenWindows
+from .data import Batches
 from .instrument import TrainingGraph, instead, unpadded, weights_checksum
 from .loop import LoopOptions, LoopReport, Part, Progress, train
 from .lora import PREFIX as LORA_PREFIX
-from .lora import add_lora, merge_lora
-from .regions import Compiled, agrees
-from .replay import Replayed
+from .lora import Addition, add_lora, merge_lora
+from .pieces import Pieces
+from .regions import Compiled
 from .spread import cut, exchanging, share_of_mean, total
 
 ROWS = 2048
@@ -88,8 +88,6 @@ class LogitReport(LoopReport):
 
     before: float = 0.0
     after: float = 0.0
-    micro_batch: int = 0
-    notes: list[str] = field(default_factory=list)
 
 
 def _rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +205,7 @@ def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any
 def distil_logits(
     teacher: Program,
     student: Program,
-    data: TokenWindows,
+    data: Batches,
     options: LogitDistillation = LogitDistillation(),
     *,
     checkpoint: Path | None = None,
@@ -216,6 +214,8 @@ def distil_logits(
     note: Callable[[str], None] = lambda text: None,
 ) -> LogitReport:
     """Trains the student in place. Parameters it shared with the teacher are copied first: the teacher stays as it is.
+
+    Low-rank additions that the student has already, from an earlier run or an adapter, are trained on.
 
     Args:
         teacher: the proved program, all sites softmax (the student was made from it).
@@ -242,7 +242,7 @@ def distil_logits(
 def _distil(
     teacher: Program,
     student: Program,
-    data: TokenWindows,
+    data: Batches,
     options: LogitDistillation,
     checkpoint: Path | None,
     progress: Progress | None,
@@ -251,7 +251,7 @@ def _distil(
 ) -> LogitReport:
     distiller = Distiller(teacher, student, options)
     rank = lora_rank(options.train)
-    additions = add_lora(distiller.student.graph_module, rank) if rank else []
+    additions = _additions(distiller, teacher, student, rank) if rank else []
     trained = {
         name: parameter
         for name, parameter in student.graph_module.named_parameters()
@@ -260,7 +260,7 @@ def _distil(
     trained |= {f"{LORA_PREFIX}.{a.name}.{part}": p for a in additions for part, p in (("up", a.up), ("down", a.down))}
     rates = {name: options.rate_of(name) for name in trained}
     held_out = data.measure(measure_windows)
-    report = LogitReport(micro_batch=len(data.step(0)))
+    report = LogitReport()
     identity: dict[str, Any] = {"stage": "logits", "data": data.fingerprint()}
     if checkpoint is not None:
         identity["model"] = weights_checksum(teacher)
@@ -269,49 +269,48 @@ def _distil(
         if not math.isfinite(report.before):
             raise LincompileError("the divergence isn't finite before any training: the weights hold NaN or inf")
 
-    learn: dict[float, Replayed] = {}  # by the piece's share of the step: the last one may be smaller
-
     compile = options.compiles(distiller.teacher.device)
     if compile:
         distiller.teacher.divide()
         distiller.student.divide()
-
-    def learner(piece: Tensor, share: float) -> Replayed:
-        if share not in learn:
-            learn_piece = functools.partial(distiller.learn, piece, share)
-            compiled = compile and agrees(learn_piece, list(trained.values()), note)
-            adding = functools.partial(distiller.learn, share=share, compiled=compiled)
-            learn[share] = Replayed(adding, list(trained.values()), options.replays)
-        return learn[share]
+    learning = list(trained.values())
+    pieces = Pieces(distiller.learn, learning, compile=compile, replay=options.replays, report=report, note=note)
 
     def losses_of(step: int) -> tuple[Tensor, int]:
         tokens = data.step(step)
-        while True:
-            try:
-                loss = torch.zeros((), dtype=torch.float64)
-                for piece in torch.split(tokens, report.micro_batch):
-                    share = len(piece) / len(tokens)
-                    loss += learner(piece, share)(piece).double().cpu() * share
-                return loss[None], tokens.numel()
-            except torch.OutOfMemoryError:
-                if report.micro_batch == 1:
-                    raise LincompileError(
-                        f"one window of {data.length} tokens doesn't fit into the GPU's memory: give a shorter --length"
-                    ) from None
-            report.micro_batch = (report.micro_batch + 1) // 2
-            learn.clear()
-            for parameter in trained.values():
-                parameter.grad = None
-            torch.cuda.empty_cache()
-            report.notes.append(f"out of memory at step {step}: now {report.micro_batch} windows at a time")
-            note(report.notes[-1])
+        return pieces(tokens, step)[None], tokens.numel()
 
     parts = [Part("the logits", trained, rates)]
-    train(parts, losses_of, options, checkpoint=checkpoint, identity=identity, report=report, progress=progress)
-    report.after = distiller.measure(held_out)
-    merge_lora(student, additions)
-    student.metadata["low_rank"] = additions
+    try:
+        train(parts, losses_of, options, checkpoint=checkpoint, identity=identity, report=report, progress=progress)
+        report.after = distiller.measure(held_out)
+    finally:
+        merge_lora(student, additions)
+        student.metadata["low_rank"] = additions
     return report
+
+
+def _additions(distiller: Distiller, teacher: Program, student: Program, rank: int) -> list[Addition]:
+    """Low-rank additions to the training graph: those of an earlier stage or an adapter go on from where they are."""
+    earlier: list[Addition] = student.metadata.get("low_rank", [])
+    if widest := max((addition.up.shape[1] for addition in earlier), default=0):
+        if widest > rank:
+            raise LincompileError(
+                f"--train lora:{rank}: the student has additions of rank {widest}: write lora:{widest}"
+            )
+        own = dict(teacher.graph_module.named_parameters(remove_duplicate=False))
+        for addition in earlier:
+            get_attribute(student.graph_module, addition.name).data.copy_(own[addition.name])
+    additions = add_lora(distiller.student.graph_module, rank)
+    known = {addition.name: addition for addition in earlier}
+    with torch.no_grad():
+        for addition in additions:
+            if (found := known.pop(addition.name, None)) is not None:
+                width = found.up.shape[1]
+                addition.up[:, :width] = found.up
+                addition.down[:width] = found.down
+    assert not known, f"additions to what no linear layer reads: {', '.join(known)}"
+    return additions
 
 
 def own_parameters(student: Program, teacher: Program) -> None:

@@ -79,13 +79,19 @@ class LoopOptions:
 
 @dataclass
 class LoopReport:
-    """What a run did: optimizer steps, tokens seen, seconds, mean loss of each step, and where it was resumed."""
+    """What a run did: optimizer steps, tokens seen, seconds, mean loss of each step, and where it was resumed.
+
+    ``piece_tokens``: how many tokens at a time the GPU's memory had room for (0: all of a step's), with ``notes`` that
+    say so.
+    """
 
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     resumed_at: int = 0
+    piece_tokens: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -224,9 +230,11 @@ def train(
         LincompileError: a loss or gradient that isn't finite, or a checkpoint that is damaged or of another run.
     """
     report = report or LoopReport()
-    fingerprint = json.dumps(
-        {"options": asdict(options), "parameters": [list(part.parameters) for part in parts], **(identity or {})}
-    )
+    chosen = asdict(options)
+    for name in ("seconds", "save_every", "replay", "compile"):  # what doesn't change what a step computes
+        chosen.pop(name)
+    names = [list(part.parameters) for part in parts]
+    fingerprint = json.dumps({"options": chosen, "parameters": names, **(identity or {})})
     frozen = {p: p.requires_grad for part in parts for p in part.parameters.values()}
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -240,7 +248,7 @@ def train(
         while True:
             done = max(
                 report.steps / options.steps if options.steps else 1.0,
-                (time.monotonic() - began) / options.seconds if options.seconds is not None else 0.0,
+                0.0 if options.seconds is None else (time.monotonic() - began) / max(options.seconds, 1e-9),
             )
             done = agreed(done, device)
             if done >= 1:

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from ..errors import LincompileError
 from ..methods import LinearMethod, mixed
 from ..program import Program
-from .data import TokenWindows
+from .data import Batches
 from .instrument import TrainingGraph, beside, weights_checksum
 from .loop import LoopOptions, LoopReport, Part, Progress, train
-from .regions import Compiled, agrees
-from .replay import Replayed
+from .pieces import Pieces
+from .regions import Compiled
 from .spread import total
+from .weights import check_weights, weights_loss
 
 ALONE = 0.1  # weight of the linear attention's own error beside a softmax window
+LOSSES = ("mse", "weights", "both")
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,20 @@ class Transfer(LoopOptions):
         rate: peak learning rate of feature maps, convolutions and output scales.
         gate_rate: peak learning rate of the gates' projections.
         bias_rate: peak learning rate of the gates' biases, which set half-lives and have far to go.
+        loss: what is minimised at each site: "mse", the output's relative squared error; "weights", the cross-entropy
+            of the attention weights (hedgehog and lawcat; takes longer, by the window's length over the values'
+            width); or "both", their sum.
     """
 
     rate: float = 1e-2
     gate_rate: float = 3e-2
     bias_rate: float = 3e-1
+    loss: str = "mse"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in LOSSES:
+            raise LincompileError(f"--transfer-loss {self.loss}: the choice is {', '.join(LOSSES)}")
 
     def rate_of(self, name: str) -> float:
         """Peak rate of a parameter, by its name within its attention module."""
@@ -63,32 +74,44 @@ class _SiteError(nn.Module):
     """One site's (relative error, what to minimise): the same, but beside a softmax window.
 
     There the linear attention must also give the output by itself: where only the mixture is asked for, the window
-    does all the work and the linear part learns nothing (arXiv 2510.05901).
+    does all the work and the linear part learns nothing (arXiv 2510.05901). With ``softmax`` (the site's kind, window,
+    scale and softcap) the attention weights are compared, and the first operands are the softmax's own q and k.
     """
 
-    def __init__(self, branch: LinearMethod) -> None:
+    def __init__(self, branch: LinearMethod, loss: str, softmax: tuple[Any, ...]) -> None:
         super().__init__()
-        self.branch = branch
+        self.branch, self.loss, self.softmax = branch, loss, softmax
 
     def forward(self, wanted: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor]:
+        scores: tuple[Tensor, ...] = ()
+        if self.loss != "mse":
+            scores, operands = operands[:2], operands[2:]
         far, near, shares = self.branch.parts(*operands)
         error = relative_error(mixed(far, near, shares), wanted)
-        return error, error if near is None else error + ALONE * relative_error(far, wanted)
+        loss = error if near is None else error + ALONE * relative_error(far, wanted)
+        if not scores or not torch.is_grad_enabled():
+            return error, loss
+        weights = weights_loss(self.branch, self.softmax, *scores, *operands)
+        if self.loss == "both":
+            return error, loss + weights
+        return error, weights if near is None else error + weights  # the shares learn from the output alone
 
 
 class _Compare(nn.Module):
-    """Computes one site's relative error; with ``learning`` it also adds the gradients to the module's."""
+    """Computes one site's relative error; it also adds ``learning`` times the gradients to the module's."""
 
-    def __init__(self, branch: LinearMethod) -> None:
+    def __init__(self, branch: LinearMethod, loss: str, softmax: tuple[Any, ...]) -> None:
         super().__init__()
-        self.site = Compiled(_SiteError(branch))
-        self.learning = False
+        site = _SiteError(branch, loss, softmax)
+        # a block of weights after another would be a long graph to compile
+        self.site: nn.Module = Compiled(site) if loss == "mse" else site
+        self.learning = 0.0
 
     def forward(self, wanted: Tensor, *operands: Tensor) -> Tensor:
-        with torch.set_grad_enabled(self.learning):
+        with torch.set_grad_enabled(self.learning > 0):
             error, loss = self.site(wanted, *operands)
-            if self.learning:
-                loss.backward()
+            if self.learning > 0:
+                (loss * self.learning).backward()
         result: Tensor = error.detach()
         return result
 
@@ -101,23 +124,34 @@ def relative_error(got: Tensor, wanted: Tensor) -> Tensor:
 
 
 class Errors:
-    """The relative error of every rewritten site, from one teacher forward."""
+    """The relative error of every rewritten site, from one teacher forward.
 
-    def __init__(self, teacher: Program, student: Program) -> None:
+    Args:
+        loss: what ``learn`` minimises, as ``Transfer.loss``.
+    """
+
+    def __init__(self, teacher: Program, student: Program, loss: str = "mse") -> None:
         self.comparisons: list[_Compare] = []
+        softmax = {site.path: tuple(site.node.args[4:8]) for site in teacher.sites if site.node is not None}
 
         def wrap(path: str, branch: LinearMethod) -> nn.Module:
-            self.comparisons.append(_Compare(branch))
+            if loss != "mse":
+                check_weights(branch, path)
+            self.comparisons.append(_Compare(branch, loss, softmax[path]))
             return self.comparisons[-1]
 
-        self.graph: TrainingGraph = beside(teacher, student, wrap)
+        self.graph: TrainingGraph = beside(teacher, student, wrap, with_scores=loss != "mse")
 
     @property
     def branches(self) -> dict[str, LinearMethod]:
         return self.graph.branches
 
-    def __call__(self, tokens: Tensor, learn: bool = False, compiled: bool = False) -> Tensor:
-        """Errors ``[sites]`` on windows ``[B, T]``; with ``learn`` also adds to the modules' gradients."""
+    def learn(self, tokens: Tensor, share: float, compiled: bool) -> Tensor:
+        """Errors ``[sites]`` on windows ``[B, T]``; adds ``share`` times the gradients to the modules'."""
+        return self(tokens, share, compiled)
+
+    def __call__(self, tokens: Tensor, learn: float = 0.0, compiled: bool = False) -> Tensor:
+        """Errors ``[sites]`` on windows ``[B, T]``; also adds ``learn`` times the gradients to the modules'."""
         for comparison in self.comparisons:
             comparison.learning = learn
         with torch.no_grad():
@@ -134,7 +168,7 @@ class Errors:
 def transfer(
     teacher: Program,
     student: Program,
-    data: TokenWindows,
+    data: Batches,
     options: Transfer = Transfer(),
     *,
     checkpoint: Path | None = None,
@@ -149,7 +183,8 @@ def transfer(
         student: the rewritten program; only the parameters of its ``lincompile_attention`` modules change.
         data: token windows.
         checkpoint: file that the run saves itself to, and continues from if it exists.
-        note: told when compiled code is left aside because it computes something else.
+        note: told when compiled code is left aside because it computes something else, and when memory runs out and
+            the windows of a step are taken in smaller groups.
 
     Returns:
         A report with per-site errors on held-out windows before and after.
@@ -157,7 +192,7 @@ def transfer(
     Raises:
         LincompileError: nothing to distil, a loss that isn't finite, or a checkpoint of another run.
     """
-    errors = Errors(teacher, student)
+    errors = Errors(teacher, student, options.loss)
     parts = [
         Part(path, dict(branch.named_parameters()), {n: options.rate_of(n) for n, _ in branch.named_parameters()})
         for path, branch in errors.branches.items()
@@ -172,19 +207,14 @@ def transfer(
         _check_start(report.before)
 
     parameters = [parameter for part in parts for parameter in part.parameters.values()]
-    learn: list[Replayed] = []
     compile = options.compiles(errors.graph.device)
     if compile:
         errors.graph.divide()
+    pieces = Pieces(errors.learn, parameters, compile=compile, replay=options.replays, report=report, note=note)
 
     def losses_of(step: int) -> tuple[Tensor, int]:
         tokens = data.step(step)
-        if not learn:  # here, where the loop has made the parameters learn
-            compiled = compile and agrees(
-                lambda compiled: errors(tokens, learn=True, compiled=compiled), parameters, note
-            )
-            learn.append(Replayed(lambda t: errors(t, learn=True, compiled=compiled), parameters, options.replays))
-        return learn[0](tokens).cpu(), tokens.numel()
+        return pieces(tokens, step), tokens.numel()
 
     train(parts, losses_of, options, checkpoint=checkpoint, identity=identity, report=report, progress=progress)
     report.after = errors.by_path(held_out)

@@ -120,7 +120,7 @@ def test_running_out_of_memory_takes_smaller_pieces_and_says_so(
     def tight(self: Distiller, tokens: Tensor, share: float, compiled: bool) -> Tensor:
         if len(tokens) > 1:
             raise torch.OutOfMemoryError
-        return learn(self, tokens, share)
+        return learn(self, tokens, share, compiled)
 
     notes: list[str] = []
     whole, pieces = linear(teacher), linear(teacher)
@@ -128,8 +128,8 @@ def test_running_out_of_memory_takes_smaller_pieces_and_says_so(
     expected = distil_logits(teacher, whole, windows(), options)
     monkeypatch.setattr(Distiller, "learn", tight)
     report = distil_logits(teacher, pieces, windows(), options, note=notes.append)
-    assert report.micro_batch == 1
-    assert notes == [f"out of memory at step 0: now {n} windows at a time" for n in (2, 1)]
+    assert report.piece_tokens == LENGTH
+    assert notes == [f"out of memory at step 0: now {n} windows of {LENGTH} tokens at a time" for n in (2, 1)]
     assert report.losses == pytest.approx(expected.losses, rel=1e-4)
 
 

@@ -1,0 +1,62 @@
+"""Hedgehog's loss: the cross-entropy between softmax attention weights and linear ones, row by row (arXiv 2402.04347).
+
+A site's weights for the keys of one block are its output for values that are one at one key each and zero elsewhere:
+the canonical softmax op gives the teacher's that way and a method's own forward pass the student's, gates, masks,
+grouped heads and numerics included. Only one block's columns are held at a time, in the backward pass too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
+
+from ..errors import LincompileError
+from ..methods import LinearMethod, like
+from .spread import current
+
+SMALLEST = 1e-8  # added to the student's weights: rounding may leave zero, whose logarithm says nothing
+
+
+def check_weights(branch: LinearMethod, path: str) -> None:
+    """Raises ``LincompileError`` where a site has no attention weights to compare."""
+    if not branch.normalised:
+        raise LincompileError(
+            f"--transfer-loss: {branch.method} at '{path}' sums where softmax averages, so it has no weights that add "
+            "up to one; hedgehog and lawcat have them, and --transfer-loss mse serves every method"
+        )
+    if current() is not None:
+        raise LincompileError("--transfer-loss: attention weights can't be compared over several ranks; use mse")
+
+
+def weights_loss(
+    branch: LinearMethod, softmax: tuple[Any, ...], site_q: Tensor, site_k: Tensor, *operands: Tensor | None
+) -> Tensor:
+    """Mean over rows and heads of −Σⱼ pᵢⱼ log aᵢⱼ, in nats (float32 or float64), differentiable in the student's a.
+
+    Args:
+        softmax: kind, window, scale and softcap of the softmax site.
+        site_q, site_k: that site's own ``[B, H, T, D]`` and ``[B, Hkv, T, D]``.
+        operands: those of the student's module. Beside a softmax window only the linear attention's weights count.
+    """
+    q, k, v, x, *rest = operands
+    assert q is not None and k is not None and v is not None and x is not None
+    shape, length = branch.shape, v.shape[2]
+    mask = (*rest, None)[2 if branch.mix is not None else 0]
+    total = torch.zeros((), device=v.device)
+    for start in range(0, length, shape.value_dim):
+        keys = torch.arange(start, start + shape.value_dim, device=v.device)
+        ones = (torch.arange(length, device=v.device)[:, None] == keys).to(v.dtype)
+        columns = ones.expand(*v.shape[:2], length, shape.value_dim)
+        with torch.no_grad():
+            wanted = torch.ops.lincompile.softmax_attention(like(site_q, v), like(site_k, v), columns, mask, *softmax)
+
+        def block(wanted: Tensor, columns: Tensor) -> Tensor:
+            got = branch.attend(q, k, columns, x, mask)
+            wide = torch.promote_types(got.dtype, torch.float32)
+            return -(wanted.to(wide) * (got.to(wide) + SMALLEST).log()).sum()
+
+        total = total + recompute(block, wanted, columns, use_reentrant=False, preserve_rng_state=False)
+    return total / (v.shape[0] * shape.heads * length)

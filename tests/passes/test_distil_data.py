@@ -1,0 +1,146 @@
+"""Windows of documents: never mixed, never padded, in an order that a seed and a step give; retrieval examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from distil_models import LENGTH, windows
+from torch import Tensor
+
+from lincompile.passes.distil.data import TokenWindows
+from lincompile.passes.distil.retrieval import Needles, WithRetrieval
+from lincompile.passes.errors import LincompileError
+
+
+def documents(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Ids that name their document in the thousands and count their place in it, and the documents' starts."""
+    sizes = torch.tensor(lengths)
+    starts = sizes.cumsum(0) - sizes
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), sizes)
+    return owner * 1000 + torch.arange(int(sizes.sum())) - starts[owner], starts
+
+
+def mixed() -> TokenWindows:
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(5, 500, (120,), generator=generator).tolist()
+    ids, starts = documents(lengths)
+    return TokenWindows(ids, 128, 4, documents=starts)
+
+
+def test_no_window_holds_tokens_of_two_documents() -> None:
+    data = mixed()
+    shapes = set()
+    seen: set[int] = set()
+    for index in range(data.steps):
+        tokens = data.step(index)
+        shapes.add(tuple(tokens.shape))
+        assert torch.equal(tokens - tokens[:, :1], torch.arange(tokens.shape[1]).expand_as(tokens)), (
+            "one stretch of one"
+        )
+        seen.update(tokens.flatten().tolist())
+    assert shapes == {(4, 128), (8, 64)}, "every step has the same number of tokens, in few shapes"
+    held_out = set(torch.cat([data._tokens(w.held_out, w.size).flatten() for w in data.sizes]).tolist())
+    assert not seen & held_out
+    documents_unused, tokens_unused = data.unused
+    lengths = data._lengths
+    assert (documents_unused, tokens_unused) == (int((lengths < 64).sum()), int(lengths[lengths < 64].sum()))
+    assert len(seen) > 0.85 * (data.ids.numel() - tokens_unused - len(held_out))
+    said = data.summary()
+    assert f"{documents_unused} shorter documents ({tokens_unused:,} tokens) are left out" in said
+    assert "of 128 tokens and" in said
+
+
+def test_all_of_a_document_is_covered_by_windows_that_end_with_it() -> None:
+    ids, starts = documents([100, 100, 100, 70])
+    data = TokenWindows(ids, 64, 1, documents=starts)
+    (only,) = data.sizes
+    assert only.training.tolist() == [0, 36, 100, 136, 200, 236], "the window at 300 would reach into the last one"
+    assert only.held_out.tolist() == [306]
+    assert torch.equal(data.measure(4), ids[None, 306:370])
+
+
+def test_windows_to_train_on_share_no_tokens_with_held_out_ones() -> None:
+    ids, starts = documents([100, 70])
+    data = TokenWindows(ids, 64, 1, documents=starts)
+    assert data.sizes[0].training.tolist() == [0, 36], "the window at 100 would reach into the one at 106"
+
+
+def test_documents_shorter_than_the_length_have_windows_of_their_own() -> None:
+    ids, starts = documents([40] * 30)
+    data = TokenWindows(ids, 1024, 2, documents=starts)
+    assert [(w.size, w.rows) for w in data.sizes] == [(32, 56)], "never more rows than there are windows"
+    assert data.measure(2).shape == (2, 32)
+
+
+def test_batches_repeat_by_seed_and_step() -> None:
+    data, same = mixed(), mixed()
+    far = 3 * data.steps + 2
+    assert torch.equal(data.step(far), same.step(far))
+    assert not torch.equal(data.step(0), data.step(data.steps)), "shuffled anew each epoch"
+    ids, starts = documents([50] * 40)
+    orders = [TokenWindows(ids, 48, 2, seed=seed, documents=starts).step(0) for seed in (0, 1)]
+    assert not torch.equal(*orders)
+    prints = [TokenWindows(ids, 48, 2, documents=d).fingerprint() for d in (None, starts)]
+    assert prints[0] != prints[1]
+
+
+@pytest.mark.parametrize("starts", [[1, 20], [0, 30, 20], [0, 5000], []])
+def test_starts_that_are_none_are_refused(starts: list[int]) -> None:
+    with pytest.raises(LincompileError, match="starts of the documents must ascend, from 0"):
+        windows(documents=torch.tensor(starts, dtype=torch.int64))
+
+
+def test_documents_too_short_for_any_window_are_refused() -> None:
+    ids, starts = documents([12] * 200)
+    with pytest.raises(LincompileError, match=r"in one document \(the longest of 200 has 12\): give more text"):
+        TokenWindows(ids, 64, 2, documents=starts)
+
+
+# ---- retrieval
+
+
+def needles() -> Needles:
+    facts = [torch.tensor([900 + i, 950 + i]) for i in range(20)]
+    return Needles(facts, [torch.tensor([900 + i, 950 + i, 999]) for i in range(20)])
+
+
+def test_retrieval_examples_hold_their_facts_and_ask_for_each_at_the_end() -> None:
+    base = TokenWindows(torch.arange(800).repeat(10), 512, 4)
+    data = WithRetrieval(base, needles(), share=0.5, seed=1)
+    plain = made = 0
+    for index in range(6):
+        for window, original in zip(data.step(index), base.step(index), strict=True):
+            assert len(window) == 512
+            if torch.equal(window, original):
+                plain += 1
+                continue
+            made += 1
+            asked = window[-6:].view(2, 3)
+            assert (asked[:, 2] == 999).all()
+            for cue, answer in asked[:, :2].tolist():
+                (place,) = (window[:-6] == cue).nonzero().flatten().tolist()
+                assert window[place + 1] == answer == cue + 50
+            filler = window[:-6][window[:-6] < 900]
+            assert torch.equal(filler, original[: len(filler)]) and len(filler) == 512 - 6 - 4
+    assert plain > 5 and made > 5
+    assert torch.equal(data.step(3), data.step(3)) and torch.equal(data.measure(2), base.measure(2))
+    other: list[Any] = [WithRetrieval(base, needles(), share, seed) for share, seed in ((0.5, 2), (0.4, 1))]
+    assert all(data.fingerprint() != o.fingerprint() for o in [base, *other])
+
+
+def test_windows_too_short_for_facts_stay_text() -> None:
+    base = TokenWindows(torch.arange(100), 8, 2)
+    data = WithRetrieval(base, needles(), share=1.0)
+    assert torch.equal(data.step(0), base.step(0))
+
+
+def test_facts_from_token_ids_alone() -> None:
+    ids = torch.arange(500)
+    made = Needles.from_spans(ids, seed=4, count=5)
+    assert len(made.facts) == 5 and all(torch.equal(a, b) for a, b in zip(made.facts, made.answers, strict=True))
+    assert all(torch.equal(fact.diff().ne(1), torch.arange(15) == 7) or fact.diff().eq(1).all() for fact in made.facts)
+    assert torch.equal(Needles.from_spans(ids, 4, 5).facts[2], made.facts[2])
+    with pytest.raises(LincompileError, match="too few to make retrieval examples"):
+        Needles.from_spans(torch.arange(LENGTH), 0)

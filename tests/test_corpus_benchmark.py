@@ -1,0 +1,89 @@
+"""``benchmarks/corpus.py``: packages as documents, nothing twice, and nothing of what is measured on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+LONG = "Rivers carry sediment from the mountains to the plains and leave it where they slow down, year after year. " * 3
+
+
+@pytest.fixture
+def corpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import corpus
+
+    return corpus
+
+
+def numbered(topic: str, count: int = 20) -> str:
+    """Paragraphs that repeat no run of words."""
+    pool = "amber basin canyon delta estuary fjord glacier harbour island jungle".split()  # noqa: SIM905
+    lines = []
+    for i in range(count):
+        order = [pool[(i * step + i // 10 + step) % 10] for step in range(1, 16)]
+        lines.append(f"{topic} {chr(97 + i)}{chr(97 + i % 7)} tells of the " + f" {topic} and the ".join(order) + ".")
+    return "\n\n".join(lines)
+
+
+def test_a_source_becomes_documents_without_what_was_seen_or_is_excluded(
+    corpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache" / "pypi-some"
+    folder.mkdir(parents=True)
+    module = f'"""{numbered("north")}"""\n\ndef f():\n    """{LONG}"""\n'
+    leaked = numbered("south")
+    with zipfile.ZipFile(folder / "some-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("some/a.py", module)
+        archive.writestr("some/b.py", module)
+        archive.writestr("some/c.py", f'"""{leaked}"""')
+        archive.writestr("some/tests/d.py", f'"""{numbered("west")}"""')
+        archive.writestr("some/e.py", "x = (")
+        archive.writestr("some/f.txt", numbered("east"))
+    held = tmp_path / "held.jsonl"
+    inside = " ".join(corpus.words(leaked)[100:120])
+    held.write_text(json.dumps({"question": inside, "answer": 1}) + "\n")
+    monkeypatch.setattr(corpus, "SOURCES", corpus.pypi("some", "MIT"))
+    output = tmp_path / "out.jsonl"
+    arguments = ["corpus.py", "-o", str(output), "--cache", str(tmp_path / "cache"), "--exclude", str(held)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    corpus.main()
+    (row,) = map(json.loads, output.read_text().splitlines())
+    assert row["source"] == "some/some/a.py" and row["licence"] == "MIT"
+    assert "north" in row["text"] and LONG.strip() in row["text"]
+    manifest = json.loads((tmp_path / "out.manifest.json").read_text())
+    (source,) = manifest["sources"]
+    assert source["package"] == "some-1.0-py3-none-any.whl" and source["documents"] == 1
+    assert source["excluded"] == 1 and source["repeated_paragraphs"] == 21 and not source["error"]
+    assert manifest["characters"] == len(row["text"]) and manifest["excluded_files"] == ["held.jsonl"]
+    monkeypatch.setattr(sys, "argv", [*arguments[:-1], str(tmp_path / "none.txt")])
+    (tmp_path / "none.txt").write_text("")
+    corpus.main()
+    assert len(output.read_text().splitlines()) == 2, "the third module was only kept out by the file"
+
+
+def test_readers(corpus: Any) -> None:
+    page = "<head><title>t</title></head><nav>menu</nav><h1>Title</h1><p>One &amp; two.</p><script>x()</script>"
+    assert next(iter(corpus.read_html(page))).split() == ["Title", "One", "&", "two."]
+    api = {"operations": {"A": {"documentation": f"<p>{LONG}</p>", "name": LONG}}, "version": "1"}
+    assert next(iter(corpus.read_descriptions(json.dumps(api)))).strip() == LONG.strip()
+    assert LONG in next(iter(corpus.read_strings(json.dumps([{"a": [LONG, "short", 3]}]))))
+    assert list(corpus.read_entries("amber\n  a resin\nbasin\n  a bowl\n")) == ["amber a resin\n\nbasin a bowl "]
+    assert corpus._unpacked("a.gz", gzip.compress(b"x")) == b"x" == corpus._unpacked("a.txt", b"x")
+
+
+def test_a_package_that_cannot_be_had_is_said(corpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        return type("Done", (), {"stderr": "ERROR: no such package\n", "stdout": "", "returncode": 1})
+
+    monkeypatch.setattr(corpus.subprocess, "run", refused)
+    (source,) = corpus.pypi("some", "MIT")
+    kept = corpus.collect(source, tmp_path, corpus.Filter(set()), 1000)
+    assert kept.error == "RuntimeError: ERROR: no such package" and not kept.documents
