@@ -104,7 +104,9 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @click.option("--quant-plan", metavar="FILE", help="Schemes per layer: followed if the file is there, else written.")
 @click.option("--quant-scores", metavar="FILE", help="Sensitivity scores: resumed if the file is there, and saved.")
 @click.option("--calibrate", metavar="FILE|hf:NAME", help="Text to calibrate quantization on. [default: --distil's]")
-@click.option("--distil", metavar="FILE|hf:NAME", help="Text to distil on (.txt, .jsonl, .parquet, .npy of ids).")
+@click.option(
+    "--distil", metavar="FILE|hf:NAME", help="Text to distil on (.txt, .json, .jsonl, .parquet, .npy of ids)."
+)
 @click.option("--tokens", type=common.count, help="Distil on so many tokens, such as 20M.")
 @click.option("--time", "seconds", type=common.duration, help="Distil for so long, such as 10m.")
 @click.option(
@@ -113,6 +115,18 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
     help="What learns the teacher's logits after attention transfer. [default: full on a GPU, none on a CPU]",
 )
 @click.option("--length", type=common.count, help="Tokens per training window.")
+@click.option(
+    "--transfer-loss",
+    type=click.Choice(("mse", "weights", "both")),
+    help="What attention transfer compares: outputs, attention weights (hedgehog, lawcat), or both. [default: mse]",
+)
+@click.option("--extend", type=common.count, metavar="LENGTH", help="Go on at this window length, such as 4096.")
+@click.option(
+    "--retrieval",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Share of --extend's windows that ask for facts in them.",
+)
 @click.option("--batch", type=common.count, help="Training windows per step.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="File to save distillation to and resume from.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="Trained parts to apply instead of distilling.")
@@ -243,6 +257,12 @@ def print_summary(compiled: Compiled, folder: Path) -> None:
             f"{logits.before:.3f} → {logits.after:.3f} nats per token"
         )
     if compiled.step.states:
+    longer = compiled.distilled.extension if compiled.distilled else None
+    if longer is not None:
+        out.print(
+            f"then on {longer.tokens:,} tokens in longer windows in {longer.seconds:.0f} s: KL "
+            f"{longer.before:.3f} → {longer.after:.3f}"
+        )
         out.print(f"state per sequence at 32,768 tokens: {human_bytes(compiled.step.state_bytes(1, 32768))}")
         prompt = "--prompt-ids 1,2,3" if compiled.loaded.tokenizer is None else "--prompt 'The capital of France is'"
         out.print(f"next: lincompile generate {folder} {prompt}", soft_wrap=True)

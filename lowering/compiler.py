@@ -19,7 +19,8 @@ from ..passes.capture import capture, from_exported
 from ..passes.distil.adapter import apply_adapter
 from ..passes.distil.instrument import model_inputs
 from ..passes.distil.logits import LogitDistillation
-from ..passes.distil.recipe import Distilled, Listener, Recipe, run_recipe
+from ..passes.distil.recipe import Distilled, Extension, Listener, Recipe, run_recipe
+from ..passes.distil.retrieval import Needles
 from ..passes.distil.spread import spread
 from ..passes.distil.transfer import Transfer, TransferReport
 from ..passes.errors import LincompileError, RefusedError
@@ -39,7 +40,7 @@ from ..passes.stateful import StepProgram, make_full, make_stateful
 from ..passes.weight_methods import resolve
 from .generate import Session
 from .package import Artefact, open_artefact, save
-from .text import read_tokens
+from .text import Corpus, read_corpus, read_tokens, retrieval_needles
 from .triton import lower
 
 TARGETS = ("eager", "triton", "onnx", "aot")
@@ -81,6 +82,9 @@ class Options:
     adapter: str | None = None
     train: str | None = None
     target: str = "eager"
+    transfer_loss: str | None = None
+    extend: int | None = None
+    retrieval: float = 0.0
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
@@ -98,6 +102,15 @@ class Options:
         if self.train is not None:
             Recipe(train=self.train)
         if self.shard not in (None, "sp"):
+        if self.transfer_loss is not None:
+            Transfer(loss=self.transfer_loss)
+        for name, value in (("--transfer-loss", self.transfer_loss), ("--extend", self.extend)):
+            if value is not None and self.distil is None:
+                raise LincompileError(f"{name} is about distillation: add --distil FILE")
+        if self.retrieval and not (self.extend and 0 < self.retrieval <= 1):
+            raise LincompileError(
+                "--retrieval is a share, above 0 and up to 1, of --extend's windows: add --extend LENGTH"
+            )
             raise LincompileError(f"--shard {self.shard}: the choice is sp (sequence parallelism)")
         if self.shard and self.distil is None:
             raise LincompileError(
@@ -276,7 +289,8 @@ def compile(
         trust: allow code that the model file brings along to run.
         checkpoint: file that distillation saves itself to and resumes from.
         options: ``attn``, ``quant``, ``keep_softmax``, ``rewrite_sliding``, ``alibi``, ``window``, ``distil`` (a text
-            file, token ids, or ``hf:name``), ``tokens``, ``time`` (seconds), ``train``, ``adapter``, ``length``,
+            file, token ids, or ``hf:name``), ``tokens``, ``time`` (seconds), ``train``, ``transfer_loss``, ``extend``,
+            ``retrieval``, ``adapter``, ``length``,
             ``batch``, ``target``, ``device``, ``dtype``, ``seed``, ``shard`` (under torchrun, after
             ``init_process_group``): as in the CLI. With an adapter and no budget, ``distil`` only calibrates
             quantization.
@@ -402,7 +416,8 @@ def distil(
     Returns:
         The student (another one where layers were chosen), what was done, and the text's token ids.
     """
-    ids = None if asked.distil is None else read_tokens(asked.distil, loaded.tokenizer)
+    corpus = None if asked.distil is None else read_corpus(asked.distil, loaded.tokenizer)
+    ids = None if corpus is None else corpus.ids
     logit_options = LogitDistillation()
     if asked.adapter is not None:
         apply_adapter(Path(asked.adapter), teacher, student, source_hash=loaded.source_hash)
@@ -410,11 +425,15 @@ def distil(
             return student, None, ids
         transfer_options = transfer_options or Transfer().scaled(0.1)
         logit_options = logit_options.scaled(0.1)
-    if ids is None:
+    if corpus is None:
         return student, None, None
     on_gpu = asked.device != "cpu"
     limit = teacher.max_positions or 1 << 30
     recipe = Recipe(
+    if corpus.empty:
+        say.note(f"{corpus.empty:,} rows of {asked.distil} hold no text and are passed over")
+    if asked.transfer_loss is not None:
+        transfer_options = replace(transfer_options or Transfer(), loss=asked.transfer_loss)
         train=asked.train or ("full" if on_gpu else "none"),
         keep=parse_keep(asked.keep_softmax)[2] if asked.keep_softmax else 0,
         tokens=asked.tokens,
@@ -427,6 +446,7 @@ def distil(
         start="logits" if student.metadata.get("projections") == "adapted" else "transfer",
     )
 
+        extension=extension_for(asked, loaded, corpus, teacher.max_positions),
     def relinearize(kept: tuple[int, ...]) -> Program:
         return rewrite(teacher, replace(asked, keep_softmax=",".join(map(str, kept)) + ","))
 
@@ -434,17 +454,37 @@ def distil(
         done = run_recipe(
             teacher,
             student,
-            ids,
+            corpus.ids,
             recipe,
             relinearize=relinearize,
             checkpoint=checkpoint,
             listener=Listener(say.stage, say.advance, say.note),
         )
+            documents=corpus.documents,
     return done.student, done, ids
 
 
 def shared(teacher: Program, shard: str | None) -> AbstractContextManager[object]:
     """Inside, distillation's windows are shared over the ranks of the default process group, where that was asked for.
+
+def extension_for(asked: Options, loaded: LoadedModel, corpus: Corpus, limit: int | None) -> Extension | None:
+    """The length extension as asked for, its retrieval examples made from the corpus.
+
+    Raises:
+        LincompileError: it is longer than the model's positions.
+    """
+    if asked.extend is None:
+        return None
+    if limit is not None and asked.extend > limit:
+        raise LincompileError(f"--extend {asked.extend}: the model has {limit} positions; write at most that")
+    if not asked.retrieval:
+        return Extension(asked.extend)
+    if loaded.tokenizer is None:
+        needles = Needles.from_spans(corpus.ids, asked.seed)
+    else:
+        needles = retrieval_needles(loaded.tokenizer, corpus.ids, asked.seed)
+    return Extension(asked.extend, retrieval=asked.retrieval, needles=needles)
+
 
     Raises:
         RefusedError: there is no process group, the ranks hold different models, or the model can't be split.

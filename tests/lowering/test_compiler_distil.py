@@ -97,3 +97,45 @@ def test_training_goes_on_from_an_adapter_of_attention_alone(tmp_path: Path) -> 
 def test_what_makes_no_sense_is_refused_before_loading(options: dict[str, Any], message: str) -> None:
     with pytest.raises(LincompileError, match=message):
         Options(**options).check()
+
+
+def test_all_stages_with_their_options_reach_the_manifest() -> None:
+    compiled = lincompile.compile(
+        model(),
+        example={"idx": zoo.tokens()},
+        distil=text(),
+        attn="hedgehog",
+        train="lora:2",
+        transfer_loss="both",
+        extend=2 * LENGTH,
+        retrieval=0.5,
+        tokens=20 * 4 * LENGTH,
+        length=LENGTH,
+        batch=4,
+    )
+    done = compiled.manifest()["distillation"]
+    assert done["extension"]["tokens"] == 3 * 4 * LENGTH and done["logits"]["steps"] > 0 and done["steps"] > 0
+    options = compiled.manifest()["options"]
+    assert (options["transfer_loss"], options["extend"], options["retrieval"]) == ("both", 2 * LENGTH, 0.5)
+
+
+def test_an_extension_beyond_the_positions_is_refused() -> None:
+    with pytest.raises(LincompileError, match=r"--extend 5000: the model has \d+ positions; write at most that"):
+        lincompile.compile(
+            model(), example={"idx": zoo.tokens()}, distil=text(), train="full", extend=5000, length=LENGTH
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"extend": 64}, "--extend is about distillation: add --distil FILE"),
+        ({"transfer_loss": "mse"}, "--transfer-loss is about distillation: add --distil FILE"),
+        ({"transfer_loss": "l2", "distil": "t"}, "--transfer-loss l2: the choice is mse, weights, both"),
+        ({"retrieval": 0.1, "distil": "t"}, "--retrieval is a share, .* of --extend's windows: add --extend LENGTH"),
+        ({"retrieval": 3.0, "extend": 9, "distil": "t"}, "--retrieval is a share, above 0 and up to 1"),
+    ],
+)
+def test_options_of_the_stages_are_checked_before_loading(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LincompileError, match=message):
+        Options(**options).check()
