@@ -1,7 +1,8 @@
-"""``lincompile eval MODEL_OR_DIR --text FILE``: perplexity, by one code path for teacher and student."""
+"""``lincompile eval MODEL_OR_DIR``: perplexity, passkey retrieval and what it writes, by one code path for all."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,46 @@ from . import common
 if TYPE_CHECKING:
     from ..lowering.evaluate import LogitsOf
     from ..lowering.sharded import Ranks
+    from ..lowering.subject import Subject
+
+HAYSTACK = Path(__file__).resolve().parent / "data" / "demo-heldout.txt"
+# Options that mean something for one kind of evaluation only; the kind is an option, or perplexity's --text.
+BELONGS = {
+    "context": "text_file",
+    "tokens": "text_file",
+    "shard": "text_file",
+    "lengths": "passkey",
+    "depths": "passkey",
+    "trials": "passkey",
+    "haystack": "passkey",
+    "seed": "passkey",
+    "extrapolate": "passkey",
+    "plot": "passkey",
+    "prompts": "against",
+    "prompt_tokens": "against",
+    "new_tokens": "against",
+}
+KINDS = {"text_file": "--text without --against", "passkey": "--passkey", "against": "--against"}
+
+
+def lengths(value: str) -> tuple[int, ...]:
+    """Counts separated by commas: ``1K,2K,4096``; the same one twice is one."""
+    return tuple(dict.fromkeys(common.count(item) for item in value.split(",")))
+
+
+def depths(value: str) -> tuple[float, ...]:
+    """A number of depths (``5``), or percentages separated by commas (``0,50,100`` or ``50%``)."""
+    if re.fullmatch(r"\d{1,4}", value.strip()):
+        if int(value) < 1:
+            raise click.BadParameter(f"'{value}' depths: at least one")
+        from ..lowering.passkey import spaced
+
+        return spaced(int(value))
+    found = [re.fullmatch(r"(\d{1,3}(?:\.\d+)?)\s*%?", item.strip()) for item in value.split(",")]
+    shares = [float(match[1]) / 100 for match in found if match]
+    if len(shares) < len(found) or max(shares) > 1:
+        raise click.BadParameter(f"'{value}' is neither a number of depths (5) nor percentages such as 0,50,100")
+    return tuple(dict.fromkeys(shares))
 
 
 @click.command("eval")
@@ -20,12 +61,23 @@ if TYPE_CHECKING:
 @click.option(
     "--text",
     "text_file",
-    required=True,
     type=click.Path(path_type=Path),
-    help="The text to predict (UTF-8; or .npy of token ids).",
+    help="The text to predict, or to take prompts from (UTF-8; or .npy of token ids).",
 )
 @click.option("--context", type=common.count, default="1024", show_default=True, help="Tokens per window.")
 @click.option("--tokens", type=common.count, help="Stop after so many predicted tokens.")
+@click.option("--passkey", is_flag=True, help="Hide a number in a long text and ask for it, at many lengths.")
+@click.option("--lengths", type=lengths, default="1K,2K,4K", show_default=True, help="Tokens per prompt.")
+@click.option("--depths", type=depths, default="5", show_default=True, help="How many, or percentages: 0,50,100.")
+@click.option("--trials", type=common.count, default="3", show_default=True, help="Keys per length and depth.")
+@click.option("--haystack", type=click.Path(path_type=Path), help="Text to hide the key in.  [default: one that ships]")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the keys.")
+@click.option("--extrapolate", is_flag=True, help="Go beyond the positions that the model's configuration names.")
+@click.option("--plot", type=click.Path(path_type=Path), help="File for the heat map: .html, .png, .svg or .pdf.")
+@click.option("--against", metavar="MODEL_OR_DIR", help="Compare greedy continuations of --text with this teacher's.")
+@click.option("--prompts", type=common.count, default="16", show_default=True, help="Continuations to compare.")
+@click.option("--prompt-tokens", type=common.count, default="64", show_default=True)
+@click.option("--new-tokens", type=common.count, default="64", show_default=True)
 @click.option("--runtime", type=click.Choice(["torch", "onnx"]), default="torch", show_default=True)
 @common.shard_option("Share the tokens of each window")
 @common.model_options
@@ -35,9 +87,21 @@ if TYPE_CHECKING:
 def command(
     ctx: click.Context,
     model: str,
-    text_file: Path,
+    text_file: Path | None,
     context: int,
     tokens: int | None,
+    passkey: bool,
+    lengths: tuple[int, ...],
+    depths: tuple[float, ...],
+    trials: int,
+    haystack: Path | None,
+    seed: int,
+    extrapolate: bool,
+    plot: Path | None,
+    against: str | None,
+    prompts: int,
+    prompt_tokens: int,
+    new_tokens: int,
     runtime: str,
     builder: str | None,
     trust: bool,
@@ -47,19 +111,70 @@ def command(
     as_json: bool,
     verbose: bool,
 ) -> None:
-    """Perplexity over non-overlapping windows of a text, no BOS added."""
+    """Perplexity over non-overlapping windows of a text, no BOS added.
+
+    With --passkey: retrieval from long texts. With --against TEACHER: what the model writes, compared with the
+    teacher's.
+    """
+    _check_kind(ctx, text_file, passkey, against)
     if shard and runtime != "torch":
         raise click.UsageError("--shard goes with --runtime torch")
-    text = read(text_file)
     if common.is_artefact(model):
         _only_for_models(ctx, model)
     elif runtime != "torch":
         raise click.UsageError("--runtime onnx needs an artefact folder")
+
+    def opened(name: str) -> Subject:
+        return subject(name, runtime if name == model else "torch", builder, trust, device, dtype)
+
+    if passkey:
+        from ..lowering.passkey import Passkey
+        from . import heat_map, retrieval
+
+        options = Passkey(lengths, depths, trials, seed=seed)
+        if plot is not None:
+            heat_map.check(plot)
+        retrieval.show(opened, model, read(haystack or HAYSTACK), options, extrapolate, plot, as_json)
+        return
+    assert text_file is not None
+    text = read(text_file)
+    if against is not None:
+        from ..lowering.agreement import Writing
+        from . import writing
+
+        writing.show(opened, model, against, text, Writing(prompts, prompt_tokens, new_tokens), as_json)
+        return
     with common.ranks(shard, device) as place:
         if common.is_artefact(model):
             measure(*_student(model, text, runtime, place), context, tokens, as_json)
         else:  # every rank's logits are those of its slice
             measure(*_teacher(model, text, builder, trust, place, dtype), context, tokens, as_json, place.total)
+
+
+def _check_kind(ctx: click.Context, text_file: Path | None, passkey: bool, against: str | None) -> None:
+    """One kind of evaluation, and only options that belong to it."""
+    if passkey and (text_file is not None or against is not None):
+        raise click.UsageError("--passkey is an evaluation of its own: leave --text and --against out (see --haystack)")
+    if text_file is None and not passkey:
+        raise click.UsageError("Missing option '--text' (or --passkey).")
+    kind = "passkey" if passkey else "against" if against is not None else "text_file"
+    for option, belongs in BELONGS.items():
+        if belongs != kind and ctx.get_parameter_source(option) == click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{option.replace('_', '-')} goes with {KINDS[belongs]}")
+
+
+def subject(name: str, runtime: str, builder: str | None, trust: bool, device: str, dtype: str) -> Subject:
+    """An artefact or a model behind one interface, with spinners and notes on stderr."""
+    from ..lowering.subject import of_artefact, of_model
+    from .generate import open_session
+
+    if common.is_artefact(name):
+        artefact = common.open_checked(name, device)
+        return of_artefact(artefact, open_session(artefact, runtime))
+    loaded = common.load(name, builder=builder, trust=trust, device=device, dtype=dtype)
+    program = common.captured(loaded)
+    with common.working("proving, and deriving the step form"):
+        return of_model(loaded, program, name)
 
 
 def measure(

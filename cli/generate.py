@@ -342,18 +342,6 @@ def open_session(
         from ..lowering.sharded import ShardedSession
 
         return ShardedSession(artefact.step, vocab_size=artefact.manifest["vocab_size"], every_token=every_token)
-    if runtime == "torch":
-        return artefact.session
-    if runtime == "aot":
-        from ..lowering.aot import AotSession
+    from ..lowering.subject import session_of
 
-        return AotSession(artefact)
-    from ..lowering.onnx.session import OnnxSession
-    from ..passes.errors import LincompileError
-
-    folder = artefact.directory / "onnx"
-    if not folder.is_dir():
-        raise LincompileError(f"{artefact.directory} has no ONNX program: run 'lincompile export {artefact.directory}'")
-    if artefact.device.type != "cpu":
-        raise LincompileError("--runtime onnx runs on the CPU: leave --device out")
-    return OnnxSession(folder)
+    return session_of(artefact, runtime)

@@ -1,22 +1,22 @@
-"""An artefact as a model of EleutherAI's lm-evaluation-harness (``lm_eval``), offline and without transformers.
+"""An artefact or a model as a model of EleutherAI's lm-evaluation-harness (``lm_eval``), offline.
 
-Log-likelihoods come from the step program itself: a context is read once, in chunks, and its state serves every
-continuation that follows it (the choices of a question).
+Log-likelihoods come from the step program itself, the teacher's (with a KV cache) as the student's: a context is read
+once, in chunks, and its state serves every continuation that follows it (the choices of a question).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..passes.errors import LincompileError
-from .generate import Prefilled, StepSession, generate, prefill
-from .package import Artefact, open_artefact
+from .generate import generate
+from .score import Answer, Scorer
+from .subject import open_subject
 
 try:
     from lm_eval import utils
@@ -33,19 +33,20 @@ DEFAULT_NEW_TOKENS = 256
 
 @register_model("lincompile")
 class LincompileLM(TemplateLM):  # type: ignore[misc]
-    """``lm_eval --model lincompile --model_args path=DIR``.
+    """``lm_eval --model lincompile --model_args path=MODEL_OR_DIR``.
 
     Args:
-        path: an artefact folder with a tokenizer.
+        path: an artefact folder with a tokenizer, or anything the CLI takes as MODEL.
         runtime: ``torch`` or ``onnx`` (after ``lincompile export``).
         device: where the torch runtime runs. lm_eval asks for CUDA by default: where there is none, a warning says
             that the CPU is used.
         max_length: tokens per window; by default the model's positions, or 2048.
-        batch_size, max_batch_size: accepted because lm_eval always passes them; requests run one by one, since a
-            context's state is reused for its continuations.
+        batch_size: 1: a context's state is reused for its continuations (on a CPU). More: so many sequences at a time
+            (on a GPU). ``auto`` is 1.
+        max_batch_size: accepted because lm_eval always passes it.
 
     Raises:
-        LincompileError: no artefact, no tokenizer, an artefact without states, an unknown option.
+        LincompileError: no model, no tokenizer, a model without states, an unknown option.
     """
 
     def __init__(
@@ -63,22 +64,23 @@ class LincompileLM(TemplateLM):  # type: ignore[misc]
             raise LincompileError(
                 f"--model_args has no '{sorted(unknown)[0]}' for lincompile; it takes path, runtime, device, max_length"
             )
-        self.artefact: Artefact = open_artefact(path, device=_device(device))
-        if not self.artefact.states:
+        self.subject = open_subject(path, runtime=runtime, device=_device(device), note=_log.warning)
+        if not self.subject.session.states:
             raise LincompileError(f"{path} runs whole sequences, without states: it isn't a language model to evaluate")
-        self.codec = self.artefact.tokenizer
-        self.session = _session(self.artefact, runtime)
+        self.codec = self.subject.tokenizer("an evaluation task")
+        self.session = self.subject.session
         limit = self.session.max_positions
         self.max_length = min(int(max_length or limit or DEFAULT_LENGTH), limit or 1 << 62)
-        self._read: tuple[list[int], Prefilled] | None = None
+        self.batch = int(batch_size) if str(batch_size).isdigit() and int(batch_size) > 0 else 1
+        self.scorer = Scorer(self.session, self.max_length, self.subject.chunk)
 
     @property
     def eot_token_id(self) -> int:
         """The end-of-text token, which stands in front of texts without a context."""
-        ends = self.artefact.eos_ids
+        ends = self.subject.eos_ids
         token = ends[0] if ends else self.codec.special_id("bos_token")
         if token is None:
-            raise LincompileError(f"{self.artefact.directory} names neither an end-of-text nor a BOS token")
+            raise LincompileError(f"{self.subject.name} names neither an end-of-text nor a BOS token")
         return token
 
     @property
@@ -90,7 +92,7 @@ class LincompileLM(TemplateLM):  # type: ignore[misc]
     @property
     def tokenizer_name(self) -> str:
         """What tells cached requests of different tokenizers apart."""
-        return str(Path(self.artefact.directory).resolve())
+        return str(Path(self.subject.name).resolve())
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; by default with what the tokenizer itself adds, but no second BOS."""
@@ -99,7 +101,7 @@ class LincompileLM(TemplateLM):  # type: ignore[misc]
         return ids[1:] if add_special_tokens is None and bos is not None and ids[:2] == [bos, bos] else ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt of a conversation, by the artefact's own template."""
+        """The prompt of a conversation, by the model's own template."""
         if not add_generation_prompt:
             raise LincompileError("the chat template is applied up to where the model answers: no prefilled answers")
         return self.codec.chat(chat_history)
@@ -111,43 +113,10 @@ class LincompileLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        order = sorted(range(len(requests)), key=lambda index: requests[index][1])
-        for context, group in groupby(order, key=lambda index: requests[index][1]):
-            for index in group:
-                answers[index] = self._score(list(context), requests[index][2])
-                self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
-        return answers
+        def cache(index: int, answer: Answer) -> None:
+            self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
 
-    def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """Log-probability of the continuation, and whether greedy decoding would give it."""
-        if not continuation:
-            return 0.0, True
-        room = self.max_length - len(continuation) + 1
-        if room < 1:
-            raise LincompileError(f"a continuation of {len(continuation)} tokens exceeds max_length {self.max_length}")
-        state = self._after(context[-room:])
-        rows = [state.logits]
-        if len(continuation) > 1:
-            tokens = torch.tensor([continuation[:-1]])
-            prefill(
-                self.session,
-                tokens,
-                torch.ones_like(tokens, dtype=torch.bool),
-                after=state,
-                collect=lambda _, logits: rows.append(logits[0]),
-            )
-        logits = torch.cat([row.float().cpu() for row in rows])
-        targets = torch.tensor(continuation)
-        chosen = logits.log_softmax(-1).gather(1, targets[:, None])
-        return float(chosen.double().sum()), bool((logits.argmax(-1) == targets).all())
-
-    def _after(self, context: list[int]) -> Prefilled:
-        """The state after a context, kept for the next continuation of the same one."""
-        if self._read is None or self._read[0] != context:
-            tokens = torch.tensor([context])
-            self._read = (context, prefill(self.session, tokens, torch.ones_like(tokens, dtype=torch.bool)))
-        return self._read[1]
+        return self.scorer.score([request[1:] for request in requests], self.batch, cache)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts, in windows that don't overlap."""
@@ -156,8 +125,8 @@ class LincompileLM(TemplateLM):  # type: ignore[misc]
             (text,) = request.args
             ids = self.tok_encode(text, add_special_tokens=False)
             windows = utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-            scores = [self._score(*utils.make_disjoint_window(window))[0] for window in windows]
-            answers.append(sum(scores))
+            pairs = [utils.make_disjoint_window(window) for window in windows]
+            answers.append(sum(score for score, _ in self.scorer.score(pairs)))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
         return answers
 
@@ -182,7 +151,7 @@ class LincompileLM(TemplateLM):  # type: ignore[misc]
             text = self.codec.decode(produced)
             return any(stop in text for stop in until)
 
-        generate(self.session, [ids], new, eos_ids=self.artefact.eos_ids, stream=stopped, **sampling)
+        generate(self.session, [ids], new, eos_ids=self.subject.eos_ids, stream=stopped, **sampling)
         text = self.codec.decode(produced)
         answer: str = postprocess_generated_text(text, until, None)
         self.cache_hook.add_partial("generate_until", request.args, answer)
@@ -195,13 +164,3 @@ def _device(asked: str | None) -> str:
             _log.warning("no CUDA device on this machine: '%s' becomes 'cpu'", asked)
         return "cpu"
     return asked
-
-
-def _session(artefact: Artefact, runtime: str) -> StepSession:
-    if runtime == "torch":
-        return artefact.session
-    if runtime != "onnx":
-        raise LincompileError(f"runtime={runtime}: the runtimes are torch and onnx")
-    from .onnx.session import OnnxSession
-
-    return OnnxSession(artefact.directory / "onnx")
