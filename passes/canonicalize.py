@@ -16,7 +16,6 @@ from torch.fx import GraphModule, Node
 from .flex import lower_flex
 from .graph import (
     INT_MAX,
-    VIEWS,
     Builder,
     argument,
     aten,
@@ -24,11 +23,14 @@ from .graph import (
     finish,
     get_attribute,
     is_mutation,
+    is_view,
     storage_root,
     target_of,
     value_of,
 )
+from .parts import assemble_parts
 from .pipeline import PassResult, register
+from .products import order_products
 from .program import Program
 
 CASTS = frozenset(
@@ -63,7 +65,10 @@ FUNCTIONAL = {
 @register("canonicalize")
 @dataclass(frozen=True)
 class Canonicalize:
-    """Removes no-op casts, slices, dropouts and asserts, inlines grad-mode regions, folds hand-written softmax."""
+    """Removes no-op casts, slices, dropouts and asserts, inlines grad-mode regions, folds hand-written softmax.
+
+    Tensors written part by part become concatenations, and products are brought into one order of factors.
+    """
 
     name: str = field(default="canonicalize", init=False, metadata={"text": False})
 
@@ -73,8 +78,10 @@ class Canonicalize:
         counts = {
             "inlined regions": inline_regions(module),
             "flex_attention written out": lower_flex(module),
+            "tensors assembled": assemble_parts(module),
             "no-ops removed": remove_noops(module),
             "softmaxes folded": fold_manual_softmax(module),
+            "products reordered": order_products(module),
         }
         finish(module)
         counts["nodes removed"] = before - len(module.graph.nodes)
@@ -119,9 +126,9 @@ def make_functional(module: GraphModule) -> None:
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     for node in module.graph.nodes:
         base = node.args[0] if target_of(node) in FUNCTIONAL else None
-        if not isinstance(base, Node) or base.op != "call_function" or target_of(base) in VIEWS:
+        if not isinstance(base, Node) or base.op != "call_function" or is_view(base):
             continue
-        if any(target_of(user) in VIEWS or (is_mutation(user) and user is not node) for user in base.users):
+        if any(is_view(user) or (is_mutation(user) and user is not node) for user in base.users):
             continue  # others may see the write through shared memory: left in place, and refused where it matters
         for user in [user for user in base.users if order[user] > order[node]]:
             user.replace_input_with(base, node)

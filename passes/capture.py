@@ -7,7 +7,6 @@ the fused inference fast paths of ``torch.nn`` switched off, and a look afterwar
 from __future__ import annotations
 
 import inspect
-import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,16 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves
 
+from .capture_check import check_capture
 from .errors import CaptureError, LincompileError
 from .graph import expression, get_attribute, is_symbolic, set_tensor, tensor_of
 from .program import Program, ProgramInput
-
-# Sizes that conditions on sizes are tried at; not 1, which export itself takes for a special case.
-BATCHES = (2, 3, 4, 7, 64)
-LENGTHS = (2, 3, 5, 6, 7, 8, 12, 13, 16, 31, 64, 70, 100, 129, 1000, 2048, 4097, 70_000)
-LONGEST_RUN = 256
 
 MIN_BATCH = 2
 MIN_SEQUENCE = 3
@@ -55,8 +49,8 @@ def capture(
         A ``Program`` whose parameters are the module's own tensors.
 
     Raises:
-        CaptureError: ``torch.export`` fails, the batch axis can't stay dynamic, or the model takes another path at
-            other sizes than the example's.
+        CaptureError: ``torch.export`` fails, the batch axis can't stay dynamic, the model takes another path at
+            other sizes than the example's (a batch of 1 and 1 token included), or the graph doesn't run.
     """
     inputs = widen(named_inputs(module, example))
     axes = {name: dict(dynamic_shapes[name]) if dynamic_shapes and name in dynamic_shapes else {} for name in inputs}
@@ -67,7 +61,8 @@ def capture(
     program = from_exported(exported, prefix=prefix, axes=axes, example=inputs)
     program.notes.extend(notes)
     program.max_positions = _bound(exported, program)
-    _check_branches(module, exported, program, inputs)
+    with _traceable(module):
+        check_capture(module, exported, program, inputs)
     return program
 
 
@@ -285,99 +280,3 @@ def _bound(exported: ExportedProgram, program: Program) -> int | None:
                 if upper is not None and upper.upper.is_Integer and int(upper.upper) < 2**31:
                     bound = min(bound or int(upper.upper), int(upper.upper))
     return bound
-
-
-def _check_branches(
-    module: nn.Module, exported: ExportedProgram, program: Program, inputs: Mapping[str, Tensor]
-) -> None:
-    """Raises ``CaptureError`` where the traced path is taken at some sizes only and the model computes another there.
-
-    A Python branch on a size leaves nothing in the graph but a condition beside it (``T >= 6``, ``T % 2 == 0``): the
-    graph would run at the other sizes, too. Export also writes conditions that change nothing (``T != 64`` for a table
-    of 64), so module and program are compared at a size where one fails.
-    """
-    for guard in getattr(exported, "_guards_code", None) or []:
-        try:
-            failure = _first_failure(guard, program, inputs)
-        except (ArithmeticError, AttributeError, KeyError, NameError, TypeError) as error:
-            program.notes.append(f"a condition on the model's sizes couldn't be read: {guard} ({error})")
-            continue
-        if failure is None:
-            continue
-        batch, length, given = failure
-        if length > LONGEST_RUN or any(value.is_meta for value in inputs.values()):
-            program.notes.append(f"what was traced holds only where {guard}; elsewhere nothing is known")
-        elif not _same_result(module, program, {name: value.tensor() for name, value in given.items()}):
-            raise CaptureError(
-                f"the model takes another path at other sizes: what was traced holds only where {guard} "
-                f"(not for a batch of {batch} with {length} tokens). Write the branch as masks, or capture the "
-                "model in a form that doesn't look at sizes"
-            )
-
-
-def _first_failure(
-    guard: str, program: Program, inputs: Mapping[str, Tensor]
-) -> tuple[int, int, dict[str, _Resized]] | None:
-    """The first batch and length at which a guard's code doesn't hold, and the inputs there."""
-    names = {"__builtins__": {"min": min, "max": max, "abs": abs}}
-    for batch, length in itertools.product(BATCHES, LENGTHS):
-        if program.max_positions is not None and length > program.max_positions:
-            continue
-        given = {name: _resized(program, name, value, batch, length) for name, value in inputs.items()}
-        if not eval(guard, names, {"L": given}):
-            return batch, length, given
-    return None
-
-
-class _Resized:
-    """An example input at other sizes; stands for it in a guard's code."""
-
-    def __init__(self, value: Tensor, sizes: list[int]) -> None:
-        self.value, self.sizes = value, sizes
-
-    def size(self) -> list[int]:
-        return self.sizes
-
-    def tensor(self) -> Tensor:
-        """The example cut or repeated along each axis."""
-        result = self.value
-        for axis, size in enumerate(self.sizes):
-            result = result.index_select(axis, torch.arange(size, device=result.device) % result.shape[axis])
-        return result
-
-
-def _resized(program: Program, name: str, value: Tensor, batch: int, length: int) -> _Resized:
-    item = next((item for item in program.inputs if item.name == name), None)
-    axes = item.axes if item is not None else {}
-    kinds = [axes.get(axis) for axis in range(value.dim())]
-    return _Resized(
-        value,
-        [
-            size if kind is None else batch if kind == "batch" else length
-            for kind, size in zip(kinds, value.shape, strict=True)
-        ],
-    )
-
-
-@torch.no_grad()
-def _same_result(module: nn.Module, program: Program, inputs: dict[str, Tensor]) -> bool:
-    """Whether module and program agree; so they do where the module itself refuses the size."""
-    try:
-        with _traceable(module), torch.random.fork_rng():
-            torch.manual_seed(0)
-            wanted = module(**inputs)
-    except Exception:  # the model's own code: what it refuses, nobody gets a result for
-        return True
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            found = program(**inputs)
-    except (RuntimeError, ValueError, AssertionError):
-        return False
-    first = [x if isinstance(x, Tensor) else next(iter(tree_leaves(x)), None) for x in (wanted, found)]
-    if not all(isinstance(x, Tensor) for x in first):
-        return False
-    left, right = (x.double() for x in first if isinstance(x, Tensor))
-    return left.shape == right.shape and bool(
-        torch.allclose(left, right, rtol=1e-3, atol=1e-4 * float(left.abs().max()), equal_nan=True)
-    )

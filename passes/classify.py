@@ -43,6 +43,7 @@ class Findings:
     probed: list[int] = field(default_factory=list)
 
     counted: bool = False  # ALiBi over the real tokens alone, added up in the padding mask
+    linear: bool = False  # whether something that grows with positions is added to the scores
     alibi: bool = False  # whether an ALiBi bias was asked for as part of the canonical form
 
     @property
@@ -76,7 +77,7 @@ def _classify(probe: Probe, alibi: bool) -> Findings:
     detect_polarity(probe, lengths[min(2, len(lengths) - 1)])
     response = find_response(probe, record, min(7, limit))
     findings = Findings("unknown", scale=response.scale, softcap=response.softcap, probed=list(lengths), alibi=alibi)
-    findings.counted = reading.counted
+    findings.counted, findings.linear = reading.counted, reading.linear
     seen = [observe(probe, near(probe, probe.sizes(t, batch=1 if t > 64 else 2)), response, record) for t in lengths]
     _name(findings, seen, probe)
     findings.reads = sorted(record.inputs)
@@ -108,7 +109,7 @@ def _read(probe: Probe) -> tuple[Reading, Unstable | None]:
 def _name(findings: Findings, seen: list[Observation], probe: Probe) -> None:
     """Fills in kind, window and bias, and the reason where they aren't canonical."""
     findings.kind, findings.window = mask_kind(seen, probe)
-    findings.bias, findings.slopes = bias_kind(seen)
+    findings.bias, findings.slopes = bias_kind(seen, findings.linear)
     if findings.kind not in ("full", "causal", "sliding"):
         findings.reason = f"the mask is {findings.kind}, not full, causal or sliding"
     elif findings.bias not in findings.biases:
@@ -280,9 +281,12 @@ def _describe(observation: tuple[Tensor, Tensor, Tensor]) -> str:
     return "arbitrary"
 
 
-def bias_kind(observations: list[Observation]) -> tuple[str, tuple[float, ...] | None]:
-    """none, row-constant (softmax doesn't see it), alibi (with slopes per head), toeplitz or arbitrary."""
-    kinds = [_bias_of(item) for item in observations]
+def bias_kind(observations: list[Observation], linear: bool = False) -> tuple[str, tuple[float, ...] | None]:
+    """none, row-constant (softmax doesn't see it), alibi (with slopes per head), toeplitz or arbitrary.
+
+    Where the bias grows with positions (``linear``), what is small at short lengths isn't small: then only 0 is none.
+    """
+    kinds = [_bias_of(item, 0.0 if linear else 1e-6) for item in observations]
     order = ("none", "row-constant", "alibi", "toeplitz", "arbitrary")
     worst = max(kinds, key=lambda item: order.index(item[0]))
     if worst[0] == "alibi":
@@ -293,14 +297,14 @@ def bias_kind(observations: list[Observation]) -> tuple[str, tuple[float, ...] |
     return worst
 
 
-def _bias_of(item: Observation) -> tuple[str, tuple[float, ...] | None]:
+def _bias_of(item: Observation, tolerance: float) -> tuple[str, tuple[float, ...] | None]:
     allowed, bias = item.allowed.expand_as(item.bias), item.bias
-    if not bool(allowed.any()) or not bool(bias[allowed].abs().max() > 1e-6):
+    if not bool(allowed.any()) or not bool(bias[allowed].abs().max() > tolerance):
         return "none", None
     batch, heads, rows, columns = bias.shape
     first = allowed.float().argmax(-1, keepdim=True)
     relative = torch.where(allowed, bias - bias.gather(-1, first), torch.zeros(()))
-    if relative.abs().max() < 1e-5:
+    if relative.abs().max() <= 10 * tolerance:
         return "row-constant", None
     columns_at = item.columns.to(bias.dtype)
     offset = columns_at[None, None, None, :] - columns_at[first]
@@ -361,11 +365,11 @@ def _check_padding(probe: Probe, node: Node, plain_view: View, masked_view: obje
     plain = _by_batch(allowed_keys(probe, plain_view), shape[0])
     for pattern, real in padding_patterns(*shape).items():
         value = ~real if probe.inverted.get(node.name) else real
-        seen = _by_batch(allowed_keys(probe, masked_view({node.name: value})), shape[0])
+        seen = _by_batch(allowed_keys(probe, masked_view({node.name: value}), real), shape[0])
         if torch.equal(seen, plain) or seen.shape[0] != shape[0] or seen.shape[-1] != shape[1]:
             raise Unstable(
                 "unknown-mask",
-                f"the input '{node.name}' reaches the mask, but {pattern} padding doesn't remove the padded keys",
+                f"the input '{node.name}' reaches the attention, but {pattern} padding doesn't remove the padded keys",
             )
         wanted = plain & real[:, None, None, :]
         valid = real[:, None, :, None] if plain.shape[-2] == shape[1] else torch.ones_like(wanted)

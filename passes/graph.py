@@ -67,8 +67,18 @@ VIEWS = frozenset(
         aten.view_as.default,
         aten.squeeze.default,
         aten.dropout.default,
+        aten.type_as.default,
+        aten.to.other,
     }
 )
+
+
+def is_view(node: object) -> bool:
+    """Whether an op's result may share memory with its first argument."""
+    target = target_of(node)
+    schema = getattr(target, "_schema", None)
+    returns = schema.returns if schema is not None else ()
+    return target in VIEWS or any(item.alias_info is not None and not item.alias_info.is_write for item in returns)
 
 
 def target_of(node: object) -> Any:
@@ -282,7 +292,7 @@ def storage_root(node: Node) -> Node:
         node.op == "call_function"
         and node.args
         and isinstance(node.args[0], Node)
-        and (target_of(node) in VIEWS or is_mutation(node))
+        and (is_view(node) or is_mutation(node))
     ):
         node = node.args[0]
     return node

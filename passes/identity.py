@@ -60,10 +60,16 @@ class ProveAttention:
         canonical = {site.path: site for site in program.sites if site.proved}
         found: list[AttentionSite] = []
         cache = Cache(RegionKeys(program.graph_module), written_nodes(program.graph_module), self.alibi)
+        replaced: dict[Node, Node] = {}
         for candidate in find_candidates(program.graph_module):
+            candidate.q, candidate.k, candidate.v = (
+                replaced.get(x, x) for x in (candidate.q, candidate.k, candidate.v)
+            )
             site = describe(program, candidate)
             site.path = unique_path(site.path, [*canonical, *(s.path for s in found)])
-            examine(program, candidate, site, self.tolerance, cache)
+            output = examine(program, candidate, site, self.tolerance, cache)
+            if output is not None:
+                replaced[candidate.out] = output
             found.append(site)
         finish(program.graph_module)
         order = order_of(program.graph_module)
@@ -103,12 +109,12 @@ def unique_path(path: str, taken: list[str]) -> str:
     return name
 
 
-def examine(program: Program, candidate: Candidate, site: AttentionSite, tolerance: float, cache: Cache) -> None:
-    """Fills in a site's record and, when everything is proved, rewrites it."""
+def examine(program: Program, candidate: Candidate, site: AttentionSite, tolerance: float, cache: Cache) -> Node | None:
+    """Fills in a site's record and, when everything is proved, rewrites it: returns what stands for its output then."""
     site.details["order"] = order_of(program.graph_module)[candidate.out]
     if candidate.problem is not None:
         site.kind, site.reason = candidate.problem
-        return
+        return None
     key = signature(candidate)
     if key not in cache.findings:
         cache.findings[key] = classify(program, candidate, cache.alibi)
@@ -116,7 +122,7 @@ def examine(program: Program, candidate: Candidate, site: AttentionSite, toleran
     _fill(site, findings)
     if not findings.supported:
         site.reason = findings.reason
-        return
+        return None
     try:
         with _Attempt(program.graph_module) as attempt:
             replacement = build(program, candidate, findings)
@@ -131,7 +137,7 @@ def examine(program: Program, candidate: Candidate, site: AttentionSite, toleran
             attempt.keep()
     except Unsupported as error:
         site.reason = str(error)
-        return
+        return None
     candidate.out.replace_all_uses_with(replacement.output)
     program.graph_module.graph.erase_node(candidate.out)
     site.details.pop("order")
@@ -140,6 +146,7 @@ def examine(program: Program, candidate: Candidate, site: AttentionSite, toleran
     site.reason = f"equal to canonical softmax attention to {site.max_error:.1e} (outputs and gradients)"
     if findings.bias == "alibi":
         site.reason += ", its ALiBi as one more feature of q and k"
+    return replacement.output
 
 
 def _fill(site: AttentionSite, findings: Findings) -> None:
@@ -226,7 +233,8 @@ def build(program: Program, candidate: Candidate, findings: Findings) -> Replace
     existing = set(program.graph_module.graph.nodes)
     q, k, v, restore = canonical_operands(program, candidate, make)
     heads = int_dim(tensor_of(q).shape[1], "query heads")
-    sizes = Probe(program, candidate).sizes(5)
+    probe = Probe(program, candidate)
+    sizes = [probe.sizes(5), probe.sizes(7, batch=3)]
     folded_k, folded_v = fold_groups(program, k, heads, sizes), fold_groups(program, v, heads, sizes)
     if same_dim(tensor_of(folded_k).shape[1], tensor_of(folded_v).shape[1]):
         k, v = folded_k, folded_v
@@ -342,11 +350,13 @@ def _difference(
     if real_rows is not None:  # rows of padded queries are nobody's result
         op_value = sizes.shape(tensor_of(replacement.op))
         rows = real_rows[:, None, :, None].expand(op_value).float()
-        keep = evaluate(module, replacement.output, sizes, {replacement.op: rows})
-        original, canonical = original * keep, canonical * keep
+        keep = evaluate(module, replacement.output, sizes, {replacement.op: rows}) > 0
+        original, canonical = (value.where(keep, 0.0) for value in (original, canonical))
     worst, size = float((original - canonical).detach().abs().max()), float(canonical.detach().abs().max())
     leaves = list(env.values())
     for a, b in zip(_gradients(original, weight, leaves), _gradients(canonical, weight, leaves), strict=True):
+        if real_rows is not None:  # a padded query that sees nothing makes gradients NaN in many spellings
+            a = a.where(a.isfinite(), b)
         worst, size = max(worst, float((a - b).abs().max())), max(size, float(b.abs().max()))
     return worst if worst == worst else float("inf"), size
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from .evaluate import LOW_PRECISION
 from .graph import (
     argument,
     aten,
@@ -23,6 +24,7 @@ from .graph import (
     value_inputs,
     value_of,
 )
+from .unmatched import path_to_scores, path_to_values, regions
 
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
 SDPA = aten.scaled_dot_product_attention.default
@@ -153,7 +155,7 @@ def find_candidates(module: GraphModule) -> list[Candidate]:
         if target is SDPA:
             found.append(_sdpa(node))
         elif target in SOFTMAX:
-            candidate = _around_softmax(node, data)
+            candidate = _around_softmax(node, data) or _out_of_reach(node, data)
             if candidate is not None:
                 found.append(candidate)
         elif target in CONTRACTIONS:
@@ -172,7 +174,32 @@ def find_candidates(module: GraphModule) -> list[Candidate]:
                     problem=("flex", "flex_attention with score_mod or block_mask is not classified yet"),
                 )
             )
-    return found
+    return found + [_nested(node, inner) for node, region in regions(module) for inner in find_candidates(region)]
+
+
+def _nested(node: Node, inner: Candidate) -> Candidate:
+    """Attention inside a region that was captured as one op (``torch.cond``, autocast): reported, never rewritten."""
+    name = getattr(node.target, "__name__", str(node.target))
+    problem = ("nested", f"the attention stands inside '{node.name}' ({name}), which was captured as one op")
+    return Candidate("nested", node, inner.q, inner.k, inner.v, softmax=inner.anchor, problem=problem)
+
+
+def _out_of_reach(softmax: Node, data: set[Node]) -> Candidate | None:
+    """Attention whose scores or probabilities go through an op that the walk doesn't follow: reported."""
+    rank = tensor_of(softmax).dim()
+    if softmax.args[1] not in (-1, rank - 1) or not symbols_in(tensor_of(softmax).shape[-1]):
+        return None
+    above, below = (find(softmax, data, CONTRACTIONS) for find in (path_to_scores, path_to_values))
+    if above is None or below is None:
+        return None
+    q, k = operands(above[-1])
+    known = LAYOUT | ELEMENTWISE | MIXING | {aten.slice.Tensor, aten.permute.default, aten.transpose.int}
+    kind, what, path = "unknown-scores", "the scores go through", above[:-1]
+    if all(target_of(node) in known for node in path):
+        kind, what, path = "post-softmax", "the probabilities go through", below[1:-1]
+    strange = next((node for node in path if target_of(node) not in known), below[-1])
+    problem = (kind, f"{what} '{strange.name}' ({strange.target}), which isn't followed")
+    return Candidate("softmax", below[-1], q, k, operands(below[-1])[1], above[-1], softmax, problem=problem)
 
 
 def _sdpa(node: Node) -> Candidate:
@@ -246,6 +273,13 @@ def _structural_problem(
     for node in between:
         if target_of(node) in MIXING or target_of(node) in CONTRACTIONS:
             return ("talking-heads", "the probabilities of different heads are mixed after softmax (talking heads)")
+    low = [n for n in [*above, softmax, *between] if tensor_of(n).dtype in LOW_PRECISION]
+    if low and not any(tensor_of(n).dtype in LOW_PRECISION for n in (candidate.q, candidate.k, candidate.v)):
+        dtype = tensor_of(low[-1]).dtype
+        return (
+            "low-precision",
+            f"scores or probabilities are rounded to {dtype} ('{low[-1].name}'), q, k and v aren't",
+        )
     if any(target_of(n) is aten.dropout.default and n.args[1] and n.args[2] for n in [*above, *between]):
         return ("dropout", "attention dropout is active; capture the model in eval mode (or set dropout to 0)")
     inside = {softmax, scores, *above, *between, candidate.out}

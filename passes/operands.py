@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -11,7 +11,19 @@ from torch import Tensor
 from torch.fx import Node
 
 from .evaluate import Opaque, Sizes, evaluate
-from .graph import Builder, aten, expression, same_dim, symbols_in, target_of, tensor_of, value_of, walk_up
+from .graph import (
+    Builder,
+    argument,
+    aten,
+    expression,
+    is_symbolic,
+    same_dim,
+    symbols_in,
+    target_of,
+    tensor_of,
+    value_of,
+    walk_up,
+)
 from .match import Candidate
 from .program import Program
 
@@ -244,11 +256,15 @@ def _from_einsum(candidate: Candidate, make: Builder) -> tuple[Node, Node, Node,
     return q, k, v, restore
 
 
-def fold_groups(program: Program, node: Node, heads: int, sizes: Sizes) -> Node:
-    """The un-expanded KV heads behind ``repeat_kv`` and its many spellings, proved by evaluating the expansion."""
+def fold_groups(program: Program, node: Node, heads: int, sizes: Sequence[Sizes]) -> Node:
+    """The un-expanded KV heads behind ``repeat_kv`` and its many spellings, proved by evaluating the expansion.
+
+    Args:
+        sizes: of which no two axes of one size may be equal, so that a reshape shows what it mixes.
+    """
     best, current = node, node
     for _ in range(10):
-        if target_of(current) not in EXPANSIONS:
+        if target_of(current) not in EXPANSIONS or not _same_at_every_length(current):
             break
         current = current.args[0]  # type: ignore[assignment]
         value = tensor_of(current)
@@ -258,12 +274,28 @@ def fold_groups(program: Program, node: Node, heads: int, sizes: Sizes) -> Node:
         unlike = any(not same_dim(value.shape[axis], tensor_of(node).shape[axis]) for axis in (0, 2, 3))
         if few >= heads or heads % few or unlike:
             continue
-        x = torch.randn(sizes.shape(value))
         try:
-            expanded = evaluate(program.graph_module, node, sizes, {current: x})
+            repeats = all(_repeats(program, current, node, heads // few, at) for at in sizes)
         except Opaque:
             break
-        if torch.equal(expanded, x.repeat_interleave(heads // few, 1)):
-            best = current
+        best = current if repeats else best
         break
     return best
+
+
+def _repeats(program: Program, few: Node, many: Node, times: int, sizes: Sizes) -> bool:
+    x = torch.randn(sizes.shape(tensor_of(few)))
+    return torch.equal(evaluate(program.graph_module, many, sizes, {few: x}), x.repeat_interleave(times, 1))
+
+
+def _same_at_every_length(node: Node) -> bool:
+    """Whether an expansion that was looked at for two lengths is known for all: none of its choices can hang on one."""
+    if target_of(node) is aten.slice.Tensor:  # a prefix; the lengths are compared as expressions
+        return argument(node, 2, "start") in (0, None) and argument(node, 4, "step", 1) == 1
+    if target_of(node) is aten.index.Tensor:
+        indices = node.args[1]
+        assert isinstance(indices, (list, tuple))
+        rest = [item for axis, item in enumerate(indices) if axis != 1 and item is not None]
+        chosen = [n for item in indices if isinstance(item, Node) for n in walk_up(item)]
+        return not rest and not any(is_symbolic(value_of(n)) or symbols_in(value_of(n)) for n in chosen)
+    return True

@@ -242,6 +242,7 @@ class Reader:
         if isinstance(start, Node):
             start = value_of(start)
             start = int(expression(start)) if expression(start).is_Integer else start
+        start, step = _whole(start), _whole(step)
         if is_symbolic(start) and isinstance(step, int):  # a shift of all positions, which no linear bias shows
             self.reading.sources[node] = Form(slopes=((-1, step),), offsets=(0.0,))
             reason = f"'{node.name}' counts from a number that depends on the sequence length"
@@ -393,15 +394,18 @@ class Reader:
         source, indices = node.args[0], node.args[1]
         assert isinstance(source, Node) and isinstance(indices, (list, tuple))
         base = self.of(source)
-        forms = [self.of(item) for item in indices if isinstance(item, Node)]
+        given = [item for item in indices if isinstance(item, Node)]
+        forms = [self.of(item) for item in given]
+        if any(form.padding for form in forms):
+            raise Unstable("unprovable", f"'{node.name}' looks a table up by the padding mask")
         if (
             base.padding
             and not base.lines
             and not base.irregular
-            and len(forms) == tensor_of(source).dim() == len(indices)
+            and len(given) == tensor_of(source).dim() == len(indices)
         ):
             axes = set()
-            for axis, (item, form) in enumerate(zip(indices, forms, strict=True)):
+            for axis, (item, form) in enumerate(zip(given, forms, strict=True)):
                 if form.offsets != (0.0,) or len(form.slopes) != 1 or form.slopes[0][1] != 1:
                     break
                 along = form.slopes[0][0]
@@ -413,9 +417,7 @@ class Reader:
                 if len(axes) == len(forms):
                     self.reading.lookups.append(node)
                     return Form(padding=True)
-        if base.constant and not any(
-            form.affine and not _static_axes(form, item) for form, item in zip(forms, indices, strict=False)
-        ):
+        if base.constant and all(_picks_heads(form, item) for form, item in zip(forms, given, strict=True)):
             return Form(offsets=base.offsets)
         if base.padding:
             raise Unstable("unprovable", f"'{node.name}' looks the padding mask up at other places than the key's own")
@@ -430,9 +432,15 @@ def _stays_linear(target: Any, forms: list[Form]) -> bool:
     return (target in PRODUCTS and sum(growing) == 1) or (target in QUOTIENTS and not growing[1])
 
 
-def _static_axes(form: Form, item: Any) -> bool:
-    """Whether an index runs over axes of fixed size only (heads)."""
-    return all(expression(tensor_of(item).shape[axis]).is_Integer for axis, _ in form.slopes)
+def _whole(number: Any) -> Any:
+    """A float that holds a whole number as an int, anything else unchanged."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+def _picks_heads(form: Form, item: Node) -> bool:
+    """Whether an index is made of constants and of counters along axes of fixed size (heads) only."""
+    fixed = all(expression(tensor_of(item).shape[axis]).is_Integer for axis, _ in form.slopes)
+    return form.offsets is not None and fixed
 
 
 def _operands(node: Node) -> list[Any]:

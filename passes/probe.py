@@ -136,14 +136,13 @@ class Probe:
             result = result.masked_fill(view.columns[None, :] > view.rows[:, None], -math.inf)
         return result
 
-    def weights(self, view: View, probabilities: Tensor) -> Tensor:
+    def weights(self, view: View, probabilities: Tensor, record: Evaluation | None = None) -> Tensor:
         """What multiplies v, as a function of the softmax's output."""
         candidate = self.candidate
         assert candidate.weights is not None and candidate.softmax is not None
         env = {**view.env, candidate.softmax: probabilities}
-        result: Tensor = evaluate(
-            self.program.graph_module, candidate.weights, view.sizes, env, self.leaf(view.sizes, view.masks)
-        )
+        leaf = self.leaf(view.sizes, view.masks)
+        result: Tensor = evaluate(self.program.graph_module, candidate.weights, view.sizes, env, leaf, record)
         return result
 
     def raw_shape(self, sizes: Sizes) -> list[int]:
@@ -190,9 +189,16 @@ def _four_axes(values: Tensor) -> Tensor:
     return values.flatten(1, 2) if values.dim() == 5 else values
 
 
-def allowed_keys(probe: Probe, view: View) -> Tensor:
-    """Which keys each query sees, bool ``[B, H, T, S]``."""
-    return _four_axes(probe.scores(view, torch.zeros(probe.raw_shape(view.sizes)))) > MASKED
+def allowed_keys(probe: Probe, view: View, real: Tensor | None = None) -> Tensor:
+    """Which keys each query sees, bool ``[B, H, T, S]``.
+
+    Raises:
+        Unstable: ``real`` tokens ``[B, T]`` are given, and their probabilities don't reach v as they are.
+    """
+    allowed = probe.scores(view, torch.zeros(probe.raw_shape(view.sizes))) > MASKED
+    if real is not None:
+        check_weights(probe, view, allowed, real if probe.same_length else None)
+    return _four_axes(allowed)
 
 
 def observe(probe: Probe, view: View, response: Response, record: Evaluation) -> Observation:
@@ -220,22 +226,36 @@ def observe(probe: Probe, view: View, response: Response, record: Evaluation) ->
     close = (answer - wanted).abs() <= 1e-4 + 1e-3 * wanted.abs() + 5e-7 * values.abs()  # a bias rounds them
     if not bool((close | ~allowed).all()):
         raise Unstable("unknown-scores", "the scores are scaled differently at different positions")
-    _check_weights(probe, view, allowed)
+    check_weights(probe, view, allowed, record=record)
     bias = torch.where(allowed, values, torch.zeros(()))
     return Observation(_four_axes(allowed), _four_axes(bias), view.rows, view.columns)
 
 
-def _check_weights(probe: Probe, view: View, allowed: Tensor) -> None:
-    """Probabilities must reach v as they leave the softmax (0 at masked keys)."""
+def check_weights(
+    probe: Probe, view: View, allowed: Tensor, real: Tensor | None = None, record: Evaluation | None = None
+) -> None:
+    """Probabilities must reach v as they leave the softmax (0 at masked keys).
+
+    Args:
+        allowed: which keys each query sees, bool, in the shape of the scores or one that expands to it.
+        real: the real tokens ``[B, T]``, where queries of padding are nobody's result.
+    """
     candidate = probe.candidate
     if candidate.softmax is None or candidate.weights is candidate.softmax:
         return
     shape = view.sizes.shape(tensor_of(candidate.softmax))
     p = torch.rand(shape, generator=torch.Generator().manual_seed(5)) * 0.8 + 0.1
     p = p * allowed.expand(shape)
-    seen = probe.weights(view, p)
-    if seen.numel() != p.numel() or not torch.allclose(seen.float().reshape(p.shape), p, rtol=1e-6, atol=0):
-        raise Unstable("post-softmax", "the probabilities are changed between softmax and p·v")
+    seen = probe.weights(view, p, record)
+    if seen.numel() == p.numel():
+        seen = seen.float().reshape(p.shape)
+        if real is not None and shape[-2] == real.shape[1]:
+            rows = real.reshape(real.shape[0], *([1] * (len(shape) - 3)), -1, 1)
+            rows = real.repeat_interleave(shape[0] // len(real), 0)[..., None] if len(shape) == 3 else rows
+            p, seen = p * rows, seen * rows
+        if torch.allclose(seen, p, rtol=1e-6, atol=0):
+            return
+    raise Unstable("post-softmax", "the probabilities are changed between softmax and p·v")
 
 
 def far_positions(probe: Probe, reading: Reading, limit: int) -> Tensor:

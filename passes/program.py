@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .errors import LincompileError
-from .graph import is_symbolic, symbols_in, target_of, tensor_of, value_inputs, value_of
+from .graph import expression, is_symbolic, symbols_in, target_of, tensor_of, value_inputs, value_of
 
 
 @dataclass
@@ -89,6 +94,7 @@ class Program:
         history: one entry per pass: name, options, whether it modified the graph, its report.
         max_positions: longest sequence the model accepts (None = not bounded by the graph).
         notes: things a user should know (an axis that had to be fixed, for example).
+        conditions: on the inputs' sizes, as export writes them; where one fails, what was traced doesn't hold.
     """
 
     graph_module: GraphModule
@@ -99,9 +105,14 @@ class Program:
     max_positions: int | None = None
     notes: list[str] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
+    conditions: list[str] = field(default_factory=list)
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        """Runs the graph. Inputs by position or by name; returns the model's tensor, or a tuple of them."""
+        """Runs the graph. Inputs by position or by name; returns the model's tensor, or a tuple of them.
+
+        Raises:
+            LincompileError: an input is missing or unknown, or has a size that the captured graph isn't true of.
+        """
         names = [item.name for item in self.inputs]
         unknown = set(kwargs) - set(names)
         if unknown or len(args) > len(names):
@@ -112,6 +123,7 @@ class Program:
         missing = [name for name in names if name not in values]
         if missing:
             raise LincompileError(f"the program needs the input '{missing[0]}' (it takes {', '.join(names)})")
+        check_sizes(self, values)
         result = self.graph_module(*(values[name] for name in names))
         return result[0] if isinstance(result, (tuple, list)) and len(result) == 1 else result
 
@@ -179,6 +191,7 @@ class Program:
             self.max_positions,
             list(self.notes),
             dict(self.metadata),
+            list(self.conditions),
         )
 
     def print(self, tables: bool = False) -> None:
@@ -208,6 +221,48 @@ class Program:
                 name = str(node.target)
                 counts[name] = counts.get(name, 0) + 1
         return counts
+
+
+# What the code of a condition may use.
+NAMES = {"__builtins__": {"min": min, "max": max, "abs": abs}, "math": math, "torch": torch}
+
+
+def holds(condition: str | CodeType, given: Mapping[str, Any]) -> bool:
+    """Whether a condition of ``Program.conditions`` holds for inputs (anything with ``size()``) by name."""
+    return bool(eval(condition, dict(NAMES), {"L": given}))
+
+
+def readable(condition: str) -> str:
+    """A condition as a user would write it: ``x.shape[1] <= 300``."""
+    return re.sub(r"L\['([^']+)'\]\.size\(\)", r"\1.shape", condition)
+
+
+def check_sizes(program: Program, values: Mapping[str, Tensor]) -> None:
+    """Raises ``LincompileError`` where inputs have sizes that the captured graph isn't true of."""
+    seen: dict[sympy.Expr, tuple[int, str, int]] = {}
+    for item in program.inputs:
+        wanted, sizes = tensor_of(program.placeholder(item.name)).shape, values[item.name].shape
+        if len(wanted) != len(sizes):
+            raise LincompileError(f"the input '{item.name}' has {len(sizes)} axes; the program takes {len(wanted)}")
+        for axis, (dim, size) in enumerate(zip(wanted, sizes, strict=True)):
+            expr = expression(dim)
+            if expr.is_Integer and int(expr) != size:
+                raise LincompileError(
+                    f"the input '{item.name}' has {size} along axis {axis}; the program was captured for "
+                    f"{expr} there, and holds for nothing else"
+                )
+            first, name, where = seen.setdefault(expr, (size, item.name, axis))
+            if first != size and not (item.axes.get(axis) == "batch" and 1 in (first, size)):
+                raise LincompileError(
+                    f"the input '{item.name}' has {size} along axis {axis} and '{name}' {first} along axis {where}; "
+                    "the example had one length for both, so the program does, too: give an example where they differ"
+                )
+    for condition in program.conditions:
+        if not holds(condition, values):
+            raise LincompileError(
+                "inputs of these sizes take another path of the model: what was captured holds only where "
+                f"{readable(condition)}"
+            )
 
 
 def share_tensors(module: GraphModule, memo: dict[int, Any]) -> GraphModule:

@@ -59,6 +59,8 @@ class Leaf:
             "scaled": lambda: (i - j) * 0.01 < c * 0.01,
             "short": lambda: (i - j < 7) | (i * 0 + j * 0 + length < c),
             "tail": lambda: (j >= length - c) | (i < 0),
+            "hole": lambda: (torch.arange(64) != 5)[((i - j).clamp(min=0) // max(c, 1)).clamp(max=63)],
+            "small": lambda: (i - j).to(torch.int16) < min(c, 32_000),
         }
         return table[self.text]()
 
@@ -92,13 +94,16 @@ class Spec:
     bias: str
     softmax: str
     after: str
+    pad: str = "none"
 
     @property
     def plain(self) -> bool:
         """Whether it is canonical softmax attention in an ordinary spelling, which must be found."""
         canonical = self.mask is None or self.mask == Leaf("i>=j", 0)
-        ordinary = self.form in ("fill", "where", "additive") and self.after == "none" and self.bias == "none"
-        return canonical and ordinary and self.scale > 0
+        ordinary = self.form in ("fill", "where", "additive", "written") and self.bias == "none"
+        constant = self.scale_on in ("scores", "divide", "q", "tensor") or self.layout in ("sdpa", "bmm", "grouped")
+        as_they_are = (self.after in ("none", "nan") and self.softmax != "half") or self.layout == "sdpa"
+        return canonical and ordinary and constant and as_they_are and self.scale > 0 and self.pad in ("none", "keys")
 
 
 TEXTS = [
@@ -119,6 +124,8 @@ TEXTS = [
         "scaled",
         "short",
         "tail",
+        "hole",
+        "small",
     ],
 ]
 leaves = st.builds(Leaf, st.sampled_from(TEXTS), st.sampled_from(CONSTANTS)).map(
@@ -137,22 +144,43 @@ masks = st.one_of(
 )
 specs = st.builds(
     Spec,
-    layout=st.sampled_from(["matmul", "einsum", "einsum-bthd", "bmm", "grouped", "sdpa"]),
+    layout=st.sampled_from(
+        ["matmul", "einsum", "einsum-bthd", "bmm", "grouped", "sdpa", "keys-first", "values-first", "dots", "turned"]
+    ),
     kv_heads=st.sampled_from([4, 4, 2, 1]),
     expand=st.sampled_from(["interleave", "expand", "tile"]),
     mask=masks,
-    form=st.sampled_from(["fill", "where", "additive", "additive", "multiply", "small-fill"]),
+    form=st.sampled_from(["fill", "where", "additive", "additive", "multiply", "small-fill", "written", "row-written"]),
     scale=st.sampled_from([0.5, 0.5, DIM**-0.5, 1.0, -0.5]),
-    scale_on=st.sampled_from(["scores", "divide", "q", "tensor"]),
-    bias=st.sampled_from([*["none"] * 5, "alibi", "relu-far", "head", "softcap", "clamp", "query"]),
-    softmax=st.sampled_from(["plain", "float32", "manual", "log"]),
-    after=st.sampled_from([*["none"] * 6, "mask", "far-mask", "add"]),
+    scale_on=st.sampled_from([*["scores", "divide", "q", "tensor"] * 2, "head", "learned", "length", "batch"]),
+    bias=st.sampled_from(
+        [
+            *["none"] * 8,
+            "alibi",
+            "alibi-heads",
+            "relu-far",
+            "root",
+            "head",
+            "heads",
+            "rows",
+            "softcap",
+            "clamp",
+            "query",
+        ]
+    ),
+    softmax=st.sampled_from(["plain", "float32", "manual", "log", "half", "no-maximum"]),
+    after=st.sampled_from([*["none"] * 8, "mask", "far-mask", "add", "nan", "sink", "talk", "flip", "twice"]),
+    pad=st.sampled_from([*["none"] * 5, "keys", "keys", "after", "queries", "both"]),
 )
 
 
 def softmax(kind: str, scores: Tensor) -> Tensor:
     if kind == "float32":
         return F.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+    if kind == "half":
+        return F.softmax(scores, dim=-1, dtype=torch.bfloat16).to(scores.dtype)
+    if kind == "no-maximum":
+        return torch.exp(scores) / torch.exp(scores).sum(-1, keepdim=True)
     if kind == "manual":
         weights = torch.exp(scores - scores.amax(-1, keepdim=True))
         return weights / weights.sum(-1, keepdim=True)
@@ -166,8 +194,10 @@ class Attention(nn.Module):
         super().__init__()
         self.spec = spec
         self.project = nn.Linear(HEADS * DIM, (HEADS + 2 * spec.kv_heads) * DIM)
+        self.learned = nn.Parameter(torch.ones(()))
+        self.register_buffer("by_head", torch.tensor([0.5, 1.0, 1.0, 2.0])[:, None, None], persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pad: Tensor) -> Tensor:
         spec = self.spec
         sizes = (HEADS * DIM, spec.kv_heads * DIM, spec.kv_heads * DIM)
         parts = [y.unflatten(-1, (-1, DIM)).transpose(1, 2) for y in self.project(x).split(sizes, -1)]
@@ -180,6 +210,13 @@ class Attention(nn.Module):
             q = q * scale
         i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
         allowed = None if spec.mask is None else spec.mask(i, j, length)
+        rank = 3 if spec.layout == "bmm" else 5 if grouped else 4
+        real = pad.bool()
+        if rank == 3:
+            real = real[:, None].expand(-1, HEADS, -1).reshape(-1, length)
+        if spec.pad in ("keys", "both"):
+            keys = real.view(-1, *([1] * (rank - 2)), length)
+            allowed = keys if allowed is None else allowed & keys
         if spec.layout == "sdpa":
             mask = None if allowed is None else allowed if spec.form != "additive" else self.additive(allowed)
             return (
@@ -190,14 +227,32 @@ class Attention(nn.Module):
                 .flatten(2)
             )
         scores = self.contract(q, k, grouped)
+        if rank == 4 and spec.scale_on in ("head", "learned", "length", "batch"):
+            more = {"head": self.by_head, "learned": self.learned, "length": 1 + length / 1e5, "batch": len(x) * 0.5}
+            scores = scores * more[spec.scale_on]
         if spec.scale_on != "q":
             factor = torch.tensor(scale) if spec.scale_on == "tensor" else scale
             scores = scores / (1 / factor) if spec.scale_on == "divide" else scores * factor
-        scores = self.biased(scores, i, j)
+        scores = self.biased(scores, i, j, rank)
         if allowed is not None:
             scores = self.masked(scores, allowed)
+        if spec.after == "sink":
+            sink = torch.zeros_like(scores[..., :1])
+            return self.average(softmax(spec.softmax, torch.cat([scores, sink], -1))[..., :-1], v, grouped)
         weights = softmax(spec.softmax, scores)
-        if spec.after == "mask" and allowed is not None:
+        if spec.pad in ("after", "both"):
+            weights = weights * real.view(-1, *([1] * (rank - 2)), length)
+        if spec.pad == "queries":
+            weights = weights * real.view(-1, *([1] * (rank - 3)), length, 1)
+        if spec.after == "nan":
+            weights = weights.nan_to_num(0.0)
+        elif spec.after == "talk" and rank == 4:
+            weights = torch.einsum("bhqk,hg->bgqk", weights, torch.eye(HEADS) + 0.1)
+        elif spec.after == "flip":
+            weights = weights.flip(-1)
+        elif spec.after == "twice":
+            return self.average(weights, v, grouped) + weights.amax().detach() * 0.1
+        elif spec.after == "mask" and allowed is not None:
             weights = weights.masked_fill(~allowed, 0.0)
         elif spec.after == "far-mask":
             weights = weights * (i - j < 300)
@@ -219,6 +274,10 @@ class Attention(nn.Module):
         layout = self.spec.layout
         if grouped:
             return torch.einsum("bkgqd,bksd->bkgqs", q.unflatten(1, (k.shape[1], -1)), k)
+        if layout == "keys-first":
+            return (k @ q.transpose(-2, -1)).transpose(-2, -1)
+        if layout == "dots":
+            return torch.einsum("...kd,...qd->...qk", k, q)
         if layout == "einsum":
             return torch.einsum("bhqd,bhkd->bhqk", q, k)
         if layout == "einsum-bthd":
@@ -233,6 +292,12 @@ class Attention(nn.Module):
             return torch.einsum("bkgqs,bksd->bqkgd", weights, v).flatten(2)
         if layout == "einsum":
             return torch.einsum("bhqk,bhkd->bqhd", weights, v).flatten(2)
+        if layout == "dots":
+            return torch.einsum("...kd,...qk->...qd", v, weights).transpose(1, 2).flatten(2)
+        if layout == "values-first":
+            return torch.matmul(v.transpose(-2, -1), weights.transpose(-2, -1)).permute(0, 3, 1, 2).flatten(2)
+        if layout == "turned":
+            return torch.einsum("bhqk,bhkd->bhdq", weights, v).permute(0, 3, 1, 2).flatten(2)
         if layout == "einsum-bthd":
             return torch.einsum("bhqk,bkhd->bqhd", weights, v.transpose(1, 2)).flatten(2)
         out = torch.bmm(weights, v.flatten(0, 1)).unflatten(0, (-1, HEADS)) if layout == "bmm" else weights @ v
@@ -245,14 +310,28 @@ class Attention(nn.Module):
         form = self.spec.form
         if form == "additive":
             return scores + self.additive(allowed)
+        if form in ("written", "row-written"):
+            mask = torch.zeros(allowed.shape)
+            mask.masked_fill_(~allowed, float("-inf"))
+            if form == "row-written":
+                mask.transpose(-1, -2)[..., :1, :].fill_(-1.0)
+            return scores + mask
         if form == "where":
             return torch.where(allowed, scores, torch.finfo(scores.dtype).min)
         if form == "multiply":
             return scores * allowed
         return scores.masked_fill(~allowed, -5.0 if form == "small-fill" else float("-inf"))
 
-    def biased(self, scores: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def biased(self, scores: Tensor, i: Tensor, j: Tensor, rank: int) -> Tensor:
         bias = self.spec.bias
+        if rank == 4 and bias == "alibi-heads":
+            return scores - self.by_head * (i - j)
+        if rank == 4 and bias == "heads":
+            return scores + self.by_head
+        if rank == 4 and bias == "rows":
+            return scores + 0.1 * torch.arange(scores.shape[0])[:, None, None, None] * (i - j < 4)
+        if bias == "root":
+            return scores - (i - j).abs().float().sqrt()
         if bias == "alibi":
             return scores - 0.3 * (i - j)
         if bias == "relu-far":
@@ -288,8 +367,8 @@ class Many(nn.Module):
         self.sites = nn.ModuleList(Attention(spec) for spec in chosen)
         self.decoys = Decoys()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (*(site(x) for site in self.sites), self.decoys(x))
+    def forward(self, x: Tensor, pad_mask: Tensor) -> tuple[Tensor, ...]:
+        return (*(site(x, pad_mask) for site in self.sites), self.decoys(x))
 
 
 def canonical(kind: str, window: int | None, i: Tensor, j: Tensor) -> Tensor:
@@ -302,20 +381,27 @@ def check(chosen: list[Spec], seed: int = 0) -> list[str]:
     """Proves the sites of ``chosen`` and asserts that nothing was rewritten wrongly; returns their verdicts."""
     torch.manual_seed(seed)
     module = Many(chosen).eval()
-    captured = capture(module, {"x": torch.randn(2, 9, HEADS * DIM)})
+    example = {"x": torch.randn(2, 9, HEADS * DIM), "pad_mask": torch.ones(2, 9, dtype=torch.long)}
+    captured = capture(module, example)
     program = Pipeline([Canonicalize(), ProveAttention(alibi=True)])(captured)
     assert all(site.path.startswith("sites.") for site in program.sites), "a decoy became a candidate"
     sites = {int(site.path.split(".")[1]): site for site in program.sites}
     for batch, length in ((1, 1), (3, 5), (2, 48), (1, 350)):
         x = torch.randn(batch, length, HEADS * DIM, requires_grad=True)
-        for index, (a, b) in enumerate(zip(module(x), program(x), strict=True)):
+        pad = torch.ones(batch, length, dtype=torch.long)
+        if batch > 1:
+            pad[0, : length // 3], pad[-1, -2:] = 0, 0
+        for index, (a, b) in enumerate(zip(module(x, pad), program(x, pad), strict=True)):
             spec = chosen[index] if index < len(chosen) else None
+            if spec is not None and spec.pad != "none":  # queries of padding are nobody's result
+                a, b = (y.masked_fill(~pad.bool()[..., None], 0.0) for y in (a, b))
             known = a.isfinite() & b.isfinite()  # a row that sees no key is NaN in some spellings, 0 in others
             torch.testing.assert_close(b[known], a[known], rtol=1e-4, atol=3e-5, msg=f"{spec} at {batch}, {length}")
             if spec is not None and index in sites and sites[index].proved:
                 assert bool(known.all()), (spec, length)
             if bool(known.all()):
                 (ga,), (gb,) = (torch.autograd.grad((y * y.detach().cos()).sum(), x, retain_graph=True) for y in (a, b))
+                ga, gb = (y.where(ga.isfinite(), 0.0) for y in (ga, gb))  # padded queries may see nothing at all
                 torch.testing.assert_close(
                     gb, ga, rtol=1e-3, atol=2e-4, equal_nan=True, msg=f"gradient of {spec} at {batch}, {length}"
                 )
@@ -335,6 +421,7 @@ def check(chosen: list[Spec], seed: int = 0) -> list[str]:
                 spec,
                 site,
             )
+        assert bool(site.padding) == (spec.pad in ("keys", "both")), (spec, site)
         assert site.scale is not None and math.isclose(
             site.scale, 1.0 if spec.scale_on == "q" else abs(spec.scale), rel_tol=1e-4
         )

@@ -12,7 +12,7 @@ import zoo
 from torch import Tensor, nn
 
 from lincompile.passes.capture import capture
-from lincompile.passes.errors import CaptureError
+from lincompile.passes.errors import CaptureError, LincompileError
 from lincompile.passes.graph import symbols_in, tensor_of
 
 
@@ -103,6 +103,9 @@ class Branching(zoo.NanoGPT):
         lambda idx: idx.shape[0] > 4,
         lambda idx: idx.numel() > 100,
         lambda idx: idx.shape[0] > idx.shape[1],
+        lambda idx: idx.shape[1] == 37,
+        lambda idx: idx.shape[1] % 11 == 0,
+        lambda idx: idx.shape[0] == 5,
     ],
 )
 def test_branches_on_sizes_are_refused(condition: Callable[[Tensor], bool]) -> None:
@@ -110,5 +113,108 @@ def test_branches_on_sizes_are_refused(condition: Callable[[Tensor], bool]) -> N
         capture(Branching(condition), {"idx": zoo.tokens()})
 
 
-def test_a_longest_sequence_is_no_branch() -> None:
-    assert capture(Branching(lambda idx: idx.shape[1] > 64), {"idx": zoo.tokens()}).max_positions == 64
+@pytest.mark.parametrize(
+    ("condition", "what"),
+    [(lambda idx: idx.shape[0] == 1, "a batch of 1"), (lambda idx: idx.shape[1] == 1, "sequences of 1 token")],
+)
+def test_branches_on_a_size_of_one_are_refused(condition: Callable[[Tensor], bool], what: str) -> None:
+    with pytest.raises(CaptureError, match=f"takes another path for {what}: the traced one differs there"):
+        capture(Branching(condition), {"idx": zoo.tokens()})
+
+
+def test_a_longest_sequence_is_no_branch_but_the_program_ends_there() -> None:
+    program = capture(Branching(lambda idx: idx.shape[1] > 64), {"idx": zoo.tokens()})
+    assert program.max_positions == 64
+    assert program(torch.ones(1, 64, dtype=torch.long)).shape[1] == 64
+    with pytest.raises(LincompileError, match=r"holds only where idx\.shape\[1\] <= 64$"):
+        program.clone()(torch.ones(1, 65, dtype=torch.long))
+
+
+def test_a_far_branch_is_noted_and_refused_at_run_time() -> None:
+    program = capture(Branching(lambda idx: idx.shape[1] == 5000), {"idx": zoo.tokens()})
+    assert any("holds only where idx.shape[1] != 5000" in note for note in program.notes)
+    with pytest.raises(LincompileError, match="take another path of the model"):
+        program(torch.ones(1, 5000, dtype=torch.long))
+
+
+def test_a_length_that_the_model_fixes_holds_at_run_time() -> None:
+    program = capture(Small(lambda x: x * torch.tensor(float(x.shape[1]))).eval(), torch.randn(2, 5, 16))
+    assert "fixes its sequence axis" in program.notes[0]
+    with pytest.raises(LincompileError, match="'x' has 6 along axis 1; the program was captured for 5"):
+        program(torch.randn(2, 6, 16))
+
+
+class Cross(nn.Module):
+    """Queries and keys from two inputs."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x[:, None], y[:, None], y[:, None], is_causal=True)
+
+
+def test_inputs_captured_with_one_length_keep_it() -> None:
+    program = capture(Cross(), {"x": torch.randn(2, 5, 16), "y": torch.randn(2, 5, 16)})
+    with pytest.raises(LincompileError, match="'y' has 7 along axis 1 and 'x' 4 along axis 1; the example"):
+        program(torch.randn(2, 4, 16), torch.randn(2, 7, 16))
+    program = capture(Cross(), {"x": torch.randn(2, 5, 16), "y": torch.randn(2, 6, 16)})
+    assert program(torch.randn(2, 4, 16), torch.randn(2, 7, 16)).shape == (2, 1, 4, 16)
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer and reads the count."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return x * self.calls
+
+
+def test_buffers_that_the_model_writes_are_left_as_they_were() -> None:
+    module = Counting()
+    program = capture(module, torch.randn(2, 5, 16))
+    assert module.calls == 0
+    torch.testing.assert_close(program(torch.ones(1, 3, 16)), torch.ones(1, 3, 16))
+
+
+class Tenth(torch.autograd.Function):
+    """The identity, with a tenth of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * 0.1
+
+
+class Whole(Tenth):
+    """The identity, with its own gradient."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.clone()
+
+
+def test_a_backward_of_its_own_is_noted_where_it_differs() -> None:
+    (note,) = capture(Small(Tenth.apply).eval(), torch.randn(2, 5, 16)).notes
+    assert note.startswith("the model's own backward (Tenth) isn't the gradient of its forward")
+    assert not capture(Small(Whole.apply).eval(), torch.randn(2, 5, 16)).notes
+
+
+class Mapped(nn.Module):
+    """Something torch.export traces without complaint into a graph that can't run: a vmap within a vmap."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        out: Tensor = torch.vmap(torch.vmap(lambda a: (a @ a.transpose(-1, -2) * 0.5).softmax(-1) @ a))(heads)
+        return out
+
+
+def test_a_graph_that_does_not_run_is_refused() -> None:
+    with pytest.raises(CaptureError, match="the captured graph doesn't run, not even on the example"):
+        capture(Mapped(), torch.randn(2, 5, 16))
