@@ -19,6 +19,7 @@ from .tokenizer import TextCodec, codec_of
 
 SEPARATOR = "\n\n"
 NEEDLES = 512
+DOCUMENTS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,12 @@ def read_corpus(source: Any, tokenizer: Callable[[Path], None] | None) -> Corpus
     if (ids := _ready(source)) is not None:
         return Corpus(ids, torch.zeros(1, dtype=torch.int64))
     texts, empty = _documents(source)
-    pieces = _codec(tokenizer).encode_all(texts)
+    codec = _codec(tokenizer)
+    pieces: list[Tensor] = []
+    for start in range(0, len(texts), DOCUMENTS_AT_ONCE):  # Python's numbers take several times a tensor's memory
+        pieces += map(torch.tensor, codec.encode_all(texts[start : start + DOCUMENTS_AT_ONCE]))
     lengths = torch.tensor([len(piece) for piece in pieces])
-    flat = torch.tensor([token for piece in pieces for token in piece], dtype=torch.int64)
+    flat = torch.cat(pieces).long()
     return Corpus(flat, lengths.cumsum(0) - lengths, empty)
 
 

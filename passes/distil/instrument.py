@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ..errors import LincompileError
-from ..graph import Builder, aten, finish, set_tensor, target_of, tensor_of
+from ..graph import Builder, aten, finish, module_path, set_tensor, target_of, tensor_of
 from ..linearize import PROJECTIONS, find_operands
 from ..match import CONTRACTIONS
 from ..methods import LinearMethod, method_class
@@ -36,11 +36,13 @@ class TrainingGraph:
         program: the instrumented program; its parameters are the teacher's own, its ``inputs`` the model's.
         branches: the student's attention modules by site path.
         autocast: dtype of the matrix products (None: the weights' own).
+        modules: paths of the sites by the names under which the graph calls their modules.
     """
 
     program: Program
     branches: dict[str, LinearMethod]
     autocast: torch.dtype | None
+    modules: dict[str, str] = field(default_factory=dict)
     divided: bool = False
 
     @property
@@ -132,6 +134,7 @@ def _instrument(
     program, autocast, content = _prepared(teacher)
     module = program.graph_module
     branches: dict[str, LinearMethod] = {}
+    modules: dict[str, str] = {}
     results: list[Node] = []
     for site, twin in zip(program.sites, student.sites, strict=True):
         if twin.method == "softmax" or site.node is None:
@@ -143,6 +146,7 @@ def _instrument(
         operands = find_operands(site, method_class(twin.method), make, content, branch.shape.window)
         assert not isinstance(operands, str), operands
         name = twin.details["module"]
+        modules[name] = site.path
         module.add_submodule(name, wrap(site.path, branch))
         with module.graph.inserting_after(site.node):
             wanted: tuple[Any, ...] = (site.node,) if with_softmax or not instead else ()
@@ -165,7 +169,7 @@ def _instrument(
         output = next(node for node in module.graph.nodes if node.op == "output")
         output.args = (tuple(results),)  # the head of the model isn't needed, and dead code goes
     finish(module)
-    return TrainingGraph(program, branches, autocast)
+    return TrainingGraph(program, branches, autocast, modules)
 
 
 def _prepared(program: Program) -> tuple[Program, torch.dtype | None, set[Node]]:
@@ -221,6 +225,32 @@ def _simplify_softmax(program: Program, autocast: torch.dtype | None, content: s
             make = Builder(module, node)
             q, k, v = (make(aten.to.dtype, item, autocast) for item in (q, k, v))
         node.args = (q, k, v, padding if padding in content else None, *rest)
+
+
+@torch.no_grad()
+def first_nonfinite(graph: TrainingGraph, tokens: Tensor) -> str:
+    """Path of the module in which token windows ``[B, T]`` first give NaN ("" if none does)."""
+
+    paths = graph.modules
+
+    class Watching(torch.fx.Interpreter):
+        found = ""
+        last = ""
+
+        def run_node(self, n: Node) -> Any:
+            result = super().run_node(n)
+            self.last = paths.get(str(n.target)) or module_path(n) or self.last
+            values = result if isinstance(result, (tuple, list)) else [result]
+            if not self.found and any(isinstance(v, Tensor) and bool(v.isnan().any()) for v in values):
+                self.found = self.last
+            return result
+
+    switch(graph.graph_module, False)
+    watching = Watching(graph.graph_module)
+    on = graph.autocast is not None
+    with torch.autocast(tokens.device.type, graph.autocast or torch.bfloat16, enabled=on):
+        watching.run(*model_inputs(graph.program, tokens))
+    return watching.found
 
 
 def weights_checksum(program: Program) -> int:

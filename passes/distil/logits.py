@@ -27,13 +27,13 @@ from ..linearize import MODULE_PREFIX
 from ..methods import LinearMethod
 from ..program import Program
 from .data import Batches
-from .instrument import TrainingGraph, instead, unpadded, weights_checksum
+from .instrument import TrainingGraph, first_nonfinite, instead, unpadded, weights_checksum
 from .loop import LoopOptions, LoopReport, Part, Progress, train
 from .lora import PREFIX as LORA_PREFIX
 from .lora import Addition, add_lora, merge_lora
 from .pieces import Pieces
 from .regions import Compiled
-from .spread import cut, exchanging, share_of_mean, total
+from .spread import current, cut, exchanging, share_of_mean, total
 
 ROWS = 2048
 
@@ -281,8 +281,23 @@ def _distil(
         return pieces(tokens, step)[None], tokens.numel()
 
     parts = [Part("the logits", trained, rates)]
+
+    def locate(step: int) -> str:
+        if current() is not None:
+            return ""  # the slices' exchange isn't set up here
+        return first_nonfinite(distiller.student, data.step(step)[:1].to(distiller.student.device))
+
     try:
-        train(parts, losses_of, options, checkpoint=checkpoint, identity=identity, report=report, progress=progress)
+        train(
+            parts,
+            losses_of,
+            options,
+            checkpoint=checkpoint,
+            identity=identity,
+            report=report,
+            progress=progress,
+            locate=locate,
+        )
         report.after = distiller.measure(held_out)
     finally:
         merge_lora(student, additions)

@@ -142,11 +142,20 @@ class Masters:
         """
         for parameter, master in self.copied:
             master.grad = None if parameter.grad is None else parameter.grad.float()
-        check_finite(self._clip(clip).cpu(), self.parts, step, "gradient")
+        check_finite(self._clip(clip).cpu(), self.parts, step, "gradient", self._bad_gradient)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         self.optimizer.step()
         self.write()
+
+    def _bad_gradient(self, index: int, what: str) -> str:
+        """The first parameter of a part whose gradient isn't finite."""
+        part = self.parts[index]
+        for name in part.parameters:
+            grad = self.masters[f"{part.name}/{name}"].grad
+            if grad is not None and not bool(grad.isfinite().all()):
+                return name
+        return ""
 
     def write(self) -> None:
         """Masters → parameters."""
@@ -198,13 +207,17 @@ def schedule(done: float, warmup: float) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (done - warmup) / max(1 - warmup, 1e-9)))
 
 
-def check_finite(values: Tensor, parts: Sequence[Part], step: int, what: str) -> None:
-    """Raises ``LincompileError`` naming the first part whose value isn't finite."""
-    for part, value in zip(parts, values.tolist(), strict=True):
+def check_finite(
+    values: Tensor, parts: Sequence[Part], step: int, what: str, locate: Callable[[int, str], str] | None = None
+) -> None:
+    """Raises ``LincompileError`` naming the first part whose value isn't finite, and what ``locate`` finds in it."""
+    for index, (part, value) in enumerate(zip(parts, values.tolist(), strict=True)):
         if not math.isfinite(value):
+            found = locate(index, what) if locate is not None else ""
             raise LincompileError(
-                f"distillation diverged at step {step}: the {what} at '{part.name}' isn't finite "
-                "(lower the learning rate, or check the model's weights); the last checkpoint is intact"
+                f"distillation diverged at step {step}: the {what} at '{part.name}' isn't finite"
+                + (f", first in '{found}'" if found else "")
+                + " (lower the learning rate, or check the model's weights); the last checkpoint is intact"
             )
 
 
@@ -217,6 +230,7 @@ def train(
     identity: dict[str, Any] | None = None,
     report: LoopReport | None = None,
     progress: Progress | None = None,
+    locate: Callable[[int], str] | None = None,
 ) -> LoopReport:
     """Trains the parts' parameters in place.
 
@@ -225,6 +239,7 @@ def train(
         checkpoint: file the run saves itself to and continues from if it exists.
         identity: what makes this run this run (JSON-able); a checkpoint with another identity is refused.
         report: the object to fill (a subclass of ``LoopReport``); restored from the checkpoint as a whole.
+        locate: where in the model step ``i``'s loss stops being finite ("" = not known), for the error to say.
 
     Raises:
         LincompileError: a loss or gradient that isn't finite, or a checkpoint that is damaged or of another run.
@@ -256,7 +271,7 @@ def train(
             masters.zero_grad()
             losses, tokens = losses_of(report.steps)
             add_gradients(frozen)
-            check_finite(losses, parts, report.steps, "loss")
+            check_finite(losses, parts, report.steps, "loss", lambda *_: locate(report.steps) if locate else "")
             masters.step(schedule(done, options.warmup), options.clip, report.steps)
             report.steps += 1
             report.tokens += tokens

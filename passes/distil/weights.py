@@ -49,7 +49,7 @@ def weights_loss(
     for start in range(0, length, shape.value_dim):
         keys = torch.arange(start, start + shape.value_dim, device=v.device)
         ones = (torch.arange(length, device=v.device)[:, None] == keys).to(v.dtype)
-        columns = ones.expand(*v.shape[:2], length, shape.value_dim)
+        columns = ones.expand(*v.shape[:2], length, shape.value_dim).contiguous()
         with torch.no_grad():
             wanted = torch.ops.lincompile.softmax_attention(like(site_q, v), like(site_k, v), columns, mask, *softmax)
 

@@ -142,6 +142,43 @@ def test_nan_weights_are_refused(teacher: Program) -> None:
         distil_logits(broken, student, windows(), LogitDistillation(steps=1))
 
 
+def test_divergence_names_the_layer_and_keeps_the_checkpoint(
+    teacher: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, file = linear(teacher), tmp_path / "run.ckpt"
+    learn = Distiller.learn
+    steps: list[int] = []
+
+    def breaking(self: Distiller, tokens: Tensor, share: float, compiled: bool) -> Tensor:
+        steps.append(len(steps))
+        if len(steps) == 4:
+            with torch.no_grad():
+                dict(student.graph_module.named_parameters())["h.1.mlp.0.weight"][0, 0] = math.nan
+        return learn(self, tokens, share, compiled)
+
+    monkeypatch.setattr(Distiller, "learn", breaking)
+    options = LogitDistillation(steps=9, save_every=1, **FAST)
+    with pytest.raises(LincompileError, match=r"diverged at step 3: the loss .* isn't finite, first in 'h\.1\.mlp"):
+        distil_logits(teacher, student, windows(), options, checkpoint=file)
+    assert torch.load(file, weights_only=True)["report"]["steps"] == 3
+    monkeypatch.setattr(Distiller, "learn", learn)
+    resumed = distil_logits(teacher, linear(teacher), windows(), options, checkpoint=file)
+    assert (resumed.resumed_at, resumed.steps) == (3, 9) and math.isfinite(resumed.after)
+
+
+def test_a_gradient_that_is_not_finite_names_its_parameter() -> None:
+    from torch import nn
+
+    from lincompile.passes.distil.loop import Masters, Part
+
+    weights = {name: nn.Parameter(torch.ones(2)) for name in ("a", "b")}
+    masters = Masters([Part("the logits", weights, dict.fromkeys(weights, 1.0))], 0.0)
+    weights["a"].grad, weights["b"].grad = torch.ones(2), torch.tensor([1.0, math.inf])
+    with pytest.raises(LincompileError, match="step 7: the gradient at 'the logits' isn't finite, first in 'b'"):
+        masters.step(1.0, 1.0, 7)
+    assert torch.equal(weights["a"], torch.ones(2))
+
+
 def test_a_model_without_logits_for_every_token_is_refused() -> None:
     from lincompile.passes.canonicalize import Canonicalize
     from lincompile.passes.identity import ProveAttention
