@@ -46,6 +46,7 @@ from lincompile.kernels.short_conv import reference as conv_reference
 from lincompile.passes.methods import GATE_RANK, GATE_TEMPERATURE, Lawcat, SiteShape
 
 SHAPES = [(16, 2048, 16, 128), (4, 8192, 16, 128), (1, 32768, 16, 128), (1, 131072, 16, 128), (8, 4096, 32, 64)]
+DRY = {"SHAPES": [(2, 80, 4, 16)], "QUICK_SHAPES": [(2, 80, 4, 16)]}
 QUICK_SHAPES = [(8, 4096, 32, 64)]
 # name: B, T, H, Hkv, D, padding, mode
 BLOCKS = {
@@ -508,19 +509,21 @@ def check_here(name: str, seed: int) -> dict[str, Any]:
     return row | {"seconds": round(time.perf_counter() - started, 2)}
 
 
+def run_apart(script: str, name: str, seed: int, file: Path) -> dict[str, Any]:
+    """A script's check in a process of its own; ``file`` is for its result."""
+    command = [sys.executable, script, "--only", name, "--seed", str(seed), "--json", str(file)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    except subprocess.TimeoutExpired:
+        return {"ok": False, "error": "took longer than 400 s"}
+    row = json.loads(file.read_text()).get("checks", {}).get(name) if file.exists() else None
+    return row or {"ok": False, "error": f"exit code {done.returncode}: {done.stderr[-2000:]}"}
+
+
 def check_apart(name: str, seed: int) -> dict[str, Any]:
     """A check in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "check.json"
-        command = [sys.executable, __file__, "--only", name, "--seed", str(seed), "--json", str(file)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-        except subprocess.TimeoutExpired:
-            return {"ok": False, "error": "took longer than 400 s"}
-        if not file.exists():
-            return {"ok": False, "error": f"exit code {done.returncode}: {done.stderr[-2000:]}"}
-        row: dict[str, Any] = json.loads(file.read_text())["checks"][name]
-        return row
+        return run_apart(__file__, name, seed, Path(folder) / "check.json")
 
 
 def report(name: str, row: dict[str, Any]) -> None:

@@ -1,30 +1,39 @@
 """Linear attention on a GPU: correctness against float64, then time against FLA, FlashAttention and cuDNN.
 
-    python benchmarks/linear_attention.py --check --time --peers --json benchmarks/results/linear_attention.json
+    python benchmarks/linear_attention.py --check --jobs 8 --json benchmarks/results/linear_attention_checks.json
+    python benchmarks/linear_attention.py --time --decode --growth --peers "fla,sdpa flash,sdpa cudnn" --json FILE
+    python benchmarks/linear_attention.py --first-call --json FILE       # with an empty TRITON_CACHE_DIR
+    python benchmarks/linear_attention.py --tune --json FILE             # tiles beside those of the rule
 
 Timings are medians of CUDA events after warm-up, bfloat16 inputs (gates too), float32 state, each input set larger
 than the L2 cache. ``floor`` is the time to move every input and output once at the copy bandwidth measured in the
 same run. Peers need ``flash-linear-attention`` installed; a peer's first call (its autotuning) is timed apart.
+The file is written after every row, and a peer that fails leaves its error there. ``--warm fla`` only compiles FLA's
+kernels (its first call takes minutes), which another process can do while ``--check`` runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from lawcat_block import bandwidth, guarded, milliseconds, poisoned, run_apart
 from torch import Tensor
 from versions import versions
 
 from lincompile.kernels import ops
-from lincompile.kernels.linear_attention import reference
+from lincompile.kernels.linear_attention import reference, varlen_reference
 
+DRY = {"SHAPES": [(2, 80, 4, 16)], "LENGTHS": (64, 128), "BUDGET": 0.001}
+LENGTHS = (2048, 8192, 32768, 131072)
 SHAPES = [(16, 2048, 16, 128), (4, 8192, 16, 128), (1, 32768, 16, 128), (1, 131072, 16, 128), (8, 4096, 32, 64)]
 CHECKS = {
     # name: B, H, Hkv, T, D, Dv, decay, strongest decay a step, normalise, state, dtype
@@ -48,6 +57,28 @@ CHECKS = {
     "float32 strong": (1, 4, 2, 300, 64, 64, "key", 10.0, False, True, "float32"),
     "float32 wide": (1, 4, 2, 130, 128, 65, "key", 0.1, True, True, "float32"),
 }
+# name: lengths, H, Hkv, D, Dv, decay, strongest, normalise, state, dtype
+VARLEN = {
+    "varlen": ((300, 0, 1, 64, 700), 4, 2, 128, 64, "key", 0.1, True, True, "bfloat16"),
+    "varlen 128": ((1000, 24, 3000), 4, 4, 128, 128, "key", 0.1, False, False, "bfloat16"),
+    "varlen strong": ((130, 517), 4, 2, 64, 64, "key", 10.0, True, True, "bfloat16"),
+    "varlen float32": ((77, 300), 4, 2, 64, 64, "head", 0.1, True, True, "float32"),
+}
+# name: B, H, Hkv, queries, keys, D, Dv, normalise, state, dtype
+BIDIRECTIONAL = {
+    "bidirectional": (2, 4, 2, 517, 517, 128, 64, True, True, "bfloat16"),
+    "bidirectional cross": (2, 4, 4, 100, 3000, 128, 128, False, False, "bfloat16"),
+    "bidirectional odd": (1, 6, 2, 77, 77, 40, 24, True, False, "bfloat16"),
+    "bidirectional float32": (2, 4, 2, 300, 300, 64, 64, True, True, "float32"),
+}
+# Tiles that --tune times beside the rule's (see kernels/linear_attention/triton_plan.py).
+CANDIDATES: dict[str, list[dict[str, int]]] = {
+    "states": [{"num_warps": 8}, {"STAGES": 1}, {"STAGES": 3}, {"SLICE": 128, "num_warps": 8}],
+    "output": [{"BV": 64}, {"BV": 64, "STAGES": 1}, {"num_warps": 8}, {"num_warps": 8, "STAGES": 1}, {"STAGES": 1}],
+    "keys": [{"num_warps": 8}],
+    "values": [{"num_warps": 8}, {"STAGES": 1}],
+}
+BUDGET = 0.4  # seconds for each median
 TOLERANCE = {"bfloat16": 1.2e-2, "float32": 1e-4}
 NAMES = ("o", "state", "dq", "dk", "dv", "dg", "dstate")
 
@@ -85,57 +116,109 @@ def make(
     return [q, k, v, g, initial]
 
 
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Freed memory full of NaN: a kernel that reads what nothing wrote shows it."""
-    blocks = [torch.full((1 << 24,), float("nan"), device="cuda") for _ in range(8)]
-    del blocks
-    yield
+def output_gradients(outputs: list[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The same for every dtype: values that bfloat16 holds."""
+    generator = torch.Generator("cuda").manual_seed(11)
+    return [torch.randn(x.shape, generator=generator, device="cuda").to(torch.bfloat16).to(dtype) for x in outputs]
 
 
 def gradients(function: Callable[..., Any], inputs: list[Tensor | None], options: tuple[Any, ...]) -> list[Tensor]:
     leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
     with poisoned():
         o, state = function(*leaves, *options)
-    generator = torch.Generator("cuda").manual_seed(11)
-    weights = [torch.randn(x.shape, generator=generator, device="cuda") for x in (o, state)]
+    slopes = [grad.to(x.dtype) for grad, x in zip(output_gradients([o, state]), (o, state), strict=True)]
     with poisoned():
-        grads = torch.autograd.grad((o, state), [x for x in leaves if x is not None], [
-            weight.to(x.dtype) for weight, x in zip(weights, (o, state), strict=True)
-        ])  # fmt: skip
+        grads = torch.autograd.grad((o, state), [x for x in leaves if x is not None], slopes)
     return [o.detach(), state.detach(), *grads]
 
 
-def check(only: str) -> dict[str, Any]:
-    """Relative errors ‖x − ref‖ / ‖ref‖ against the float64 recurrence."""
-    results: dict[str, Any] = {}
-    for name, case in CHECKS.items():
-        if only and name != only:
-            continue
-        torch.manual_seed(len(name))
-        inputs, normalize = make(*case), case[8]
-        options = (0.125, True, normalize)
-        started = time.perf_counter()
-        have = gradients(ops.linear_attention, inputs, options)
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        wide = [None if x is None else x.double() for x in inputs]
-        function = reference.recurrent if case[3] <= 1500 else ops.linear_attention
-        want = gradients(function, wide, options)
-        names = [n for n, x in zip(NAMES[2:], inputs, strict=True) if x is not None]
-        errors = {
-            n: float((x.double() - y).norm() / y.norm().clamp_min(1e-30))
-            for n, x, y in zip([*NAMES[:2], *names], have, want, strict=True)
-        }
-        again = gradients(ops.linear_attention, inputs, options)
-        same = all(torch.equal(x, y) for x, y in zip(have, again, strict=True))
-        finite = all(bool(torch.isfinite(x).all()) for x in have)
-        ok = finite and same and max(errors.values()) < TOLERANCE[case[10]]
-        results[name] = {"errors": errors, "deterministic": same, "ok": ok, "first_call_s": round(seconds, 2)}
-        worst = max(errors, key=lambda n: errors[n])
-        line = " ".join(f"{n} {e:.1e}" for n, e in errors.items())
-        print(f"{'ok  ' if ok else 'FAIL'} {name:18s} worst {worst}; {line} same={same} {seconds:.1f}s", flush=True)
-    return results
+def verdict(
+    names: list[str], have: list[Tensor], want: list[Tensor], again: list[Tensor], dtype: str
+) -> dict[str, Any]:
+    """Relative errors ‖x − ref‖ / ‖ref‖, and whether all is well."""
+    errors = {
+        n: float((x.double() - y).norm() / y.norm().clamp_min(1e-30)) for n, x, y in zip(names, have, want, strict=True)
+    }
+    same = all(torch.equal(x, y) for x, y in zip(have, again, strict=True))
+    finite = all(bool(torch.isfinite(x).all()) for x in have)
+    return {"errors": errors, "deterministic": same, "ok": finite and same and max(errors.values()) < TOLERANCE[dtype]}
+
+
+def names_of(inputs: list[Tensor | None]) -> list[str]:
+    return [*NAMES[:2], *(n for n, x in zip(NAMES[2:], inputs, strict=True) if x is not None)]
+
+
+def widened(inputs: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if x is None else x.double() for x in inputs]
+
+
+def check_causal(name: str) -> dict[str, Any]:
+    case = CHECKS[name]
+    inputs, normalize = make(*case), case[8]
+    options = (0.125, True, normalize)
+    have, again = (gradients(ops.linear_attention, inputs, options) for _ in range(2))
+    function = reference.recurrent if case[3] <= 1500 else ops.linear_attention
+    want = gradients(function, widened(inputs), options)
+    return verdict(names_of(inputs), have, want, again, case[10])
+
+
+def check_varlen(name: str) -> dict[str, Any]:
+    lengths, heads, kv_heads, dim, value_dim, decay, strongest, normalize, state, dtype = VARLEN[name]
+    inputs = make(1, heads, kv_heads, sum(lengths), dim, value_dim, decay, strongest, normalize, False, dtype)
+    if state:
+        inputs[4] = torch.rand(len(lengths), kv_heads, dim, value_dim + int(normalize), device="cuda")
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    options = (bounds, 0.125, normalize)
+    have, again = (gradients(ops.linear_attention_varlen, inputs, options) for _ in range(2))
+    leaves = widened(inputs)
+    want = list(varlen_reference.forward(*leaves, lengths, 0.125, normalize))
+    slopes = output_gradients(have[:2], torch.float64)
+    want += [x for x in varlen_reference.backward(*slopes, *leaves, lengths, 0.125, normalize) if x is not None]
+    return verdict(names_of(inputs), have, want, again, dtype)
+
+
+def check_bidirectional(name: str) -> dict[str, Any]:
+    batch, heads, kv_heads, queries, keys, dim, value_dim, normalize, state, dtype = BIDIRECTIONAL[name]
+    inputs = make(batch, heads, kv_heads, keys, dim, value_dim, "none", 0.0, normalize, state, dtype)
+    inputs[0] = make(batch, heads, kv_heads, queries, dim, value_dim, "none", 0.0, normalize, state, dtype)[0]
+    options = (0.125, False, normalize)
+    have, again = (gradients(ops.linear_attention, inputs, options) for _ in range(2))
+    want = gradients(ops.linear_attention, widened(inputs), options)  # float64: the reference
+    return verdict(names_of(inputs), have, want, again, dtype)
+
+
+def check_here(name: str, seed: int) -> dict[str, Any]:
+    """One check on fresh inputs; kernels that are off until checked are on."""
+    from lincompile.kernels.linear_attention import triton as kernels
+
+    kernels.BIDIRECTIONAL = kernels.VARLEN = True
+    run = check_varlen if name in VARLEN else check_bidirectional if name in BIDIRECTIONAL else check_causal
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    row = guarded(lambda: run(name))
+    return row | {"seconds": round(time.perf_counter() - started, 2)}
+
+
+def report(name: str, row: dict[str, Any]) -> None:
+    errors = row.get("errors", {})
+    line = " ".join(f"{n} {e:.1e}" for n, e in errors.items()) or str(row.get("error"))[:300]
+    print(f"{'ok  ' if row['ok'] else 'FAIL'} {name:22s} {line} same={row.get('deterministic')} {row.get('seconds')}s",
+          flush=True)  # fmt: skip
+
+
+def check(wanted: list[str], seed: int, jobs: int, save: Callable[[str, dict[str, Any]], None]) -> None:
+    """Runs the checks, most of whose time is compiling, in ``jobs`` processes; ``save(name, row)`` after each."""
+
+    def run(name: str) -> dict[str, Any]:
+        if jobs == 1:
+            return check_here(name, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            return run_apart(__file__, name, seed, Path(folder) / "check.json")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for name, row in zip(wanted, pool.map(run, wanted), strict=True):
+            report(name, row)
+            save(name, row)
 
 
 def check_causality() -> bool:
@@ -149,23 +232,10 @@ def check_causality() -> bool:
     return same and not torch.equal(before[:, :, 333:], after[:, :, 333:])
 
 
-def milliseconds(function: Callable[[], Any], repeat: int = 20) -> float:
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(repeat):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return sorted(times)[len(times) // 2]
-
-
 def graph_microseconds(function: Callable[[], Any], calls: int = 20) -> float:
     """Time of one call inside a captured CUDA graph of ``calls``."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             function()
@@ -177,16 +247,10 @@ def graph_microseconds(function: Callable[[], Any], calls: int = 20) -> float:
     return milliseconds(graph.replay) * 1e3 / calls
 
 
-def bandwidth() -> float:
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    return 2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e6  # GB/s
-
-
 def both(function: Callable[[], Any], leaves: list[Tensor]) -> tuple[float, ...]:
     """Forward ms, forward + backward ms, peak GiB of the second; without leaves the forward only."""
     with torch.no_grad():
-        forward = milliseconds(function)
+        forward = milliseconds(function, BUDGET)
     if not leaves:
         return (forward,)
     out = function()
@@ -199,7 +263,7 @@ def both(function: Callable[[], Any], leaves: list[Tensor]) -> tuple[float, ...]
 
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
-    total = milliseconds(train, 10)
+    total = milliseconds(train, BUDGET)
     return forward, total, (torch.cuda.max_memory_allocated() - base) / 2**30
 
 
@@ -215,66 +279,158 @@ def first_call(function: Callable[[], Any], leaves: list[Tensor]) -> float:
     return round(time.perf_counter() - started, 2)
 
 
-def peers(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, names: list[str]
-) -> Iterator[tuple[str, Callable[[], Any], list[Tensor]]]:
+def peers(q: Tensor, k: Tensor, v: Tensor, g: Tensor, names: list[str]) -> dict[str, Callable[[], Any]]:
+    """Runs by name; each makes its own inputs, and fails alone where its package is missing."""
     scale = q.shape[-1] ** -0.5
-    if "fla" in names or "fla forward" in names:
+    found: dict[str, Callable[[], Any]] = {}
+
+    def measured(function: Callable[[], Any], leaves: list[Tensor]) -> dict[str, Any]:
+        first = first_call(function, leaves)
+        return {"first_call_s": first, "ms": both(function, leaves)}
+
+    def fla(forward_only: bool) -> dict[str, Any]:
         from fla.ops.gla import chunk_gla
 
         flat = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v, g)]
-        yield "fla chunk_gla", lambda: chunk_gla(*flat, scale=scale), flat if "fla" in names else []
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+        return measured(lambda: chunk_gla(*flat, scale=scale), [] if forward_only else flat)
 
-    dense = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
-    for name, backend in (("sdpa flash", SDPBackend.FLASH_ATTENTION), ("sdpa cudnn", SDPBackend.CUDNN_ATTENTION)):
-        if name not in names:
-            continue
+    def sdpa(backend: str) -> dict[str, Any]:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        def attend(backend: Any = backend) -> Tensor:
-            with sdpa_kernel(backend):
+        dense = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
+
+        def attend() -> Tensor:
+            with sdpa_kernel(getattr(SDPBackend, backend)):
                 return torch.nn.functional.scaled_dot_product_attention(*dense, is_causal=True)
 
-        yield name, attend, dense
+        return measured(attend, dense)
+
+    if "fla" in names or "fla forward" in names:
+        found["fla chunk_gla"] = lambda: fla("fla" not in names)
+    if "sdpa flash" in names:
+        found["sdpa flash"] = lambda: sdpa("FLASH_ATTENTION")
+    if "sdpa cudnn" in names:
+        found["sdpa cudnn"] = lambda: sdpa("CUDNN_ATTENTION")
+    return found
 
 
-def time_shape(shape: tuple[int, int, int, int], names: list[str], copy: float) -> dict[str, Any]:
+Save = Callable[[], None]
+
+
+def time_shape(
+    shape: tuple[int, int, int, int], names: list[str], copy: float, row: dict[str, Any], save: Save
+) -> None:
+    """Fills ``row``; calls ``save`` after each figure."""
     batch, length, heads, dim = shape
     torch.manual_seed(0)
     inputs = make(batch, heads, heads, length, dim, dim, "key", 0.1, False, False, "bfloat16")
     q, k, v, g = (x.contiguous().requires_grad_() for x in inputs[:4] if x is not None)
     moved = sum(x.numel() * x.element_size() for x in (q, k, v, g))
     # Forward: read four, write one. Backward: read those five, write four.
-    row: dict[str, Any] = {"shape": shape, "floor_ms": [moved * 1.25 / copy / 1e6, moved * 3.5 / copy / 1e6]}
+    row |= {"shape": shape, "floor_ms": [moved * 1.25 / copy, moved * 3.5 / copy]}
 
     def ours(group: int = 1, normalize: bool = False) -> Any:
         part = (x[:, ::group] for x in (k, v, g))
         return ops.linear_attention(q, *part, None, dim**-0.5, True, normalize)
 
-    row["ours, first call s"] = first_call(ours, [q, k, v, g])
-    row["ours"] = both(ours, [q, k, v, g])
-    row["ours normalised"] = both(lambda: ours(1, True), [q, k, v, g])
-    row["ours, 4 query heads per kv head"] = both(lambda: ours(4), [q, k, v, g])
-    if length <= 32768:
+    def measured(function: Callable[[], Any]) -> dict[str, Any]:
+        return {"first_call_s": first_call(function, [q, k, v, g]), "ms": both(function, [q, k, v, g])}
+
+    def repeated() -> Any:
+        part = (x[:, ::4].repeat_interleave(4, 1) for x in (k, v, g))
+        return ops.linear_attention(q, *part, None, dim**-0.5, True, False)
+
+    def strong() -> dict[str, Any]:
         steep = (g * 100).detach()
         with torch.no_grad():
-            row["ours, strong decay, forward"] = milliseconds(
-                lambda: ops.linear_attention(q, k, v, steep, None, dim**-0.5, True, False)
-            )
-    for name, function, leaves in peers(q, k, v, g, names):
-        if name.startswith("sdpa") and length > 32768:
-            continue
-        row[name + ", first call s"] = first_call(function, leaves)
-        row[name] = both(function, leaves)
-    print(json.dumps(row), flush=True)
-    return row
+            return {"forward_ms": milliseconds(
+                lambda: ops.linear_attention(q, k, v, steep, None, dim**-0.5, True, False), BUDGET
+            )}  # fmt: skip
+
+    runs: dict[str, Callable[[], Any]] = {
+        "ours": lambda: measured(ours),
+        **peers(q, k, v, g, names),
+        "ours, 4 query heads per kv head": lambda: measured(lambda: ours(4)),
+        "ours, heads repeated": lambda: measured(repeated),
+        "ours normalised": lambda: measured(lambda: ours(1, True)),
+    }
+    if length <= 32768:
+        runs["ours, strong decay"] = strong
+    for name, run in runs.items():
+        row[name] = guarded(run)
+        print(f"  {shape} {name}: {json.dumps(row[name])[:300]}", flush=True)
+        save()
+    mine = row["ours"].get("ms")
+    row["÷ ours"] = {
+        name: [round(a / b, 3) for a, b in zip(row[name]["ms"][:2], mine, strict=False)]
+        for name in runs
+        if mine and "ms" in row[name]
+    }
+    save()
+
+
+def grow(names: list[str]) -> list[dict[str, Any]]:
+    """One sequence, from 2K to 128K tokens: forward and forward + backward ms, peak GiB."""
+    rows = []
+    for length in LENGTHS:
+        inputs = make(1, 16, 16, length, 128, 128, "key", 0.1, False, False, "bfloat16")
+        leaves = [x.contiguous().requires_grad_() for x in inputs[:4] if x is not None]
+        row: dict[str, Any] = {"length": length}
+        row["ours"] = guarded(
+            lambda leaves=leaves: {"ms": both(lambda: ops.linear_attention(*leaves, None, 0.1, True, False), leaves)}  # type: ignore[misc]
+        )
+        for name, run in peers(*leaves, [name for name in names if name.startswith("fla")]).items():
+            row[name] = guarded(run)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def tune(shape: tuple[int, int, int, int], save: Callable[[dict[str, Any]], None]) -> None:
+    """Times of the rule's tiles and of each candidate, and how far results move from the rule's."""
+    from lincompile.kernels.linear_attention.triton_plan import OVERRIDES
+
+    batch, length, heads, dim = shape
+    torch.manual_seed(0)
+    for normalize, value_dim in ((False, dim), (True, max(dim // 2, 16))):
+        inputs = make(batch, heads, heads, length, dim, value_dim, "key", 0.1, normalize, False, "bfloat16")
+        leaves = [x.contiguous().requires_grad_() for x in inputs[:4] if x is not None]
+
+        def run(leaves: list[Tensor] = leaves, normalize: bool = normalize) -> Any:
+            return ops.linear_attention(*leaves, None, dim**-0.5, True, normalize)
+
+        def results(leaves: list[Tensor] = leaves, run: Callable[[], Any] = run) -> list[Tensor]:
+            out = run()[0]
+            return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+        base = results()
+        trials = [("rule", "", {}), *((kernel, str(c), c) for kernel, cs in CANDIDATES.items() for c in cs)]
+        for kernel, text, tile in trials:
+
+            def attempt(
+                kernel: str = kernel,
+                tile: dict[str, int] = tile,
+                leaves: list[Tensor] = leaves,
+                base: list[Tensor] = base,
+                run: Callable[[], Any] = run,
+                results: Callable[[], list[Tensor]] = results,
+            ) -> dict[str, Any]:
+                OVERRIDES[kernel] = tile
+                found = results()
+                moved = max(float((x - y).norm() / y.norm()) for x, y in zip(found, base, strict=True))
+                return {"ms": both(run, leaves), "moved": moved}
+
+            row = {"shape": shape, "value_dim": value_dim, "kernel": kernel, "tile": text, **guarded(attempt)}
+            OVERRIDES.clear()
+            print(json.dumps(row)[:300], flush=True)
+            save(row)
 
 
 def time_decode(batch: int, names: list[str], copy: float) -> dict[str, Any]:
     inputs = make(batch, 32, 32, 1, 128, 128, "key", 0.1, False, True, "bfloat16")
     q, k, v, g, state = (x for x in inputs if x is not None)
     moved = 2 * state.numel() * 4
-    row: dict[str, Any] = {"batch": batch, "floor_us": moved / copy / 1e3}
+    row: dict[str, Any] = {"batch": batch, "floor_us": moved / copy * 1e3}
     # Several states, together larger than the L2 cache.
     pool = [state.clone() for _ in range(max(1, (256 << 20) // moved))][:64]
     turn = iter(range(1 << 30))
@@ -282,8 +438,9 @@ def time_decode(batch: int, names: list[str], copy: float) -> dict[str, Any]:
     def ours() -> Any:
         return ops.linear_attention(q, k, v, g, pool[next(turn) % len(pool)], 0.1, True, False)
 
-    row["ours_us"] = graph_microseconds(ours)
-    if any(name.startswith("fla") for name in names):
+    row["ours"] = guarded(lambda: {"us": graph_microseconds(ours)})
+
+    def fla() -> dict[str, Any]:
         from fla.ops.gla import fused_recurrent_gla
 
         flat = [x.transpose(1, 2).contiguous() for x in (q, k, v, g)]
@@ -295,7 +452,10 @@ def time_decode(batch: int, names: list[str], copy: float) -> dict[str, Any]:
                     *flat[:3], gk=flat[3], scale=0.1, initial_state=state, output_final_state=True
                 )
 
-        row["fla_us"] = graph_microseconds(theirs)
+        return {"us": graph_microseconds(theirs)}
+
+    if any(name.startswith("fla") for name in names):
+        row["fla fused_recurrent_gla"] = guarded(fla)
     print(json.dumps(row), flush=True)
     return row
 
@@ -324,34 +484,83 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--only", default="", help="one check by name")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that run checks at the same time")
+    parser.add_argument("--first-call", action="store_true", help="seconds of the first forward and backward, only")
+    parser.add_argument("--warm", default="", help="a peer (fla) whose kernels are compiled, only")
     parser.add_argument("--time", action="store_true")
+    parser.add_argument("--growth", action="store_true", help="one sequence of 2K to 128K tokens")
     parser.add_argument("--decode", action="store_true")
+    parser.add_argument("--tune", action="store_true", help="tiles beside those of the rule")
     parser.add_argument("--profile", action="store_true", help="print kernel times per shape")
     parser.add_argument("--peers", default="", help="comma-separated: fla, fla forward, sdpa flash, sdpa cudnn")
     parser.add_argument("--shapes", default="", help="indices into the list of shapes, e.g. 0,4; default all")
+    parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     names = [name for name in options.peers.split(",") if name]
     shapes = [SHAPES[int(i)] for i in options.shapes.split(",")] if options.shapes else SHAPES
-    result: dict[str, Any] = {"command": " ".join(sys.argv), "versions": versions()}
-    ok = True
-    if options.check:
-        result["checks"] = check(options.only)
-        result["causal"] = check_causality()
-        ok = result["causal"] and all(row["ok"] for row in result["checks"].values())
-    if options.decode or options.time:
-        copy = bandwidth()
-        result["copy_gb_s"] = round(copy, 1)
-    if options.decode:
-        result["decode"] = [time_decode(batch, names, copy) for batch in (1, 32)]
+    result: dict[str, Any] = {"command": " ".join(sys.argv), "versions": versions(), "seed": options.seed}
+
+    def write() -> None:
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    if options.first_call or options.warm:
+        for shape in dict.fromkeys((1, 1024, 16, dim) for *_, dim in shapes):
+            _, length, heads, dim = shape
+            inputs = make(1, heads, heads, length, dim, dim, "key", 0.1, False, False, "bfloat16")
+            leaves = [x.contiguous().requires_grad_() for x in inputs[:4] if x is not None]
+            if options.warm:
+                result[f"warm {dim}"] = {name: guarded(run) for name, run in peers(*leaves, [options.warm]).items()}
+            else:
+                call = first_call(lambda x=leaves: ops.linear_attention(*x, None, 0.1, True, False), leaves)  # type: ignore[misc]
+                result[f"first call, forward and backward, head {dim}, s"] = call
+            print(json.dumps(result)[-400:], flush=True)
+            write()
+        return 0
+    if options.check or options.only:
+        checks = result["checks"] = {}
+
+        def keep(name: str, row: dict[str, Any]) -> None:
+            checks[name] = row
+            write()
+
+        check([options.only] if options.only else [*CHECKS, *VARLEN, *BIDIRECTIONAL], options.seed, options.jobs, keep)
+        if not options.only:
+            result["causal"] = check_causality()
+            print("causal:", result["causal"], flush=True)
+    write()
+    copy = bandwidth() if options.decode or options.time else 0.0
+    result["copy_gb_s"] = round(copy / 1e6, 1)
     if options.time:
-        result["times_ms"] = [time_shape(shape, names, copy) for shape in shapes]
+        rows = result["times"] = []
+        for shape in shapes:
+            rows.append({})
+            failed = guarded(lambda shape=shape: time_shape(shape, names, copy, rows[-1], write) or {})  # type: ignore[misc]
+            rows[-1] |= failed
+            torch.cuda.empty_cache()
+            write()
+    if options.decode:
+        result["decode"] = [guarded(lambda batch=batch: time_decode(batch, names, copy)) for batch in (1, 32)]  # type: ignore[misc]
+        write()
+    if options.growth:
+        result["growth"] = grow(names)
+        write()
     if options.profile:
         for shape in shapes:
-            profile(shape)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+            guarded(lambda shape=shape: profile(shape) or {})  # type: ignore[misc]
+    if options.tune:
+        trials = result["tune"] = []
+
+        def add(row: dict[str, Any]) -> None:
+            trials.append(row)
+            write()
+
+        for shape in shapes:
+            tune(shape, add)
+    ok = all(row["ok"] for row in result.get("checks", {}).values()) and result.get("causal", True)
+    write()
     print("ALL RIGHT" if ok else "SOMETHING IS WRONG")
     return 0 if ok else 1
 

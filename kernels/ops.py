@@ -14,6 +14,7 @@ from .gated_delta.op import gated_delta
 from .hedgehog_features.op import hedgehog_features
 from .int6_linear import op as int6_linear_op
 from .linear_attention.op import linear_attention
+from .linear_attention.varlen import linear_attention_varlen
 from .short_conv.op import short_conv
 from .softmax_attention.op import softmax_attention, softmax_attention_step
 
@@ -23,6 +24,7 @@ __all__ = [
     "hedgehog_features",
     "int6_linear_op",
     "linear_attention",
+    "linear_attention_varlen",
     "short_conv",
     "softmax_attention",
     "softmax_attention_step",

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 # Triton's interpreter runs kernels on CPU tensors. It multiplies bfloat16 by its bit patterns, so that kernels with
 # matrix products run in float32 there.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+# Kernels that compile but whose values nobody has checked on a GPU are off there unless this is set.
+UNMEASURED = os.environ.get("LINCOMPILE_UNMEASURED", "0") == "1"
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @functools.cache

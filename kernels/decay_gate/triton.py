@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_device import INTERPRETED, mask_bytes, processors, shared_memory
+from ..triton_device import INTERPRETED, LOG2E, mask_bytes, processors, shared_memory
 
 ROWS = 64
 WIDEST = 256
@@ -23,15 +23,26 @@ SHARED_MEMORY = 160 * 1024
 
 
 @triton.jit
-def gate_logits(
-    zs, weight, bias, channel, cols, width, R, BR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Logits ``[BT, BF]`` of the features ``cols`` of one head, whose rows of weight and bias start at ``channel``."""
+def load_projection(weight, bias, channel, cols, width, R, BR: tl.constexpr, DOT: tl.constexpr):
+    """Rows ``channel + cols`` of weight and bias, as ``[BR, BF]`` and ``[BF]``."""
     ranks = tl.arange(0, BR)
     pointers = weight + (channel + cols)[None, :] * R + ranks[:, None]
     w = tl.load(pointers, mask=(ranks < R)[:, None] & (cols < width)[None, :], other=0.0).to(DOT)
-    b = tl.load(bias + channel + cols, mask=cols < width, other=0.0).to(tl.float32)
-    return tl.dot(zs, w, input_precision=PRECISION) + b[None, :]
+    return w, tl.load(bias + channel + cols, mask=cols < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def log1p(s):
+    """log(1 + s) for 0 ≤ s ≤ 1: a polynomial with a relative error of 2e-7, which is cheaper than a logarithm and
+    exact where s is small."""
+    p = 0.0052326880395412445 * s - 0.029505213722586632
+    p = p * s + 0.07822591066360474
+    p = p * s - 0.13663242757320404
+    p = p * s + 0.19106005132198334
+    p = p * s - 0.2484298199415207
+    p = p * s + 0.3331909775733948
+    p = p * s - 0.4999949336051941
+    return s * (p * s + 0.9999999403953552)
 
 
 @triton.jit
@@ -44,23 +55,21 @@ def load_ranks(z, z_t, z_r, first, T, R, BT: tl.constexpr, BR: tl.constexpr, DOT
 
 @triton.jit
 def gate_forward(
-    z, weight, bias, mask, out, z_b, z_t, z_r, T, R, F, HEADS, PER_PROGRAM, temperature,
+    z, weight, bias, mask, out, z_b, z_t, z_r, T, R, F, HEADS, PER_PROGRAM, rate,
     MASKED: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BR: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``-softplus(-logits) / temperature`` of PER_PROGRAM tiles of BF features of one head."""
+    """``-softplus(-logits) · rate`` of PER_PROGRAM tiles of BF features of one head."""
     problem, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = problem // HEADS, problem % HEADS
     cols, rows = tl.program_id(2) * BF + tl.arange(0, BF), tl.arange(0, BT)
+    w, b = load_projection(weight, bias, head * F, cols, F, R, BR, DOT)
     for step in range(PER_PROGRAM):
         first = (part * PER_PROGRAM + step) * BT
         at = first + rows
         zs = load_ranks(z + batch * z_b, z_t, z_r, first, T, R, BT, BR, DOT)
-        logits = gate_logits(zs, weight, bias, head * F, cols, F, R, BR, DOT, PRECISION)
-        small = tl.exp(-tl.abs(logits))
-        # log(1 + s) loses a small s to rounding; there the series is exact to float32.
-        log1p = tl.where(small < 0.01, small * (1.0 - small * (0.5 - small * 0.33333333)), tl.log(1.0 + small))
-        value = -(tl.maximum(-logits, 0.0) + log1p) / temperature
+        logits = tl.dot(zs, w, input_precision=PRECISION) + b[None, :]
+        value = (tl.minimum(logits, 0.0) - log1p(tl.exp2(tl.abs(logits) * -LOG2E))) * rate
         if MASKED:
             keep = tl.load(mask + batch * T + at, mask=at < T, other=0)
             value = tl.where((keep != 0)[:, None], value, 0.0)
@@ -71,7 +80,7 @@ def gate_forward(
 @triton.jit
 def gate_backward(
     grad, z, weight, bias, mask, d_z, d_weight, d_bias, g_b, g_h, g_t, z_b, z_t, z_r,
-    T, R, F, HEADS, PER_PROGRAM, temperature,
+    T, R, F, HEADS, PER_PROGRAM, rate,
     MASKED: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BR: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -83,9 +92,7 @@ def gate_backward(
     batches = tl.num_programs(0) // HEADS
     cols, rows, ranks = block * BF + tl.arange(0, BF), tl.arange(0, BT), tl.arange(0, BR)
     channel = head * F
-    pointers = weight + (channel + cols)[:, None] * R + ranks[None, :]
-    wide = (cols < F)[:, None] & (ranks < R)[None, :]
-    w = tl.load(pointers, mask=wide, other=0.0).to(DOT)
+    w, b = load_projection(weight, bias, channel, cols, F, R, BR, DOT)
     total = tl.zeros([BR, BF], tl.float32)
     total_bias = tl.zeros([BF], tl.float32)
     own = ((head * tl.num_programs(2) + block) * batches + batch) * T
@@ -93,18 +100,18 @@ def gate_backward(
         first = (part * PER_PROGRAM + step) * BT
         at = first + rows
         zs = load_ranks(z + batch * z_b, z_t, z_r, first, T, R, BT, BR, DOT)
-        logits = gate_logits(zs, weight, bias, channel, cols, F, R, BR, DOT, PRECISION)
+        logits = tl.dot(zs, w, input_precision=PRECISION) + b[None, :]
         wanted = at < T
         if MASKED:
             wanted = wanted & (tl.load(mask + batch * T + at, mask=at < T, other=0) != 0)
         above = grad + batch * g_b + head * g_h + tl.cast(first, tl.int64) * g_t
         above = above + rows[:, None] * g_t + cols[None, :]
         slopes = tl.load(above, mask=wanted[:, None] & (cols < F)[None, :], other=0.0).to(tl.float32)
-        slopes = slopes / (1.0 + tl.exp(logits)) / temperature
+        slopes = slopes * (rate / (1.0 + tl.exp2(logits * LOG2E)))
         total_bias += tl.sum(slopes, 0)
         narrow = slopes.to(DOT)
         total = tl.dot(tl.trans(zs), narrow, acc=total, input_precision=PRECISION)
-        share = tl.dot(narrow, w, input_precision=PRECISION)
+        share = tl.dot(narrow, tl.trans(w), input_precision=PRECISION)
         below = d_z + (own + first + rows)[:, None] * R + ranks[None, :]
         tl.store(below, share, mask=(at < T)[:, None] & (ranks < R)[None, :])
     slot = (part * batches + batch) * HEADS * F + channel + cols
@@ -155,7 +162,7 @@ def forward(z: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, kv_hea
     grid, each = _grid(z, kv_heads, features, options, 16)
     gate_forward[grid](
         z, weight.to(z.dtype).contiguous(), bias.contiguous(), mask_bytes(mask), out, *z.stride(), z.shape[1],
-        z.shape[2], features, kv_heads, each, temperature, MASKED=mask is not None, num_warps=4, **options,
+        z.shape[2], features, kv_heads, each, 1.0 / temperature, MASKED=mask is not None, num_warps=4, **options,
     )  # fmt: skip
     return out
 
@@ -175,14 +182,14 @@ def backward(
     options = _options(z, features, WIDEST if z.dtype == torch.bfloat16 else 64)
     grad = grad if grad.stride(-1) == 1 or features == 1 else grad.contiguous()
     # Pipelined, 256 features of several tiles would need more shared memory than a block has (248 KiB).
-    tuning = {"num_warps": 4} if options["BF"] <= 128 else {"num_warps": 8, "num_stages": 1}
-    grid, each = _grid(z, kv_heads, features, options, 4)
+    tuning = {"num_warps": 8, "num_stages": 2 if options["BF"] <= 128 else 1}
+    grid, each = _grid(z, kv_heads, features, options, 8)
     d_z = z.new_empty((kv_heads * grid[2], batch, length, rank), dtype=torch.float32)
     d_weight = z.new_empty((grid[1], batch, *weight.shape), dtype=torch.float32)
     d_bias = z.new_empty((grid[1], batch, *bias.shape), dtype=torch.float32)
     gate_backward[grid](
         grad, z, weight.to(z.dtype).contiguous(), bias.contiguous(), mask_bytes(mask), d_z, d_weight, d_bias,
-        *grad.stride()[:3], *z.stride(), length, rank, features, kv_heads, each, temperature,
+        *grad.stride()[:3], *z.stride(), length, rank, features, kv_heads, each, 1.0 / temperature,
         MASKED=mask is not None, **tuning, **options,
     )  # fmt: skip
     return d_z.sum(0).to(z.dtype), d_weight.sum((0, 1)).to(weight.dtype), d_bias.sum((0, 1)).to(bias.dtype)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..short_conv.triton import MAX_TAPS, convolved, head_gradients, padded_rows, store_final
-from ..triton_device import INTERPRETED, mask_bytes, processors, shared_memory
+from ..triton_device import INTERPRETED, LOG2E, mask_bytes, processors, shared_memory
 
 ROWS = 64
 SHARED_MEMORY = 160 * 1024
@@ -27,24 +27,28 @@ SHARED_MEMORY = 160 * 1024
 
 @triton.jit
 def mapped_rows(
-    x, conv, initial, mask, x_t, x_d, first, cols, T, D: tl.constexpr, W: tl.constexpr, CONV: tl.constexpr,
+    x, conv, initial, mask, w_t, x_t, x_d, first, cols, T, D: tl.constexpr, W: tl.constexpr, CONV: tl.constexpr,
     HAS_INITIAL: tl.constexpr, MASKED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """What the map multiplies: the convolved rows, rounded as the convolution rounds them, or the rows themselves."""
     if CONV:
-        tile = convolved(x, initial, mask, conv, x_t, x_d, first, cols, D, T, W, HAS_INITIAL, MASKED, BT, BD)
+        tile = convolved(x, initial, mask, conv, w_t, x_t, x_d, first, cols, D, T, W, HAS_INITIAL, MASKED, BT, BD)
         return tile.to(x.dtype.element_ty).to(DOT)
     else:
         return padded_rows(x, None, None, x_t, x_d, first, 0, cols, D, T, W, False, False, BT).to(DOT)
 
 
 @triton.jit
-def soft(y, cols, D: tl.constexpr, BD: tl.constexpr):
-    """Softmax over the D real columns."""
+def both_softmaxes(y, cols, D: tl.constexpr, BD: tl.constexpr):
+    """Softmax of y and of −y over the D real columns."""
+    y *= LOG2E
+    high, low = y, y
     if D < BD:
-        y = tl.where((cols < D)[None, :], y, float("-inf"))
-    e = tl.exp(y - tl.max(y, 1)[:, None])
-    return e / tl.sum(e, 1)[:, None]
+        high = tl.where((cols < D)[None, :], y, float("-inf"))
+        low = tl.where((cols < D)[None, :], y, float("inf"))
+    high = tl.exp2(high - tl.max(high, 1)[:, None])
+    low = tl.exp2(tl.min(low, 1)[:, None] - low)
+    return high * (1.0 / tl.sum(high, 1))[:, None], low * (1.0 / tl.sum(low, 1))[:, None]
 
 
 @triton.jit
@@ -61,7 +65,7 @@ def features_forward(
     base = x + batch * x_b + head * x_h
     taps, start, keep_base = conv, initial, mask
     if CONV:
-        taps = conv + head * D * W
+        taps = conv + head * D
     if HAS_INITIAL:
         start = initial + problem * D * (W - 1)
     if MASKED:
@@ -73,10 +77,10 @@ def features_forward(
     for step in range(PER_PROGRAM):
         first = (part * PER_PROGRAM + step) * BT
         c = mapped_rows(
-            base, taps, start, keep_base, x_t, x_d, first, cols, T, D, W, CONV, HAS_INITIAL, MASKED, BT, BD, DOT
+            base, taps, start, keep_base, H * D, x_t, x_d, first, cols, T, D, W, CONV, HAS_INITIAL, MASKED, BT, BD, DOT
         )
         y = tl.dot(c, w, input_precision=PRECISION) + b[None, :]
-        positive, negative = soft(y, cols, D, BD), soft(-y, cols, D, BD)
+        positive, negative = both_softmaxes(y, cols, D, BD)
         at = first + index
         if MASKED and MASK_OUTPUT:
             keep = (tl.load(keep_base + at, mask=at < T, other=0) != 0)[:, None]
@@ -108,7 +112,7 @@ def features_backward(
     base, slopes = x + batch * x_b + head * x_h, grad + batch * g_b + head * g_h
     taps, start, keep_base = conv, initial, mask
     if CONV:
-        taps = conv + head * D * W
+        taps = conv + head * D
     if HAS_INITIAL:
         start = initial + problem * D * (W - 1)
     if MASKED:
@@ -122,7 +126,7 @@ def features_backward(
     for step in range(PER_PROGRAM):
         first = (part * PER_PROGRAM + step) * BT
         c = mapped_rows(
-            base, taps, start, keep_base, x_t, x_d, first, cols, T, D, W, CONV, HAS_INITIAL, MASKED, BT, BD, DOT
+            base, taps, start, keep_base, H * D, x_t, x_d, first, cols, T, D, W, CONV, HAS_INITIAL, MASKED, BT, BD, DOT
         )
         y = tl.dot(c, w, input_precision=PRECISION) + b[None, :]
         at = first + index
@@ -131,10 +135,9 @@ def features_backward(
             wanted = wanted & (tl.load(keep_base + at, mask=at < T, other=0) != 0)
         inside = wanted[:, None] & (cols < D)[None, :]
         pointers = slopes + tl.cast(first, tl.int64) * g_t + index[:, None] * g_t + cols[None, :]
-        positive = soft(y, cols, D, BD)
+        positive, negative = both_softmaxes(y, cols, D, BD)
         d_positive = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
         d_y = positive * (d_positive - tl.sum(positive * d_positive, 1)[:, None])
-        negative = soft(-y, cols, D, BD)
         d_negative = tl.load(pointers + D, mask=inside, other=0.0).to(tl.float32)
         d_y -= negative * (d_negative - tl.sum(negative * d_negative, 1)[:, None])
         total_bias += tl.sum(d_y, 0)
@@ -209,7 +212,7 @@ def forward(
     state = x.new_empty(batch, heads * dim, options["W"] - 1)
     parts, each = _parts(x, options["BT"], 16)
     features_forward[(batch * heads, parts)](
-        x, None if conv_weight is None else conv_weight.contiguous(),
+        x, None if conv_weight is None else conv_weight.t().contiguous(),
         initial_state.contiguous() if initial_state is not None and options["HAS_INITIAL"] else None,
         weight.to(x.dtype).contiguous(), bias.contiguous(), mask_bytes(mask), features, state, *x.stride(), length,
         heads, heads // weight.shape[0], each, num_warps=4 if options["BD"] <= 64 else 8, **options,
@@ -234,15 +237,15 @@ def backward(
     options = _options(x, conv_weight, initial_state, mask, mask_output)
     x, grad, keep = _unit_columns(x), _unit_columns(grad), mask_bytes(mask)
     d_mixed = x.new_empty(batch, length, heads, dim).transpose(1, 2)
-    parts, each = _parts(x, options["BT"], 2)
+    parts, each = _parts(x, options["BT"], 8)
     d_weight = x.new_empty((parts, batch, maps, heads // maps, dim, dim), dtype=torch.float32)
     d_bias = x.new_empty((parts, batch, maps, heads // maps, dim), dtype=torch.float32)
     features_backward[(batch * heads, parts)](
-        grad, x, None if conv_weight is None else conv_weight.contiguous(),
+        grad, x, None if conv_weight is None else conv_weight.t().contiguous(),
         initial_state.contiguous() if initial_state is not None and options["HAS_INITIAL"] else None,
         weight.to(x.dtype).contiguous(), bias.contiguous(), keep, d_mixed, d_weight, d_bias,
         *grad.stride()[:3], *x.stride(), *d_mixed.stride()[:3], length, heads, heads // maps, each,
-        num_warps=4 if options["BD"] <= 64 else 8, **options,
+        num_warps=8, **options,
     )  # fmt: skip
     own = (d_weight.sum((0, 1, 3)).to(weight.dtype), d_bias.sum((0, 1, 3))[:, None].to(bias.dtype))
     if conv_weight is None:

@@ -16,7 +16,8 @@ _LINEAR_ARGS = (
 )
 
 
-def _check_linear(
+def check_linear(
+    op: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -24,8 +25,9 @@ def _check_linear(
     initial_state: Tensor | None,
     causal: bool,
     normalize: bool,
+    states: int | None = None,
 ) -> None:
-    op = "linear_attention"
+    """``ValueError`` where shapes or devices don't fit; ``states``: how many states there are, if not one a row."""
     require_qkv(op, q, k, v, same_length=causal)
     require_same_device(op, q, log_decay=log_decay, initial_state=initial_state)
     batch, kv_heads, length, head_dim = k.shape
@@ -37,8 +39,10 @@ def _check_linear(
         require_shape(op, "log_decay", log_decay, "[B, Hkv, T, D or 1]", (batch, kv_heads, length, width))
     if initial_state is not None:
         columns = v.shape[3] + int(normalize)
-        layout = "[B, Hkv, D, Dv + 1]" if normalize else "[B, Hkv, D, Dv]"
-        require_shape(op, "initial_state", initial_state, layout, (batch, kv_heads, head_dim, columns))
+        count = "B" if states is None else "sequences"
+        layout = f"[{count}, Hkv, D, Dv + 1]" if normalize else f"[{count}, Hkv, D, Dv]"
+        leading = batch if states is None else states
+        require_shape(op, "initial_state", initial_state, layout, (leading, kv_heads, head_dim, columns))
 
 
 @custom_op(
@@ -55,7 +59,7 @@ def linear_attention(
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
     """Linear attention with optional decay; returns ``o [B, H, T, Dv]`` (v's dtype), final state (float32/64)."""
-    _check_linear(q, k, v, log_decay, initial_state, causal, normalize)
+    check_linear("linear_attention", q, k, v, log_decay, initial_state, causal, normalize)
     kernels = backend("linear_attention", q)
     if kernels is not None and kernels.supports(q, k, v, log_decay, initial_state, causal):
         o, state = kernels.chunkwise(q, k, v, log_decay, initial_state, scale, causal, normalize)
@@ -74,7 +78,7 @@ def _(
     causal: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check_linear(q, k, v, log_decay, initial_state, causal, normalize)
+    check_linear("linear_attention", q, k, v, log_decay, initial_state, causal, normalize)
     o = v.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
     dtype = accumulator_dtype(q, k, v, log_decay, initial_state)
     return o, v.new_empty(k.shape[0], k.shape[1], k.shape[3], v.shape[3] + int(normalize), dtype=dtype)

@@ -19,29 +19,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..triton_device import shared_memory
-from .triton_launch import Grads, backward, block_widths, fits, forward, state_alone
+from ..triton_device import INTERPRETED, UNMEASURED, shared_memory
+from . import triton_bidirectional
+from .triton_launch import Grads, Lengths, backward, forward, state_alone
+from .triton_plan import block_widths, fits, roomy
 
 NORMALIZER_EPS = 1e-10
-# Per block of threads. The largest kernel (float32 gradients) takes 194 KiB: Hopper has 227, A100 163.
-SHARED_MEMORY = 200 * 1024
+# Kernels whose values haven't been checked on a GPU yet: off there, until they have been (LINCOMPILE_UNMEASURED=1).
+BIDIRECTIONAL = INTERPRETED or UNMEASURED
+VARLEN = INTERPRETED or UNMEASURED
+SMALL_CHIPS = INTERPRETED or UNMEASURED
+# Per block of threads, with heads cut into blocks of 64 columns: consumer chips have 99 KiB.
+LEAST_SHARED_MEMORY = 99 * 1024
 
 
 def supports(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    causal: bool,
+    varlen: bool = False,
 ) -> bool:
-    """Whether these kernels serve a call: causal, at least one token, no float64, a chip with enough shared memory.
-
-    The reference serves the others, on the same device.
+    """Whether these kernels serve a call: at least one token, no float64, a chip with enough shared memory, and no
+    kernel that is switched off (see above). The reference serves the others, on the same device.
     """
     wide = any(x is not None and x.dtype == torch.float64 for x in (q, k, v, log_decay, initial_state))
-    return (
-        causal
-        and not wide
-        and k.shape[2] > 0
-        and min(k.shape[3], v.shape[3]) > 0
-        and shared_memory(q.device) >= SHARED_MEMORY
-    )
+    chip = roomy(q.device) or (SMALL_CHIPS and shared_memory(q.device) >= LEAST_SHARED_MEMORY)
+    form = VARLEN if varlen else causal or BIDIRECTIONAL
+    return form and chip and not wide and min(k.shape[2], q.shape[2], k.shape[3], v.shape[3]) > 0
 
 
 def chunkwise(
@@ -53,12 +60,15 @@ def chunkwise(
     scale: float,
     causal: bool,
     normalize: bool,
+    lengths: Lengths = None,
 ) -> tuple[Tensor, Tensor]:
-    """Forward; see ``reference.chunkwise`` for shapes."""
-    assert supports(q, k, v, log_decay, initial_state, causal)
-    if k.shape[2] == 1 or fits(q, k, v):
-        return forward(q, k, v, log_decay, initial_state, scale, normalize, v.dtype)
-    out, state = _wide_forward(q, k, _augment(v, normalize), log_decay, initial_state, scale)
+    """Forward; see ``reference.chunkwise`` for shapes, and ``varlen_reference`` for ``lengths``."""
+    assert supports(q, k, v, log_decay, initial_state, causal, lengths is not None)
+    if not causal:
+        return triton_bidirectional.forward(q, k, v, initial_state, scale, normalize)
+    if (k.shape[2] == 1 and lengths is None) or fits(q, k, v):
+        return forward(q, k, v, log_decay, initial_state, scale, normalize, v.dtype, lengths)
+    out, state = _wide_forward(q, k, _augment(v, normalize), log_decay, initial_state, scale, lengths)
     if normalize:
         out = out[..., :-1] / (out[..., -1:] + NORMALIZER_EPS)
     return out.to(v.dtype), state
@@ -92,19 +102,22 @@ def chunkwise_backward(
     scale: float,
     causal: bool,
     normalize: bool,
+    lengths: Lengths = None,
 ) -> Grads:
     """Gradients for q, k, v, log_decay, initial_state; states are recomputed from the inputs."""
-    assert supports(q, k, v, log_decay, initial_state, causal)
+    assert supports(q, k, v, log_decay, initial_state, causal, lengths is not None)
+    if not causal:
+        return triton_bidirectional.backward(grad_o, grad_state, o, q, k, v, initial_state, scale, normalize)
     if fits(q, k, v):
-        return backward(grad_o, grad_state, o, q, k, v, log_decay, initial_state, scale, normalize, None)
+        return backward(grad_o, grad_state, o, q, k, v, log_decay, initial_state, scale, normalize, None, lengths)
     values = _augment(v, normalize)
     grad = grad_o
     if normalize:
-        out, _ = _wide_forward(q, k, values, log_decay, initial_state, scale)
+        out, _ = _wide_forward(q, k, values, log_decay, initial_state, scale, lengths)
         inverse = 1.0 / (out[..., -1:] + NORMALIZER_EPS)
         numerator = grad_o.float() * inverse
         grad = torch.cat((numerator, -(numerator * out[..., :-1]).sum(-1, keepdim=True) * inverse), -1)
-    grads = _wide_backward(grad, grad_state, q, k, values, log_decay, initial_state, scale)
+    grads = _wide_backward(grad, grad_state, q, k, values, log_decay, initial_state, scale, lengths)
     d_q, d_k, d_v, d_g, d_initial = grads
     return (
         d_q.to(q.dtype),
@@ -163,12 +176,13 @@ def _pieces(
 
 
 def _wide_forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial: Tensor | None, scale: float, lengths: Lengths
 ) -> tuple[Tensor, Tensor]:
     out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=torch.float32, device=q.device)
-    state = torch.empty((*k.shape[:2], k.shape[3], v.shape[3]), dtype=torch.float32, device=q.device)
+    leading = (k.shape[0] if lengths is None else len(lengths), k.shape[1])
+    state = torch.empty((*leading, k.shape[3], v.shape[3]), dtype=torch.float32, device=q.device)
     for piece, _, _ in _pieces(q, k, v, g, initial):
-        part, end = forward(*piece.tensors, scale, False, torch.float32)
+        part, end = forward(*piece.tensors, scale, False, torch.float32, lengths)
         out[..., piece.values] += part[..., : out[..., piece.values].shape[-1]]
         state[:, :, piece.keys, piece.values] = piece.cut_state(end)
     return out, state
@@ -183,6 +197,7 @@ def _wide_backward(
     g: Tensor | None,
     initial: Tensor | None,
     scale: float,
+    lengths: Lengths,
 ) -> Grads:
     def zeros(x: Tensor) -> Tensor:
         return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -193,7 +208,8 @@ def _wide_backward(
     d_q, d_k, d_v = zeros(q), zeros(k), zeros(v)
     d_g, d_initial = None if g is None else zeros(g), None if initial is None else zeros(initial)
     for piece, pad_value, pad_state in _pieces(q, k, v, g, initial):
-        parts = backward(pad_value(grad), pad_state(grad_state), None, *piece.tensors, scale, False, torch.float32)
+        ends = pad_state(grad_state)
+        parts = backward(pad_value(grad), ends, None, *piece.tensors, scale, False, torch.float32, lengths)
         add(d_q[..., piece.keys], parts[0])
         add(d_k[..., piece.keys], parts[1])
         add(d_v[..., piece.values], parts[2])

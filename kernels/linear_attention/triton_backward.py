@@ -16,6 +16,7 @@ from .triton_blocks import (
     anti_causal,
     bounded,
     causal,
+    chunk_rows,
     from_middle,
     from_start,
     halved_scores,
@@ -32,11 +33,11 @@ from .triton_blocks import (
 
 @triton.jit
 def normaliser(
-    q, k, g, o, grad, chunk_sums, wide, weight,
+    q, k, g, o, grad, chunk_sums, wide, weight, table,
     q_b, q_h, q_t, k_b, k_h, k_t, g_b, g_h, g_t, o_b, o_h, o_t, do_b, do_h, do_t,
     T, scale, D, DV, HKV, CHUNKS,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr,
-    ADD: tl.constexpr, FINISH: tl.constexpr,
+    ADD: tl.constexpr, FINISH: tl.constexpr, VARLEN: tl.constexpr,
     BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For ``o = n / (z + eps)``: ``weight[0] = 1 / (z + eps)`` and ``weight[1] = dL/dz``, each ``[B, H, T]``.
@@ -47,12 +48,13 @@ def normaliser(
     if (tl.load(wide + problem) != 0) != WIDE:
         return
     batch, kv_head = problem // HKV, problem % HKV
-    keys, rows = tl.arange(0, BK), chunk * BT + tl.arange(0, BT)
-    ks = load_rows(k + batch * k_b + kv_head * k_h, k_t, chunk * BT, T, D, BT, BK)
+    first, last = chunk_rows(table, chunk, T, BT, VARLEN)
+    keys, rows = tl.arange(0, BK), first + tl.arange(0, BT)
+    ks = load_rows(k + batch * k_b + kv_head * k_h, k_t, first, last, D, BT, BK)
     sums = tl.load(chunk_sums + (problem * CHUNKS + chunk) * BK + keys)
     right = ks
     if DECAY:
-        tile = load_decay(g + batch * g_b + kv_head * g_h, g_t, chunk * BT, T, D, PER_KEY, BT, BK)
+        tile = load_decay(g + batch * g_b + kv_head * g_h, g_t, first, last, D, PER_KEY, BT, BK)
         if WIDE:
             tile = bounded(tile)
             factor = tl.exp2(from_start(tile, BT))
@@ -62,7 +64,7 @@ def normaliser(
             right = (ks.to(tl.float32) * tl.exp2(-middle)).to(ks.dtype)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        qs = load_rows(q + batch * q_b + head * q_h, q_t, chunk * BT, T, D, BT, BK)
+        qs = load_rows(q + batch * q_b + head * q_h, q_t, first, last, D, BT, BK)
         scaled = qs.to(tl.float32) * scale
         left = scaled
         if DECAY:
@@ -74,24 +76,24 @@ def normaliser(
         z = tl.sum(scores, 1) + tl.sum(left * sums[None, :], 1)
         at = (problem * GROUP + member) * T + rows
         if ADD:
-            z += tl.load(weight + at, mask=rows < T, other=0.0)
+            z += tl.load(weight + at, mask=rows < last, other=0.0)
         if FINISH:
             inverse = 1.0 / (z + EPS)
-            os = load_rows(o + batch * o_b + head * o_h, o_t, chunk * BT, T, DV, BT, BV).to(tl.float32)
-            dos = load_rows(grad + batch * do_b + head * do_h, do_t, chunk * BT, T, DV, BT, BV).to(tl.float32)
+            os = load_rows(o + batch * o_b + head * o_h, o_t, first, last, DV, BT, BV).to(tl.float32)
+            dos = load_rows(grad + batch * do_b + head * do_h, do_t, first, last, DV, BT, BV).to(tl.float32)
             slope = -tl.sum(os * dos, 1) * inverse
-            tl.store(weight + at, inverse, mask=rows < T)
-            tl.store(weight + tl.num_programs(1).to(tl.int64) * GROUP * T + at, slope, mask=rows < T)
+            tl.store(weight + at, inverse, mask=rows < last)
+            tl.store(weight + tl.num_programs(1).to(tl.int64) * GROUP * T + at, slope, mask=rows < last)
         else:
-            tl.store(weight + at, z, mask=rows < T)
+            tl.store(weight + at, z, mask=rows < last)
 
 
 @triton.jit
 def value_gradients(
-    q, k, g, grad, weight, wide, state_slopes, dv, partial,
+    q, k, g, grad, weight, wide, state_slopes, dv, partial, table,
     q_b, q_h, q_t, k_b, k_h, k_t, g_b, g_h, g_t, do_b, do_h, do_t, T, scale, D, DV, HKV, CHUNKS,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr, NORMALIZE: tl.constexpr,
-    ADD: tl.constexpr, BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ADD: tl.constexpr, VARLEN: tl.constexpr, BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SLICE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dv`` of one chunk of one kv head: ``k̃ dS`` plus, for each of its query heads, scoresᵀ times the gradient.
@@ -102,7 +104,7 @@ def value_gradients(
     if (tl.load(wide + problem) != 0) != WIDE:
         return
     batch, kv_head = problem // HKV, problem % HKV
-    first = chunk * BT
+    first, last = chunk_rows(table, chunk, T, BT, VARLEN)
     values, rows = tl.arange(0, BV), first + tl.arange(0, BT)
     slot = problem * CHUNKS + chunk
     d_v = tl.zeros([BT, BV], tl.float32)
@@ -111,13 +113,13 @@ def value_gradients(
         kq = tl.zeros([BT, BT], tl.float32)
         for column in tl.range(0, BK, SLICE, num_stages=STAGES):
             keys, width = column + tl.arange(0, SLICE), D - column
-            ks = load_rows(k + batch * k_b + kv_head * k_h + column, k_t, first, T, width, BT, SLICE)
-            qs = load_rows(q + batch * q_b + head * q_h + column, q_t, first, T, width, BT, SLICE)
+            ks = load_rows(k + batch * k_b + kv_head * k_h + column, k_t, first, last, width, BT, SLICE)
+            qs = load_rows(q + batch * q_b + head * q_h + column, q_t, first, last, width, BT, SLICE)
             read = qs.to(tl.float32) * scale
             written = ks
             if DECAY:
                 gates = g + batch * g_b + kv_head * g_h + (column if PER_KEY else 0)
-                tile = load_decay(gates, g_t, first, T, width, PER_KEY, BT, SLICE)
+                tile = load_decay(gates, g_t, first, last, width, PER_KEY, BT, SLICE)
                 if WIDE:
                     tile = bounded(tile)
                     written = (ks.to(tl.float32) * tl.exp2(to_end(tile, BT))).to(ks.dtype)
@@ -134,23 +136,23 @@ def value_gradients(
                 d_v = tl.dot(written, tl.trans(after), acc=d_v, input_precision=PRECISION)
         kq = anti_causal(kq, BT)
         if NORMALIZE:
-            inverse = tl.load(weight + (problem * GROUP + member) * T + rows, mask=rows < T, other=0.0)
+            inverse = tl.load(weight + (problem * GROUP + member) * T + rows, mask=rows < last, other=0.0)
             kq *= inverse[None, :]
-        dos = load_rows(grad + batch * do_b + head * do_h, do_t, first, T, DV, BT, BV)
+        dos = load_rows(grad + batch * do_b + head * do_h, do_t, first, last, DV, BT, BV)
         d_v = tl.dot(kq.to(dos.dtype), dos, acc=d_v, input_precision=PRECISION)
     if ADD:
-        d_v += load_rows(partial + problem * T * DV, DV, first, T, DV, BT, BV)
-    store_rows(dv + problem * T * DV, DV, first, T, DV, d_v, BT, BV)
+        d_v += load_rows(partial + problem * T * DV, DV, first, last, DV, BT, BV)
+    store_rows(dv + problem * T * DV, DV, first, last, DV, d_v, BT, BV)
 
 
 @triton.jit
 def key_gradients(
-    q, k, v, g, grad, weight, wide, chunk_states, chunk_sums, state_slopes, sum_slopes, dq, dk, dg,
+    q, k, v, g, grad, weight, wide, chunk_states, chunk_sums, state_slopes, sum_slopes, dq, dk, dg, table,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, do_b, do_h, do_t,
     first_half, second_half, T, scale, D, ROW, DV, HKV, CHUNKS,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr, NORMALIZE: tl.constexpr,
-    BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SLICE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    VARLEN: tl.constexpr, BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    SLICE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dq``, ``dk`` and ``dg`` of one chunk and one slice of key channels; their rows are ROW elements apart. A
     per-head ``dg`` is summed over slices by the caller: ``dg`` is ``[BH, T, ROW]``, or ``[slices, BH, T]`` of float32.
@@ -159,20 +161,21 @@ def key_gradients(
     if (tl.load(wide + problem) != 0) != WIDE:
         return
     batch, kv_head = problem // HKV, problem % HKV
-    first, column = chunk * BT, part * SLICE
+    first, last = chunk_rows(table, chunk, T, BT, VARLEN)
+    column = part * SLICE
     width = D - column
     keys, values, rows = column + tl.arange(0, SLICE), tl.arange(0, BV), first + tl.arange(0, BT)
     slot = problem * CHUNKS + chunk
-    vs = load_rows(v + batch * v_b + kv_head * v_h, v_t, first, T, DV, BT, BV)
+    vs = load_rows(v + batch * v_b + kv_head * v_h, v_t, first, last, DV, BT, BV)
     block = slot * BV * BK + values[:, None] * BK + keys[None, :]
     before, after = tl.load(chunk_states + block), tl.load(state_slopes + block)
-    ks = load_rows(k + batch * k_b + kv_head * k_h + column, k_t, first, T, width, BT, SLICE)
+    ks = load_rows(k + batch * k_b + kv_head * k_h + column, k_t, first, last, width, BT, SLICE)
     if NORMALIZE:
         sums, sums_after = tl.load(chunk_sums + slot * BK + keys), tl.load(sum_slopes + slot * BK + keys)
     written = ks
     if DECAY:
         gates = g + batch * g_b + kv_head * g_h + (column if PER_KEY else 0)
-        tile = load_decay(gates, g_t, first, T, width, PER_KEY, BT, SLICE)
+        tile = load_decay(gates, g_t, first, last, width, PER_KEY, BT, SLICE)
         if WIDE:
             tile = bounded(tile)
             read_factor, write_factor = tl.exp2(from_start(tile, BT)), tl.exp2(to_end(tile, BT))
@@ -180,12 +183,18 @@ def key_gradients(
             middle = from_middle(tile, BT)
             read_factor, write_factor = tl.exp2(middle), tl.exp2(-middle)
         written = (ks.to(tl.float32) * write_factor).to(ks.dtype)
+        if not WIDE:
+            # Computed again at the end: a tile of float32 less in registers meanwhile.
+            write_factor = read_factor
     # d_written and d_read are gradients of the decayed factors; the wide path adds undecayed parts apart.
     d_written = tl.dot(vs, after, input_precision=PRECISION)
     if NORMALIZE:
         d_written += sums_after[None, :]
     if DECAY:
-        crossing = tl.sum(before.to(tl.float32) * after.to(tl.float32), 0)
+        # The diagonal of a product: both tiles are on their way to the matrix unit, and needn't come to registers.
+        channel, other = tl.arange(0, SLICE)[:, None], tl.arange(0, SLICE)[None, :]
+        square = tl.dot(tl.trans(before), after, input_precision=PRECISION)
+        crossing = tl.sum(tl.where(channel == other, square, 0.0), 0)
         if NORMALIZE:
             crossing += sums * sums_after
         if WIDE:
@@ -197,24 +206,31 @@ def key_gradients(
             d_plain = tl.zeros([BT, SLICE], tl.float32)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        dos = load_rows(grad + batch * do_b + head * do_h, do_t, first, T, DV, BT, BV)
-        vd = tl.dot(vs, tl.trans(dos), input_precision=PRECISION)
-        dv_scores = tl.dot(dos, tl.trans(vs), input_precision=PRECISION)
-        d_read = tl.dot(dos, before, input_precision=PRECISION)
-        if NORMALIZE:
-            at = (problem * GROUP + member) * T + rows
-            inverse = tl.load(weight + at, mask=rows < T, other=0.0)
-            slope = tl.load(weight + tl.num_programs(2).to(tl.int64) * GROUP * T + at, mask=rows < T, other=0.0)
-            vd = vd * inverse[None, :] + slope[None, :]
-            dv_scores = dv_scores * inverse[:, None] + slope[:, None]
-            d_read = d_read * inverse[:, None] + slope[:, None] * sums[None, :]
-        vd, dv_scores = anti_causal(vd, BT).to(ks.dtype), causal(dv_scores, BT).to(ks.dtype)
-        qs = load_rows(q + batch * q_b + head * q_h + column, q_t, first, T, width, BT, SLICE)
+        dos = load_rows(grad + batch * do_b + head * do_h, do_t, first, last, DV, BT, BV)
+        qs = load_rows(q + batch * q_b + head * q_h + column, q_t, first, last, width, BT, SLICE)
         scaled = qs.to(tl.float32) * scale
         read = scaled
         if DECAY:
             read = scaled * read_factor
         read = read.to(ks.dtype)
+        if NORMALIZE:
+            at = (problem * GROUP + member) * T + rows
+            inverse = tl.load(weight + at, mask=rows < last, other=0.0)
+            slope = tl.load(weight + tl.num_programs(2).to(tl.int64) * GROUP * T + at, mask=rows < last, other=0.0)
+        # One product after the other, each rounded as soon as it is there.
+        vd = tl.dot(vs, tl.trans(dos), input_precision=PRECISION)
+        if NORMALIZE:
+            vd = vd * inverse[None, :] + slope[None, :]
+        vd = anti_causal(vd, BT).to(ks.dtype)
+        if not (DECAY and WIDE):
+            d_written = tl.dot(vd, read, acc=d_written, input_precision=PRECISION)
+        dv_scores = tl.dot(dos, tl.trans(vs), input_precision=PRECISION)
+        if NORMALIZE:
+            dv_scores = dv_scores * inverse[:, None] + slope[:, None]
+        dv_scores = causal(dv_scores, BT).to(ks.dtype)
+        d_read = tl.dot(dos, before, input_precision=PRECISION)
+        if NORMALIZE:
+            d_read = d_read * inverse[:, None] + slope[:, None] * sums[None, :]
         if DECAY and WIDE:
             moved += read.to(tl.float32) * d_read
             d_q = d_read * read_factor
@@ -236,23 +252,23 @@ def key_gradients(
                 d_q += d_left * factor
                 d_plain += d_right * factor
         else:
-            d_written = tl.dot(vd, read, acc=d_written, input_precision=PRECISION)
             d_q = tl.dot(dv_scores, written, acc=d_read, input_precision=PRECISION)
             if DECAY:
                 moved += read.to(tl.float32) * d_q
                 d_q = d_q * read_factor
-        store_rows(dq + (problem * GROUP + member) * T * ROW + column, ROW, first, T, width, d_q * scale, BT, SLICE)
+        store_rows(dq + (problem * GROUP + member) * T * ROW + column, ROW, first, last, width, d_q * scale, BT, SLICE)
     d_k = d_written
     if DECAY:
         moved -= written.to(tl.float32) * d_written
-        d_k = d_written * write_factor
         if WIDE:
-            d_k += d_plain
+            d_k = d_written * write_factor + d_plain
+        else:
+            d_k = d_written / write_factor
         i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
         d_g = mix((j >= i).to(tl.float32), moved, PRECISION != "ieee") + crossing[None, :]
         if PER_KEY:
-            store_rows(dg + problem * T * ROW + column, ROW, first, T, width, d_g, BT, SLICE)
+            store_rows(dg + problem * T * ROW + column, ROW, first, last, width, d_g, BT, SLICE)
         else:
             at = (part * tl.num_programs(2) + problem) * T + rows
-            tl.store(dg + at, tl.sum(d_g, 1), mask=rows < T)
-    store_rows(dk + problem * T * ROW + column, ROW, first, T, width, d_k, BT, SLICE)
+            tl.store(dg + at, tl.sum(d_g, 1), mask=rows < last)
+    store_rows(dk + problem * T * ROW + column, ROW, first, last, width, d_k, BT, SLICE)

@@ -17,12 +17,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+from ..triton_device import LOG2E
+
 # exp(-1e4) is 0 in float32, and a matrix product with -inf would give NaN.
 FLOOR: tl.constexpr = tl.constexpr(-1e4)
 # Triton's interpreter multiplies bfloat16 by its bit patterns: there, everything runs in float32.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 EPS: tl.constexpr = tl.constexpr(1e-10)
+
+
+@triton.jit
+def chunk_rows(table, chunk, T, BT: tl.constexpr, VARLEN: tl.constexpr):
+    """A chunk's first row and the row after its sequence's last; sequences of their own lengths are in ``table``."""
+    if VARLEN:
+        return tl.load(table + 2 * chunk), tl.load(table + 2 * chunk + 1)
+    else:
+        return chunk * BT, T
+
+
+@triton.jit
+def segment_chunks(runs, segment, PER_SEGMENT, CHUNKS, VARLEN: tl.constexpr):
+    """A segment's first chunk and how many it has."""
+    if VARLEN:
+        return tl.load(runs + 2 * segment), tl.load(runs + 2 * segment + 1)
+    else:
+        return segment * PER_SEGMENT, tl.minimum(PER_SEGMENT, CHUNKS - segment * PER_SEGMENT)
 
 
 @triton.jit

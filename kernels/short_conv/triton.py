@@ -3,7 +3,8 @@
 
 A tile of ``BT`` tokens and ``BC`` channels reads its taps as shifted rows (the shifts hit the cache), sums in float32
 and rounds once. The gradient of the weights is summed per segment of the sequence, in a fixed order, and the segments
-by one more sum: no atomics, so two runs agree to the bit.
+by one more sum: no atomics, so two runs agree to the bit. Within a segment each thread sums for itself: adding up the
+rows of every tile would take longer than reading them. Weights are read as ``[W, channels]``, whole vectors at once.
 
 The kernels see channels as ``heads`` of ``width`` channels with strides of their own, so that the feature kernels
 (``hedgehog_features``) can use them on ``[B, H, T, D]`` views of ``[B, T, H · D]`` memory without a copy.
@@ -45,13 +46,13 @@ def padded_rows(
 
 @triton.jit
 def convolved(
-    x, initial, mask, weight, x_t, x_d, first, cols, width, T, W: tl.constexpr,
+    x, initial, mask, weight, w_t, x_t, x_d, first, cols, width, T, W: tl.constexpr,
     HAS_INITIAL: tl.constexpr, MASKED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The convolution's output for rows ``first …`` as a float32 tile ``[BT, BC]``; ``weight`` is ``[channels, W]``."""
+    """The convolution's output for rows ``first …`` as a float32 tile ``[BT, BC]``; taps are ``w_t`` elements apart."""
     total = tl.zeros([BT, BC], tl.float32)
     for tap in tl.static_range(W):
-        taps = tl.load(weight + cols * W + tap, mask=cols < width, other=0.0).to(tl.float32)
+        taps = tl.load(weight + tap * w_t + cols, mask=cols < width, other=0.0).to(tl.float32)
         tile = padded_rows(x, initial, mask, x_t, x_d, first, tap - (W - 1), cols, width, T, W, HAS_INITIAL, MASKED, BT)
         total += tile.to(tl.float32) * taps[None, :]
     return total
@@ -81,13 +82,29 @@ def conv_forward(
     base, start = x + batch * x_b, initial
     if HAS_INITIAL:
         start = initial + batch * width * (W - 1)
-    out = convolved(base, start, None, weight, x_t, x_d, first, cols, width, T, W, HAS_INITIAL, False, BT, BC)
+    out = convolved(base, start, None, weight, width, x_t, x_d, first, cols, width, T, W, HAS_INITIAL, False, BT, BC)
     rows = first + tl.arange(0, BT)
     pointers = y + (batch * T + rows[:, None]) * width + cols[None, :]
     tl.store(pointers, out.to(y.dtype.element_ty), mask=(rows < T)[:, None] & (cols < width)[None, :])
     if W > 1 and tile == tl.num_programs(0) - 1:
         end = final + batch * width * (W - 1)
         store_final(base, start, None, end, x_t, x_d, cols, width, T, W, HAS_INITIAL, False, BW)
+
+
+@triton.jit
+def chosen(tap: tl.constexpr, own: tl.constexpr, total, product):
+    """``total`` with ``product`` added if it is this tap's."""
+    if tap == own:
+        return total + product
+    else:
+        return total
+
+
+@triton.jit
+def store_sums(target, tap: tl.constexpr, tile, row, channels, cols, width, W: tl.constexpr):
+    """One tap's gradient, if there is such a tap."""
+    if tap < W:
+        tl.store(target + tap * channels, tl.sum(tile, 0) + row, mask=cols < width)
 
 
 @triton.jit
@@ -98,7 +115,7 @@ def conv_backward(
     BT: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one segment of one block of channels of one head: inputs, carried state, and the segment's sums
-    for the weights, ``partial [segments, B, HEADS · width, W]``.
+    for the weights, ``partial [segments, B, W, HEADS · width]``.
     """
     segment, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     blocks = tl.cdiv(width, BC)
@@ -106,16 +123,19 @@ def conv_backward(
     channels = HEADS * width
     slopes, xs_base = grad + batch * g_b + head * g_h, x + batch * x_b + head * x_h
     out = d_x + batch * d_b + head * d_h
-    taps_base = weight + head * width * W
+    taps_base = weight + head * width
     own = (batch * channels + head * width) * (W - 1)
     keep_base, start = mask, initial
     if MASKED:
         keep_base = mask + batch * T
     if HAS_INITIAL:
         start = initial + own
-    index = tl.arange(0, BW)[:, None]
-    sums = tl.zeros([BW, BC], tl.float32)
     rows = tl.arange(0, BT)
+    # One tile of sums for each tap; those beyond W are never touched.
+    s0 = tl.zeros([BT, BC], tl.float32)
+    s1, s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0, s0
+    e0 = tl.zeros([BC], tl.float32)
+    e1, e2, e3, e4, e5, e6, e7 = e0, e0, e0, e0, e0, e0, e0
     for step in range(PER_SEGMENT):
         first = (segment * PER_SEGMENT + step) * BT
         at = first + rows
@@ -124,14 +144,19 @@ def conv_backward(
         for ahead in tl.static_range(W):
             tile = padded_rows(slopes, None, None, g_t, g_d, first, ahead, cols, width, T, W, False, False, BT)
             tile = tile.to(tl.float32)
-            taps = tl.load(taps_base + cols * W + (W - 1 - ahead), mask=cols < width, other=0.0).to(tl.float32)
+            taps = tl.load(taps_base + (W - 1 - ahead) * channels + cols, mask=cols < width, other=0.0).to(tl.float32)
             total += tile * taps[None, :]
-            sums += tl.where(index == W - 1 - ahead, tl.sum(xs.to(tl.float32) * tile, 0)[None, :], 0.0)
-        if W > 1:
-            slot = at - (T - (W - 1))
-            held = ((slot >= 0) & (at < T))[:, None] & (cols < width)[None, :]
-            pointers = grad_state + own + cols[None, :] * (W - 1) + slot[:, None]
-            total += tl.load(pointers, mask=held, other=0.0).to(tl.float32)
+            tile = xs.to(tl.float32) * tile
+            s0, s1 = chosen(W - 1 - ahead, 0, s0, tile), chosen(W - 1 - ahead, 1, s1, tile)
+            s2, s3 = chosen(W - 1 - ahead, 2, s2, tile), chosen(W - 1 - ahead, 3, s3, tile)
+            s4, s5 = chosen(W - 1 - ahead, 4, s4, tile), chosen(W - 1 - ahead, 5, s5, tile)
+            s6, s7 = chosen(W - 1 - ahead, 6, s6, tile), chosen(W - 1 - ahead, 7, s7, tile)
+        if W > 1:  # noqa: SIM102  (decided when compiled, the other at run time)
+            if first + BT > T - (W - 1):
+                slot = at - (T - (W - 1))
+                held = ((slot >= 0) & (at < T))[:, None] & (cols < width)[None, :]
+                pointers = grad_state + own + cols[None, :] * (W - 1) + slot[:, None]
+                total += tl.load(pointers, mask=held, other=0.0).to(tl.float32)
         if MASKED:
             keep = tl.load(keep_base + at, mask=at < T, other=0)
             total = tl.where((keep != 0)[:, None], total, 0.0)
@@ -147,9 +172,13 @@ def conv_backward(
             for ahead in tl.static_range(W):
                 tile = padded_rows(slopes, None, None, g_t, g_d, 1 - W, ahead, cols, width, T, W, False, False, BW)
                 tile = tile.to(tl.float32)
-                taps = tl.load(taps_base + cols * W + (W - 1 - ahead), mask=cols < width, other=0.0).to(tl.float32)
-                total += tile * taps[None, :]
-                sums += tl.where(index == W - 1 - ahead, tl.sum(xs * tile, 0)[None, :], 0.0)
+                at_tap = taps_base + (W - 1 - ahead) * channels + cols
+                total += tile * tl.load(at_tap, mask=cols < width, other=0.0).to(tl.float32)[None, :]
+                row = tl.sum(xs * tile, 0)
+                e0, e1 = chosen(W - 1 - ahead, 0, e0, row), chosen(W - 1 - ahead, 1, e1, row)
+                e2, e3 = chosen(W - 1 - ahead, 2, e2, row), chosen(W - 1 - ahead, 3, e3, row)
+                e4, e5 = chosen(W - 1 - ahead, 4, e4, row), chosen(W - 1 - ahead, 5, e5, row)
+                e6, e7 = chosen(W - 1 - ahead, 6, e6, row), chosen(W - 1 - ahead, 7, e7, row)
             slot = when - (T - (W - 1))
             held = ((slot >= 0) & (when < 0))[:, None] & (cols < width)[None, :]
             pointers = grad_state + own + cols[None, :] * (W - 1) + slot[:, None]
@@ -157,8 +186,15 @@ def conv_backward(
             pointers = d_initial + own + cols[None, :] * (W - 1) + early[:, None]
             inside = (early < W - 1)[:, None] & (cols < width)[None, :]
             tl.store(pointers, total.to(d_initial.dtype.element_ty), mask=inside)
-    slot = (segment * tl.num_programs(2) + batch) * channels + head * width
-    tl.store(partial + (slot + cols[None, :]) * W + index, sums, mask=(index < W) & (cols < width)[None, :])
+    target = partial + (segment * tl.num_programs(2) + batch) * W * channels + head * width + cols
+    store_sums(target, 0, s0, e0, channels, cols, width, W)
+    store_sums(target, 1, s1, e1, channels, cols, width, W)
+    store_sums(target, 2, s2, e2, channels, cols, width, W)
+    store_sums(target, 3, s3, e3, channels, cols, width, W)
+    store_sums(target, 4, s4, e4, channels, cols, width, W)
+    store_sums(target, 5, s5, e5, channels, cols, width, W)
+    store_sums(target, 6, s6, e6, channels, cols, width, W)
+    store_sums(target, 7, s7, e7, channels, cols, width, W)
 
 
 def supports(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> bool:
@@ -168,9 +204,9 @@ def supports(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> bool:
     return weight.shape[1] <= MAX_TAPS and min(x.shape) > 0 and all(t.element_size() <= 4 for t in given)
 
 
-def _tile(length: int, width: int) -> tuple[int, int]:
-    """Tokens and channels of a tile."""
-    return min(ROWS, max(16, triton.next_power_of_2(length))), min(64, max(16, triton.next_power_of_2(width)))
+def _tile(length: int, width: int, most: int = ROWS) -> tuple[int, int]:
+    """Tokens (at most ``most``) and channels of a tile."""
+    return min(most, max(16, triton.next_power_of_2(length))), min(64, max(16, triton.next_power_of_2(width)))
 
 
 def forward(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -182,7 +218,7 @@ def forward(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> tuple[Te
     initial = None if initial_state is None or taps == 1 else initial_state.contiguous()
     rows, block = _tile(length, channels)
     conv_forward[(triton.cdiv(length, rows), triton.cdiv(channels, block), batch)](
-        x, weight.contiguous(), initial, y, final, *x.stride(), length, channels,
+        x, weight.t().contiguous(), initial, y, final, *x.stride(), length, channels,
         W=taps, HAS_INITIAL=initial is not None, BT=rows, BC=block, BW=triton.next_power_of_2(taps), num_warps=4,
     )  # fmt: skip
     return y, final
@@ -217,17 +253,17 @@ def head_gradients(
     taps = weight.shape[1]
     initial = None if initial_state is None or taps == 1 else initial_state.contiguous()
     d_initial = None if initial_state is None else initial_state.new_empty(initial_state.shape)
-    rows, block = _tile(length, width)
+    rows, block = _tile(length, width, ROWS // 2)
     columns, tiles = heads * triton.cdiv(width, block), triton.cdiv(length, rows)
     # About 16 small programs a processor; the weights' gradient is summed over one partial result of each.
     segments = max(1, min(tiles, triton.cdiv(16 * processors(x.device), columns * batch)))
     per_segment = triton.cdiv(tiles, segments)
     segments = triton.cdiv(tiles, per_segment)
-    partial = x.new_empty((segments, batch, *weight.shape), dtype=torch.float32)
+    partial = x.new_empty((segments, batch, taps, heads * width), dtype=torch.float32)
     conv_backward[(segments, columns, batch)](
-        grad, grad_state.contiguous(), x, weight.contiguous(), initial, mask, d_x, d_initial, partial,
+        grad, grad_state.contiguous(), x, weight.t().contiguous(), initial, mask, d_x, d_initial, partial,
         *grad.stride(), *x.stride(), *d_x.stride(), length, width, heads, per_segment,
         W=taps, HAS_INITIAL=initial is not None, MASKED=mask is not None,
         BT=rows, BC=block, BW=triton.next_power_of_2(taps), num_warps=4,
     )  # fmt: skip
-    return partial.sum((0, 1)).to(weight.dtype), d_initial
+    return partial.sum((0, 1)).t().to(weight.dtype), d_initial

@@ -1,6 +1,9 @@
-"""Compiles Triton kernels for Hopper on a machine without a GPU, down to machine code; run by test_triton_compiles.py.
+"""Compiles Triton kernels on a machine without a GPU, down to machine code; run by test_triton_compiles.py.
 
-One line a kernel: "compiled", its name, and the bytes of shared memory a block of it takes.
+    python compile_for_hopper.py PART [sm_86]
+
+For Hopper, or for the chip named. One line a kernel: "compiled", its name, and the bytes of shared memory a block of
+it takes.
 
 The interpreter runs kernels as Python: it lets through what the compiler refuses (a variable that changes its type in
 a loop, a None that is added to). Here a driver that only names its target stands in for the GPU's, and every launch
@@ -17,12 +20,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+CHIP = int(sys.argv[2].removeprefix("sm_")) if len(sys.argv) > 2 else 90
+# Shared memory a block of threads may have.
+ROOM = {80: 163, 86: 99, 89: 99, 90: 227}
+
 
 class NoGpu:
     """As much of a driver as compiling asks for."""
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", CHIP, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -68,12 +75,49 @@ def stages() -> None:
     delta.scan_backward(square, tall, tall, tall, tall, whole)
 
 
+def with_room() -> None:
+    """The rules for tiles see the chip that is compiled for."""
+    from lincompile.kernels.linear_attention import triton, triton_plan
+
+    for module in (triton, triton_plan):
+        module.shared_memory = lambda device: ROOM[CHIP] * 1024
+
+
 def attention() -> None:
     from lincompile.kernels.linear_attention import triton_launch
 
+    with_room()
     k, v = torch.zeros(2, 2, 256, 256, dtype=BF16), torch.zeros(2, 2, 256, 128, dtype=BF16)
     o, state = triton_launch.forward(k, k, v, k, None, 1.0, True, BF16)
     triton_launch.backward(o, state, o, k, k, v, k, None, 1.0, True, None)
+
+
+def forms() -> None:
+    """Sequences side by side, and no causal order."""
+    from lincompile.kernels.linear_attention import triton as kernels
+
+    with_room()
+    kernels.BIDIRECTIONAL = kernels.VARLEN = True
+    k, v = torch.zeros(1, 2, 300, 128, dtype=BF16), torch.zeros(1, 2, 300, 64, dtype=BF16)
+    lengths = (100, 0, 200)
+    o, state = kernels.chunkwise(k, k, v, k, None, 1.0, True, True, lengths)
+    kernels.chunkwise_backward(o, state, o, k, k, v, k, None, 1.0, True, True, lengths)
+    for x, y in ((k, v), (k.float(), v.float())):
+        o, state = kernels.chunkwise(x, x, y, None, None, 1.0, False, True)
+        kernels.chunkwise_backward(o, state, o, x, x, y, None, None, 1.0, False, True)
+
+
+def small() -> None:
+    """Chips with less shared memory than Hopper's: blocks of 64 columns."""
+    from lincompile.kernels.linear_attention import triton as kernels
+
+    with_room()
+    kernels.SMALL_CHIPS = True
+    for dtype in (BF16, torch.float32):
+        k = torch.zeros(1, 2, 300, 128, dtype=dtype)
+        v = torch.zeros(1, 2, 300, 64, dtype=dtype)
+        o, state = kernels.chunkwise(k, k, v, k, None, 1.0, True, True)
+        kernels.chunkwise_backward(o, state, o, k, k, v, k, None, 1.0, True, True)
 
 
 def sliding() -> None:
@@ -109,4 +153,5 @@ def int6() -> None:
     int6_linear.prefill(torch.zeros(300, 1024, dtype=BF16), planes, None, torch.zeros(300, 300, dtype=BF16), "a8")
 
 
-{"stages": stages, "attention": attention, "sliding": sliding, "int6": int6}[sys.argv[1]]()
+PARTS = (stages, attention, forms, small, sliding, int6)
+{part.__name__: part for part in PARTS}[sys.argv[1]]()

@@ -59,9 +59,9 @@ LONG_CASES = [
 def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut short sequences into segments too."""
     if INTERPRETED or torch.cuda.is_available():
-        from lincompile.kernels.linear_attention import triton_launch
+        from lincompile.kernels.linear_attention import triton_plan
 
-        monkeypatch.setattr(triton_launch, "MIN_SEGMENT_CHUNKS", 1)
+        monkeypatch.setattr(triton_plan, "MIN_SEGMENT_CHUNKS", 1)
 
 
 def make(decay: str, normalize: bool, state: bool, length: int, head_dim: int, value_dim: int) -> list[Tensor | None]:
@@ -88,9 +88,9 @@ def make(decay: str, normalize: bool, state: bool, length: int, head_dim: int, v
 @needs_kernels
 @pytest.mark.parametrize("case", LONG_CASES, ids=str)
 def test_long_segments(case: tuple[str, bool, bool, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    from lincompile.kernels.linear_attention import triton_launch
+    from lincompile.kernels.linear_attention import triton_plan
 
-    monkeypatch.setattr(triton_launch, "MIN_SEGMENT_CHUNKS", 8)
+    monkeypatch.setattr(triton_plan, "MIN_SEGMENT_CHUNKS", 8)
     test_values_states_and_gradients(case)
 
 
@@ -147,13 +147,18 @@ def test_the_state_of_a_segment_alone() -> None:
 
 
 @needs_kernels
-def test_what_is_left_to_the_reference() -> None:
+def test_what_is_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     from lincompile.kernels.linear_attention import triton as kernels
 
     q, k, v, g, state = make("key", False, True, 5, 16, 16)
     assert q is not None and k is not None and v is not None and g is not None and state is not None
     assert kernels.supports(q, k, v, g, state, True)
+    monkeypatch.setattr(kernels, "BIDIRECTIONAL", False)
     assert not kernels.supports(q, k, v, None, state, False)
+    monkeypatch.setattr(kernels, "BIDIRECTIONAL", True)
+    assert kernels.supports(q, k, v, None, state, False)
+    monkeypatch.setattr(kernels, "VARLEN", False)
+    assert not kernels.supports(q, k, v, g, state, True, varlen=True)
     assert not kernels.supports(q.double(), k, v, g, None, True)
     assert not kernels.supports(q, k, v, g, state.double(), True)
     assert not kernels.supports(q[:, :, :0], k[:, :, :0], v[:, :, :0], g[:, :, :0], None, True)
