@@ -22,7 +22,7 @@ from .generate import NO_STEP_FORM, Prefilled, Session
 from .graph_file import weights_of
 from .hf_cache import Prefix, StateCache
 from .hf_options import check_config, check_options, one_device
-from .hf_read import caught_up, causal_loss, check_positions, new_tokens, read
+from .hf_read import caught_up, causal_loss, check_labels, check_positions, checked_ids, new_tokens, read
 from .hf_save import GENERATION_CONFIG, save_copy
 from .package import Artefact, hf_config, open_artefact
 from .state_file import SavedState, load_state, save_state
@@ -106,10 +106,13 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LincompileForCausalLM:
         """``to``, ``cuda``, ``half``, …: another device is taken, another dtype refused."""
         for tensor in weights_of(self.program).values():
-            if (wanted := fn(tensor.new_empty(0)).dtype) != tensor.dtype:
+            wanted = fn(tensor.new_empty(0))
+            if wanted.dtype != tensor.dtype:
                 raise LincompileError(
-                    f"a compiled program can't go from {tensor.dtype} to {wanted}: compile the model with --dtype"
+                    f"a compiled program can't go from {tensor.dtype} to {wanted.dtype}: compile the model with --dtype"
                 )
+            if wanted.is_meta and not tensor.is_meta:
+                raise LincompileError("a compiled program can't go to the meta device, which keeps no weights")
         super()._apply(fn, recurse)
         device = next(iter(weights_of(self.program).values())).device
         if device != self.session.device:
@@ -132,6 +135,9 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         """
         name, cache = given_states(options)
         options = {option: value for option, value in options.items() if option not in NAMES}
+        for ids in (*inputs[:1], options.get("inputs"), options.get("input_ids")):
+            if ids is not None:
+                checked_ids(ids)
         if cache is not None:
             options[CACHE] = self._mine(cache, name)
         return super().generate(*inputs, **options)
@@ -235,9 +241,16 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             raise LincompileError(
                 f"a compiled model takes no '{refused[0]}': it takes input_ids, attention_mask, {CACHE}, labels"
             )
-        if input_ids is None or input_ids.dim() != 2 or input_ids.is_floating_point() or not input_ids.numel():
-            raise LincompileError("give input_ids: int64 token ids [batch, length], at least one in each row")
-        batch = input_ids.shape[0]
+        ids = checked_ids(input_ids)
+        if not isinstance(logits_to_keep, Tensor) and logits_to_keep < 0:
+            raise LincompileError(f"logits_to_keep={logits_to_keep}: give the number of last positions, 0 for all")
+        if labels is not None:
+            check_labels(labels, ids, self.config.vocab_size)
+            if isinstance(logits_to_keep, Tensor):
+                raise LincompileError(
+                    "labels need all the last logits: give logits_to_keep as a number, or leave it out"
+                )
+        batch = ids.shape[0]
         name, given = given_states({"cache": cache, "past_key_values": past_key_values})
         states = StateCache(self.identity) if given is None else self._mine(given, name)
         states = states if states.rows else self._fresh(batch, states.recording)
@@ -247,13 +260,11 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             kept = caught_up(self.session, states).copy()
             kept.replay, logits = False, kept.known_logits()[:, None]
         else:
-            tokens, mask = new_tokens(self.session, input_ids.to(self.device), attention_mask, states)
+            tokens, mask = new_tokens(self.session, ids.to(self.device).long(), attention_mask, states)
             if positions is not None:
                 check_positions(positions, mask, states.lengths)
             every = isinstance(logits_to_keep, Tensor)
             logits, kept = read(self.session, tokens, mask, states, 0 if every else int(logits_to_keep))
-        if labels is not None and (isinstance(logits_to_keep, Tensor) or labels.shape != input_ids.shape):
-            raise LincompileError(f"labels must be like input_ids, {list(input_ids.shape)}, and need all the logits")
         loss = None if labels is None else causal_loss(logits, labels.to(self.device), num_items_in_batch)
         logits = logits[:, logits_to_keep.to(self.device)] if isinstance(logits_to_keep, Tensor) else logits
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: None if use_cache is False else kept})
@@ -271,9 +282,9 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
                 f"{called} holds the states of another model ({cache.model[:12]}…, this one is "
                 f"{self.identity[:12]}…): read the text again"
             )
-        cache = cache.copy()
-        cache.called = called
-        return cache
+        mine: StateCache = cache.copy()
+        mine.called = called
+        return mine
 
     def _fresh(self, batch: int, recording: bool = False) -> StateCache:
         lengths = torch.zeros(batch, dtype=torch.int64, device=self.device)

@@ -194,6 +194,8 @@ class StateCache:
         Raises:
             LincompileError: they don't, so that the states would continue another text.
         """
+        if tokens.shape[0] != self.rows:
+            raise LincompileError(f"{self.called}: the states hold {self.rows} rows, the input has {tokens.shape[0]}")
         if tokens.shape[1] < self.columns:
             raise LincompileError(
                 f"input_ids has {tokens.shape[1]} tokens, {self.called} has read {self.columns}: give all ids so far "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -11,6 +13,14 @@ from .generate import PREFILL_CHUNK, Session, check_vocabulary
 from .hf_cache import PADDING, StateCache
 
 REREAD = 32  # dropped tokens that are read again together with what follows them; more are read on their own, once
+
+
+def checked_ids(ids: Any) -> Tensor:
+    """``ids``, if they are token ids ``[B, T]``: whole numbers, at least one in each row."""
+    whole = isinstance(ids, Tensor) and not ids.is_floating_point() and not ids.is_complex()
+    if not whole or ids.dtype == torch.bool or ids.dim() != 2 or not ids.numel():
+        raise LincompileError("give input_ids: a tensor of int64 token ids [batch, length], at least one in each row")
+    return ids  # type: ignore[no-any-return]
 
 
 def new_tokens(
@@ -29,8 +39,9 @@ def new_tokens(
         raise LincompileError("the states are of a batch padded on the right, which can't go on: pad on the left")
     if attention_mask is None:
         mask = torch.ones_like(tokens, dtype=torch.bool)
-    elif attention_mask.dim() != 2:
-        raise LincompileError(f"attention_mask has {attention_mask.dim()} dimensions: give [batch, tokens], 0 or 1")
+    elif not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        given = f"{attention_mask.dim()} dimensions" if isinstance(attention_mask, Tensor) else "no dimensions"
+        raise LincompileError(f"attention_mask has {given}: give a tensor [batch, tokens] of 0 and 1")
     else:
         total = attention_mask.shape[1]
         new = total - cache.columns
@@ -39,9 +50,10 @@ def new_tokens(
                 f"attention_mask is {list(attention_mask.shape)}, input_ids {list(tokens.shape)}: the mask must cover "
                 f"the {cache.columns} tokens read before and the new ones"
             )
-        tokens, mask = tokens[:, -new:], attention_mask[:, -new:].to(tokens.device).bool()
-        _check_padding(mask, cache.lengths)
-    if tokens.shape[1] > 1 or not cache.columns:  # not for each token that generation itself has chosen
+        tokens, mask = tokens[:, -new:], attention_mask[:, -new:].to(tokens.device)
+        mask = _check_padding(mask, cache.lengths)
+    # Not for each token that generation itself has chosen, where looking at it would wait for the GPU.
+    if tokens.shape[1] > 1 or not cache.columns or tokens.device.type == "cpu":
         check_vocabulary(session, tokens)
     limit = session.max_positions
     if limit is not None and cache.columns + tokens.shape[1] > limit:  # spares reading the lengths off a GPU
@@ -109,10 +121,13 @@ def _advance(
     return torch.cat(parts, 1), states
 
 
-def _check_padding(mask: Tensor, lengths: Tensor) -> None:
-    """That each row ``[B, T]`` is one run of real tokens, and nothing but tokens where ``lengths`` were read before."""
+def _check_padding(given: Tensor, lengths: Tensor) -> Tensor:
+    """``given [B, T]`` as booleans: 0 and 1, one run of real tokens in each row, no padding after ``lengths`` read."""
+    mask = given == 1
     if bool(mask.all()):
-        return
+        return mask
+    if not bool((mask | (given == 0)).all()):
+        raise LincompileError("attention_mask holds other numbers than 0 (padding) and 1 (a token)")
     if bool((~mask.all(-1) & (lengths > 0)).any()):
         raise LincompileError("padding after tokens already read would enter the states: continue such rows alone")
     if not bool(mask.any(-1).all()):
@@ -121,6 +136,7 @@ def _check_padding(mask: Tensor, lengths: Tensor) -> None:
     runs = (mask[:, 1:] & ~mask[:, :-1]).sum(-1) + mask[:, 0]
     if int(runs.max()) > 1:
         raise LincompileError(f"row {int(runs.argmax())} has padding between its tokens: pad on the left")
+    return mask
 
 
 def check_positions(positions: Tensor, mask: Tensor, lengths: Tensor) -> None:
@@ -132,6 +148,16 @@ def check_positions(positions: Tensor, mask: Tensor, lengths: Tensor) -> None:
     given = positions[..., -mask.shape[1] :].to(mask.device)
     if given.dim() != 2 or given.shape[1] != mask.shape[1] or bool(((given != counted) & mask).any()):
         raise LincompileError("position_ids: a compiled model counts tokens from 0, padding left out; leave them out")
+
+
+def check_labels(labels: Tensor, like: Tensor, vocab_size: int) -> None:
+    """That ``labels`` have the shape of the token ids ``like`` and hold token ids, or −100."""
+    if not isinstance(labels, Tensor) or labels.shape != like.shape or labels.is_floating_point():
+        raise LincompileError(f"labels must be token ids like input_ids, {list(like.shape)}, −100 = not predicted")
+    outside = (labels != -100) & ((labels < 0) | (labels >= vocab_size))
+    if bool(outside.any()):
+        wrong = int(labels[outside][0])
+        raise LincompileError(f"label {wrong} is no token id (0 to {vocab_size - 1}), nor −100 for not predicted")
 
 
 def causal_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:

@@ -236,14 +236,39 @@ def test_what_a_program_has_not(model: hf.LincompileForCausalLM) -> None:
         ([[1, 2, 3]], [[1, 1]], r"attention_mask is \[1, 2\], input_ids \[1, 3\]"),
         ([[40]], None, "token id 40 is outside the model's vocabulary"),
         ([[]], None, "at least one in each row"),
-        ([[1.5]], None, "give input_ids: int64"),
+        ([[1.5]], None, "give input_ids: a tensor of int64"),
+        ([1, 2], None, "give input_ids: a tensor of int64"),
+        ([[True, False]], None, "give input_ids: a tensor of int64"),
+        ([[1, 2]], [[0.0, float("-inf")]], r"other numbers than 0 \(padding\) and 1 \(a token\)"),
+        ([[1, 2]], [[2, 2]], "other numbers than 0"),
+        ([[1, 2]], [[float("nan"), 1.0]], "other numbers than 0"),
     ],
 )
-def test_bad_batches(
-    model: hf.LincompileForCausalLM, tokens: list[list[int]], mask: list[list[int]] | None, message: str
-) -> None:
+def test_bad_batches(model: hf.LincompileForCausalLM, tokens: list[Any], mask: list[Any] | None, message: str) -> None:
     with pytest.raises(LincompileError, match=message):
         model(torch.tensor(tokens), attention_mask=None if mask is None else torch.tensor(mask))
+
+
+def test_what_is_no_tensor_or_no_token_is_named(model: hf.LincompileForCausalLM) -> None:
+    cache = hf.states_of(model(PROMPT))
+    for call, message in (
+        (lambda: model([[1, 2]]), "give input_ids: a tensor"),
+        (lambda: greedy(model, [[1, 2]]), "give input_ids: a tensor"),
+        (lambda: greedy(model, PROMPT[0]), "give input_ids: a tensor"),
+        (lambda: model(PROMPT, attention_mask=[[1] * 13]), "attention_mask has no dimensions: give a tensor"),
+        (lambda: model(torch.tensor([[-5]]), cache=cache), "token id -5 is outside"),
+        (lambda: greedy(model, PROMPT.repeat(3, 2), cache=cache), "^cache: the states hold 1 rows, the input has 3"),
+        (lambda: model(PROMPT, labels=PROMPT.float()), r"labels must be token ids like input_ids, \[1, 13\]"),
+        (lambda: model(PROMPT, labels=PROMPT[:, 1:]), r"labels must be token ids like input_ids, \[1, 13\]"),
+        (lambda: model(PROMPT, labels=PROMPT + 90), r"label 91 is no token id \(0 to 39\)"),
+        (lambda: model(PROMPT, labels=PROMPT, logits_to_keep=torch.tensor([1])), "labels need all the last logits"),
+        (lambda: model(PROMPT, logits_to_keep=-1), "logits_to_keep=-1: give the number of last positions"),
+        (lambda: model.to("meta"), "can't go to the meta device"),
+    ):
+        with pytest.raises(LincompileError, match=message):
+            call()
+    for other in (torch.uint8, torch.int32):  # ids are counted in int64, whatever they come in
+        torch.testing.assert_close(model(PROMPT.to(other)).logits, model(PROMPT).logits)
 
 
 def test_padding_on_the_right_is_read_but_not_continued(model: hf.LincompileForCausalLM) -> None:
