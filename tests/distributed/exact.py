@@ -24,7 +24,7 @@ MODELS: dict[str, tuple[str, str, tuple[int, ...], int, int, bool]] = {
     "lawcat-window": ("llama-gqa", "lawcat", (), 5, 17, False),
     "hybrid": ("nanogpt", "lawcat", (0,), 0, 12, True),
     "bidirectional": ("bert", "hedgehog", (), 0, 14, False),
-    "bidirectional-nano": ("nanogpt-bidirectional", "hedgehog", (), 0, 12, False),
+    "bidirectional-nano": ("nanogpt-bidirectional", "hedgehog", (), 0, 24, False),
     "sliding": ("mistral", "softmax", (), 0, 12, False),
     "gated-delta": ("gpt2", "gated-delta", (), 3, 13, False),
     "hedgehog-hybrid": ("llama-gqa", "hedgehog", (1,), 0, 16, True),

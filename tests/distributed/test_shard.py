@@ -110,6 +110,14 @@ def test_one_state_gather_each_way_per_linear_layer(measured: dict[str, Any]) ->
                 assert gathers == [2 * 4 * 8 * (8 + 8)] * 2, name
                 back = [size for kind, size in models["gated-delta"]["backward"] if kind == "all_gather_into_tensor"]
                 assert back == [2 * 4 * 8 * 8] * 2, name
+            for model in ("bidirectional", "bidirectional-nano"):
+                if model in models:  # the normaliser is a column of its own
+                    gathers = [["all_gather_into_tensor", 2 * 4 * 16 * (8 + 1)]] * 2
+                    assert models[model]["forward"][1:] == gathers and models[model]["backward"] == gathers, name
+            if "hedgehog-hybrid" in models:
+                state = ["all_gather_into_tensor", 2 * 3 * 16 * (8 + 1)]
+                forward, backward = models["hedgehog-hybrid"]["forward"], models["hedgehog-hybrid"]["backward"]
+                assert forward.count(state) == 1 and backward.count(state) == 1 and len(backward) == 2, name
             if "hybrid" in models:  # K and V of the softmax layer in one gather, their gradients in one reduce-scatter
                 kinds = [kind for kind, _ in models["hybrid"]["backward"]]
                 assert kinds.count("reduce_scatter_tensor") == 1

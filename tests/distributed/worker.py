@@ -44,14 +44,38 @@ def runs(profile: str) -> dict[int, dict[str, forked.Function]]:
     return found
 
 
-def main() -> None:
-    out, profile, chosen = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-    torch.set_num_threads(1)
+def prepare(profile: str, some: bool) -> None:
+    """Captures what the ranks share, and linearizes it where a fork may follow a backward pass (proving runs one).
+
+    Where torch has device threads it forbids that; where it has none the ranks would only repeat the work.
+    """
     more = ("gpt2", "bert", "mistral") if profile == "nightly" else ()
     for model in ("llama-gqa", "nanogpt", "nanogpt-bidirectional", *more):
         exact.captured(model, torch.float64)
     for model in ("nanogpt", *(("llama-gqa", "gpt2", "mistral") if profile == "nightly" else ())):
         exact.captured(model, torch.float32)
+    if some or torch.backends.cuda.is_built() or torch.backends.mps.is_built():
+        return
+    for model, attn, keep, window, *_ in exact.MODELS.values():
+        if profile == "nightly" or (model, attn) in LINEARIZED:
+            exact.student(model, attn, keep, window)
+    exact.student("llama-gqa", "lawcat", (1,))
+    for attn, keep, window in (("gla", (), 0), ("lawcat", (0,), 0), ("lawcat", (), 3), ("hedgehog", (), 0)):
+        exact.student("nanogpt", attn, keep, window, torch.float32)
+
+
+LINEARIZED = (
+    ("llama-gqa", "gla"),
+    ("llama-gqa", "lawcat"),
+    ("nanogpt", "lawcat"),
+    ("nanogpt-bidirectional", "hedgehog"),
+)
+
+
+def main() -> None:
+    out, profile, chosen = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    torch.set_num_threads(1)
+    prepare(profile, bool(chosen))
     batches = []
     for world, functions in runs(profile).items():
         wanted = {name: function for name, function in functions.items() if not chosen or name in chosen}
