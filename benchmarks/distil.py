@@ -1,87 +1,65 @@
-"""Distils a model to linear attention on a GPU and measures it: loads, proves, rewrites, transfers, distils, evaluates.
+"""Distils a model to linear attention and measures it: loads, proves, rewrites, trains stage by stage, evaluates.
 
-    python benchmarks/distil.py MODEL --train TEXT --eval NAME=TEXT --transfer-seconds 120 --logit-seconds 240 \
-        --adapter lawcat.safetensors --json distil-lawcat.json
+    python benchmarks/distil.py MODEL --variant lawcat-window64 --train TEXT --eval NAME=TEXT --out DIR
+    python benchmarks/distil.py MODEL --window 64 --evaluate ADAPTER --eval NAME=TEXT --device cpu
+    python benchmarks/distil.py --table DIR
 
-TEXT is a .npy of token ids, a .json list of documents, or anything the CLI's --distil takes. Perplexity is over
-non-overlapping windows without BOS (as ``lincompile eval``), in float32 on a CPU and with bfloat16 products on a GPU,
-teacher and student by the same code; the student measured is one rebuilt from the adapter, where one is written.
-With --evaluate ADAPTER nothing is trained.
+Variants are the recipes of ``distil_recipes.py``; options replace what a recipe says. DIR gets VARIANT.json (options,
+seeds, tokens, seconds, versions, loss curves, every measure), VARIANT.safetensors (the adapter, or all weights where
+all were trained) and a checkpoint per stage. All of it is written as it comes, so that a run that is cut off loses
+little, and **the same command goes on where it stopped**. ``--until S`` fits training and measures into S seconds.
+
+TEXT is anything the CLI's --distil takes. Perplexity is over non-overlapping windows without BOS (as ``lincompile
+eval``), in float32 on a CPU and with bfloat16 products on a GPU, teacher and student by the same code; the student
+measured is one rebuilt from its file.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import math
+import functools
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import zero_shot
+from distil_control import train_control
+from distil_measure import Measures, Results, thin
+from distil_recipes import RECIPES, Recipe, Stage
+from distil_table import print_table
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from versions import versions
 
 from lincompile.lowering.compiler import Options, capture_loaded, rewrite
-from lincompile.lowering.text import read_tokens
+from lincompile.lowering.text import Corpus, read_corpus, read_tokens, retrieval_needles
 from lincompile.passes.canonicalize import Canonicalize
 from lincompile.passes.distil.adapter import apply_adapter, save_adapter
 from lincompile.passes.distil.choose import choose
-from lincompile.passes.distil.data import TokenWindows
-from lincompile.passes.distil.instrument import TrainingGraph, instead, unpadded
-from lincompile.passes.distil.logits import LogitDistillation, distil_logits, logits_of
+from lincompile.passes.distil.data import Batches, TokenWindows
+from lincompile.passes.distil.instrument import instead, unpadded
+from lincompile.passes.distil.logits import LogitDistillation, distil_logits, own_parameters
+from lincompile.passes.distil.loop import LoopOptions, LoopReport
 from lincompile.passes.distil.recipe import with_branches_of
+from lincompile.passes.distil.retrieval import Needles, WithRetrieval
 from lincompile.passes.distil.transfer import Transfer, transfer
+from lincompile.passes.errors import LincompileError
 from lincompile.passes.formats.load import load_model
+from lincompile.passes.formats.loaded import LoadedModel
 from lincompile.passes.identity import ProveAttention
-from lincompile.passes.methods import Shares
 from lincompile.passes.pipeline import Pipeline
 from lincompile.passes.program import Program
 
-ABLATION_TOKENS = 40_960  # of each text
-RESERVE = 30.0  # seconds for the adapter and the evaluation after it
+HELD_OUT = 0.005  # of the training text, for the divergences before and after
+RESERVE = 30.0  # seconds kept for writing and evaluating at the end of --until
 BEGAN = time.monotonic()
 
 
 def say(text: str) -> None:
     print(f"[{time.monotonic() - BEGAN:6.1f}] {text}", flush=True)
-
-
-def tokens_of(source: str, loaded: Any) -> Tensor:
-    if not source.endswith(".json"):
-        return read_tokens(source, loaded.tokenizer)
-    import tempfile
-
-    from tokenizers import Tokenizer
-
-    documents = json.loads(Path(source).read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as folder:
-        loaded.tokenizer(Path(folder))
-        codec = Tokenizer.from_file(f"{folder}/tokenizer.json")
-    pieces = codec.encode_batch([document + "\n\n" for document in documents])
-    return torch.tensor([i for piece in pieces for i in piece.ids], dtype=torch.int32)
-
-
-@torch.no_grad()
-def perplexity(graph: TrainingGraph, ids: Tensor, context: int, limit: int | None) -> dict[str, float]:
-    """Non-overlapping windows, each predicting its tokens but the first; the last may be shorter."""
-    total, count = 0.0, 0
-    for start in range(0, len(ids) if limit is None else min(limit, len(ids)), context):
-        window = ids[start : start + context].long()[None].to(graph.device)
-        if window.shape[1] < 2:
-            break
-        logits = logits_of(graph, window)[0, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").double())
-        count += window.shape[1] - 1
-    return {"perplexity": math.exp(total / count), "nll": total / count, "tokens": count}
-
-
-def evaluate(graph: TrainingGraph, texts: dict[str, Tensor], context: int, limit: int | None) -> dict[str, Any]:
-    return {name: perplexity(graph, ids, context, limit) for name, ids in texts.items()}
 
 
 def progress(name: str, every: float = 10.0) -> Any:
@@ -95,173 +73,307 @@ def progress(name: str, every: float = 10.0) -> Any:
     return show
 
 
-def main() -> None:
+@dataclass
+class Run:
+    """One variant: the model, the text, and where everything is kept."""
+
+    asked: argparse.Namespace
+    recipe: Recipe
+    loaded: LoadedModel
+    teacher: Program
+    corpus: Corpus
+    results: Results
+    kept: str | None = None
+    tokens: int = 0
+
+    @property
+    def name(self) -> str:
+        return str(self.asked.variant or "custom")
+
+    def file(self, ending: str) -> Path | None:
+        return None if self.asked.out is None else self.asked.out / f"{self.name}{ending}"
+
+    def fresh(self) -> Program:
+        """The rewritten student before any training, with the sites chosen so far kept softmax."""
+        recipe = self.recipe
+        return rewrite(
+            self.teacher,
+            Options(attn=recipe.attn, keep_softmax=self.kept, window=recipe.window, seed=self.asked.seed),
+        )
+
+    def data(self, stage: Stage, seed: int) -> Batches:
+        windows = TokenWindows(
+            self.corpus.ids, stage.length, stage.batch, seed, held_out=HELD_OUT, documents=self.corpus.documents
+        )
+        say(windows.summary())
+        if not stage.retrieval:
+            return windows
+        tokenizer = self.loaded.tokenizer
+        needles = (
+            Needles.from_spans(self.corpus.ids, seed)
+            if tokenizer is None
+            else retrieval_needles(tokenizer, self.corpus.ids, seed)
+        )
+        return WithRetrieval(windows, needles, stage.retrieval, seed)
+
+    def options(self, stage: Stage, options: LoopOptions) -> Any:
+        """The stage's options: its budget, cut to what ``--until`` leaves."""
+        seconds = stage.seconds
+        if self.asked.until is not None:
+            left = max(0.0, self.asked.until - (time.monotonic() - BEGAN) - RESERVE)
+            seconds = left if seconds is None else min(seconds, left)
+        options = replace(options, steps=stage.steps, seconds=seconds, compile=self.asked.compile, save_every=200)
+        return options if stage.rates == 1 else options.scaled(stage.rates)
+
+    def report(self, name: str, report: LoopReport) -> None:
+        """Keeps what a stage did: loss curve, tokens, seconds; what was measured after less of it goes."""
+        self.tokens += report.tokens
+        if name in self.results and self.results[name]["steps"] != report.steps:
+            self.results.forget_after(name)
+        self.results.set(name, thin(report))
+        say(f"{name}: {report.steps:,} steps, {report.tokens:,} tokens, {report.seconds:.0f} s")
+
+    def save(self, student: Program, ending: str = ".safetensors") -> None:
+        """The trained parts as an adapter, or all weights where whole matrices were trained."""
+        if (path := self.file(ending)) is None:
+            return
+        if self.recipe.train == "full" or self.recipe.attn == "softmax":
+            weights = {
+                name: value.detach().cpu().contiguous() for name, value in student.graph_module.named_parameters()
+            }
+            save_file(weights, str(path))
+        else:
+            record = {"options": self.results["options"], "versions": self.results["versions"], "tokens": self.tokens}
+            save_adapter(path, self.teacher, student, source_hash=self.loaded.source_hash, record=record)
+        say(f"{path.name}: {path.stat().st_size:,} bytes")
+
+    def load(self, path: Path, student: Program) -> dict[str, Any]:
+        """Puts what ``save`` wrote into a fresh student; returns an adapter's record."""
+        if self.recipe.train == "full" or self.recipe.attn == "softmax":
+            own_parameters(student, self.teacher)
+            weights = load_file(str(path), device=str(next(student.graph_module.parameters()).device))
+            with torch.no_grad():
+                for name, parameter in student.graph_module.named_parameters():
+                    parameter.copy_(weights[name])
+            return {}
+        return apply_adapter(path, self.teacher, student, source_hash=self.loaded.source_hash)
+
+
+def train(run: Run, measures: Measures) -> Program:
+    """All stages of the recipe; the student at their end."""
+    recipe, seed = run.recipe, run.asked.seed
+    if recipe.attn == "softmax":
+        return _control(run)
+    student = run.fresh()
+    told: dict[str, Any] = {"note": say}
+    automatic = int(recipe.keep[5:]) if recipe.keep and recipe.keep.startswith("auto:") else 0
+    if run.asked.start:
+        run.results.set("start", run.load(run.asked.start, student))
+        run.tokens = int(run.results["start"].get("tokens", 0))
+    elif recipe.transfer is not None:
+        data = run.data(recipe.transfer, seed)
+        options = run.options(recipe.transfer, Transfer(loss=recipe.transfer_loss))
+        file = run.file(".transfer.ckpt")
+        moved = transfer(run.teacher, student, data, options, checkpoint=file, progress=progress("transfer"), **told)
+        run.report("transfer", moved)
+        before, after = (sum(errors.values()) / len(errors) for errors in (moved.before, moved.after))
+        say(f"transfer: relative error {before:.3f} -> {after:.3f}")
+        run.save(student, ".transfer.safetensors")
+        measures.perplexities("after_transfer", lambda: instead(run.teacher, student))
+        if automatic:
+            windows = data.measure(8)
+            chosen = run.results.once("choice", lambda: asdict(choose(run.teacher, student, windows, automatic)))
+            say(f"kept softmax: {chosen['kept']}; KL {chosen['linear']:.3f} -> {chosen['chosen']:.3f}")
+            run.kept = ",".join(map(str, chosen["kept"])) + ","
+            student = with_branches_of(student, run.fresh())
+    for index, (name, stage) in enumerate((("logits", recipe.logits), ("extension", recipe.extension))):
+        if stage is None:
+            continue
+        learnt = distil_logits(
+            run.teacher,
+            student,
+            run.data(stage, seed + 1 + index),
+            run.options(stage, LogitDistillation(train=recipe.train)),
+            checkpoint=run.file(f".{name}.ckpt"),
+            progress=progress(name),
+            **told,
+        )
+        run.report(name, learnt)
+        say(f"{name}: KL {learnt.before:.3f} -> {learnt.after:.3f}")
+        run.save(student)
+    return student
+
+
+def _control(run: Run) -> Program:
+    """The softmax model itself, trained on the text for as many steps as the row it is the control of."""
+    recipe = run.recipe
+    assert recipe.logits is not None
+    stage = recipe.logits
+    if recipe.steps_of is not None and run.asked.out is not None:
+        other = Results.read(run.asked.out / f"{recipe.steps_of}.json")
+        if (steps := other.get("logits", {}).get("steps")) is not None:
+            stage = replace(stage, steps=steps, seconds=None)
+            say(f"{steps:,} steps, as {recipe.steps_of}")
+        else:
+            say(f"{recipe.steps_of} hasn't been run: the control takes {stage.seconds} s instead of its steps")
+    student, report = train_control(
+        run.teacher,
+        run.data(stage, run.asked.seed + 1),
+        run.options(stage, LogitDistillation(train=recipe.train)),
+        checkpoint=run.file(".logits.ckpt"),
+        progress=progress("control"),
+        note=say,
+    )
+    run.report("logits", report)
+    run.save(student)
+    return student
+
+
+def recipe_of(asked: argparse.Namespace) -> Recipe:
+    """The variant's recipe, with what the command line replaces."""
+    recipe = RECIPES[asked.variant] if asked.variant else Recipe(measures=("ablations",))
+    names = {"attn": "attn", "window": "window", "keep_softmax": "keep", "mode": "train", "measures": "measures"}
+    given = {field: getattr(asked, name) for name, field in names.items() if getattr(asked, name) is not None}
+    if asked.passkey is not None:
+        given["passkey"] = asked.passkey
+    recipe = replace(recipe, **given)
+    changes: dict[str, dict[str, Any]] = {"transfer": {}, "logits": {}, "extension": {}}
+    for stage in changes:
+        for name, kind in (("seconds", float), ("length", int), ("batch", int), ("steps", int)):
+            value = getattr(asked, f"{stage}_{name}")
+            if value is not None:
+                changes[stage][name] = kind(value)
+    stages = {
+        name: replace(stage, **changed)
+        for name, changed in changes.items()
+        if (stage := getattr(recipe, name)) is not None and changed
+    }
+    if recipe.window is None:
+        stages["measures"] = tuple(name for name in recipe.measures if name != "ablations")
+    return replace(recipe, **stages)
+
+
+def tokens_of(source: str, loaded: LoadedModel) -> Tensor:
+    return read_tokens(source, loaded.tokenizer)
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--attn", default="lawcat")
-    parser.add_argument("--keep-softmax", default=None, help="as in the CLI; auto:N chooses by KL after the transfer")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--variant", choices=RECIPES, help="the row to repeat")
     parser.add_argument("--train", help="text to train on; leave it out to measure --evaluate")
-    parser.add_argument("--evaluate", type=Path, metavar="ADAPTER", help="only measure what an adapter makes")
     parser.add_argument("--eval", action="append", default=[], metavar="NAME=TEXT")
-    parser.add_argument("--transfer-seconds", type=float, default=120)
-    parser.add_argument("--logit-seconds", type=float, default=240)
-    parser.add_argument("--until", type=float, help="cut the second stage short so that all is written by this second")
-    parser.add_argument("--mode", default="lora:16", help="full or lora:R")
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--transfer-batch", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--out", type=Path, help="folder for results, adapter and checkpoints")
+    parser.add_argument("--until", type=float, help="cut stages short and leave measures out to end by this second")
+    parser.add_argument("--tasks", type=Path, metavar="FOLDER", help="zero-shot sets (see zero_shot.py)")
+    parser.add_argument("--task-limit", type=int, help="documents of each task")
+    parser.add_argument("--task-batch", type=int, help="sequences at a time (default: 64 on a GPU, 1 on a CPU)")
+    parser.add_argument("--evaluate", type=Path, metavar="FILE", help="only measure what an adapter (or weights) makes")
+    parser.add_argument("--start", type=Path, metavar="FILE", help="begin from an adapter, without a transfer")
+    parser.add_argument("--table", type=Path, metavar="DIR", help="print the table of the results in a folder")
+    recipe = parser.add_argument_group("instead of what the recipe says")
+    recipe.add_argument("--attn")
+    recipe.add_argument("--window", type=int, help="softmax over the nearest tokens beside the linear part")
+    recipe.add_argument("--keep-softmax", help="as in the CLI; auto:N chooses by KL after the transfer")
+    recipe.add_argument("--mode", help="full or lora:R")
+    as_numbers = functools.partial(_numbers, parser)
+    recipe.add_argument("--passkey", type=as_numbers, metavar="N,N", help="tokens of the passkey prompts")
+    recipe.add_argument("--measures", type=lambda text: tuple(text.split(",")) if text else ())
+    for stage in ("transfer", "logits", "extension"):
+        for name in ("seconds", "length", "batch", "steps"):
+            recipe.add_argument(f"--{stage}-{name}", type=float if name == "seconds" else int)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--limit", type=int, default=None, help="evaluate on so many tokens of each text")
-    parser.add_argument("--rate", type=float, default=None)
-    parser.add_argument(
-        "--window", type=int, default=None, help="softmax over the nearest tokens beside the linear part"
-    )
-    parser.add_argument("--logit-length", type=int, default=None, help="tokens per window of the second stage")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
-    parser.add_argument("--start", type=Path, metavar="ADAPTER", help="begin from an adapter, without a transfer")
-    parser.add_argument("--ablations", action=argparse.BooleanOptionalAction, default=True, help="with a window")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--adapter", type=Path)
-    parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-
-    loaded = load_model(asked.model, dtype=torch.float32, device=asked.device)
-    say(f"loaded {asked.model}")
-    program = capture_loaded(loaded)
-    say("captured")
-    teacher = Pipeline([Canonicalize(), ProveAttention()])(program)
-    say(f"proved {sum(site.proved for site in teacher.sites)} of {len(teacher.sites)} sites")
-    keep = asked.keep_softmax
-    automatic = int(keep[5:]) if keep and keep.startswith("auto:") else 0
-    options = Options(attn=asked.attn, keep_softmax=None if automatic else keep, window=asked.window, seed=asked.seed)
-    student = rewrite(teacher, options)
-    if (asked.train is None) == (asked.evaluate is None):
-        parser.error("give --train TEXT, or --evaluate ADAPTER")
-    texts = {name: tokens_of(path, loaded) for name, path in (item.split("=", 1) for item in asked.eval)}
-    say(f"rewritten; {', '.join(f'{len(v):,} tokens of {k}' for k, v in texts.items())}")
-
-    result: dict[str, Any] = {
-        "command": " ".join(sys.argv),
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(asked).items()},
-    }
-    result["versions"] = versions()
-    result["teacher"] = evaluate(unpadded(teacher), texts, asked.context, asked.limit)
-    say(f"teacher {summary(result['teacher'])}")
-    if asked.evaluate:
-        result["adapter"] = apply_adapter(asked.evaluate, teacher, student, source_hash=loaded.source_hash)
-        result["student"] = evaluate(instead(teacher, student), texts, asked.context, asked.limit)
-        say(f"student {summary(result['student'], result['teacher'])}")
-        write(asked.json, result)
-        ablate(result, teacher, student, texts, asked)
-        write(asked.json, result)
-        return
-
-    ids = tokens_of(asked.train, loaded)
-    say(f"{len(ids):,} tokens to train on")
-    data = TokenWindows(ids, asked.length, asked.transfer_batch, asked.seed, held_out=0.005)
-    tokens = 0
-    if asked.start:
-        result["start"] = apply_adapter(asked.start, teacher, student, source_hash=loaded.source_hash)
-        tokens = int(result["start"].get("tokens", 0))
-    else:
-        chosen = Transfer(steps=1 << 30, seconds=asked.transfer_seconds, compile=asked.compile)
-        moved = transfer(teacher, student, data, chosen, progress=progress("transfer"), note=say)
-        result["transfer"] = thin(asdict(moved))
-        before, after = (sum(d.values()) / len(d) for d in (moved.before, moved.after))
-        say(f"transfer: relative error {before:.3f} -> {after:.3f}, {moved.tokens:,} tokens, {moved.seconds:.0f} s")
-        tokens = moved.tokens
-        if asked.adapter:  # what there is if the next stage is cut off
-            partial = asked.adapter.with_suffix(".transfer.safetensors")
-            save_adapter(partial, teacher, student, source_hash=loaded.source_hash, record={"tokens": tokens})
-    result["after_transfer"] = evaluate(instead(teacher, student), texts, asked.context, asked.limit)
-    say(f"after transfer {summary(result['after_transfer'], result['teacher'])}")
-    write(asked.json, result)
-
-    if automatic:
-        choice = choose(teacher, student, data.measure(8), automatic)
-        result["choice"] = asdict(choice)
-        say(f"kept softmax: {choice.kept}; KL {choice.linear:.3f} -> {choice.chosen:.3f}")
-        options = replace(options, keep_softmax=",".join(map(str, choice.kept)) + ",")
-        student = with_branches_of(student, rewrite(teacher, options))
-
-    data = TokenWindows(ids, asked.logit_length or asked.length, asked.batch, asked.seed + 1, held_out=0.005)
-    rates = {} if asked.rate is None else {"rate": asked.rate, "lora_rate": asked.rate}
-    seconds = asked.logit_seconds
-    if asked.until is not None:
-        seconds = max(0.0, min(seconds, asked.until - (time.monotonic() - BEGAN) - RESERVE))
-    stage = LogitDistillation(steps=1 << 30, seconds=seconds, train=asked.mode, compile=asked.compile, **rates)
-    learnt = distil_logits(teacher, student, data, stage, progress=progress("logits"), note=say)
-    result["logits"] = thin(asdict(learnt))
-    say(f"logits: KL {learnt.before:.3f} -> {learnt.after:.3f}, {learnt.tokens:,} tokens, {learnt.seconds:.0f} s")
-    write(asked.json, result)
-    if asked.adapter:
-        record = {k: result[k] for k in ("options", "versions")} | {"tokens": tokens + learnt.tokens}
-        save_adapter(asked.adapter, teacher, student, source_hash=loaded.source_hash, record=record)
-        student = rewrite(teacher, options)
-        apply_adapter(asked.adapter, teacher, student, source_hash=loaded.source_hash)
-        say(f"adapter of {asked.adapter.stat().st_size:,} bytes")
-    result["student"] = evaluate(instead(teacher, student), texts, asked.context, asked.limit)
-    say(f"student {summary(result['student'], result['teacher'])}")
-    write(asked.json, result)
-    ablate(result, teacher, student, texts, asked)
-    result["seconds"] = time.monotonic() - BEGAN
-    write(asked.json, result)
+    if asked.table is None:
+        if asked.model is None:
+            parser.error("name a model")
+        if (asked.train is None) == (asked.evaluate is None):
+            parser.error("give --train TEXT, or --evaluate ADAPTER")
+        known = ("ablations", "generation", "int6", "passkey", "zero-shot")
+        if wrong := [name for name in recipe_of(asked).measures if name not in known]:
+            parser.error(f"--measures: '{wrong[0]}' is none of {', '.join(known)}")
+    return asked
 
 
-def ablate(
-    result: dict[str, Any], teacher: Program, student: Program, texts: dict[str, Tensor], asked: argparse.Namespace
-) -> None:
-    """What the window and the linear attention do alone, where there are both."""
-    if not asked.window or not asked.ablations:
-        return
-    result["ablations"] = {}
-    for name, far, near in (("window only", 0, 1), ("linear only", 1, 0), ("no attention", 0, 0)):
-        with shares_times(far, near):
-            limit = asked.limit or ABLATION_TOKENS
-            result["ablations"][name] = evaluate(instead(teacher, student), texts, asked.context, limit)
-        say(f"{name} {summary(result['ablations'][name])}")
-
-
-@contextlib.contextmanager
-def shares_times(far: float, near: float) -> Iterator[None]:
-    """Multiplies the shares of the linear attention and of the window, of every site."""
-    plain = Shares.forward
-
-    def scaled(self: Shares, x: Tensor) -> tuple[Tensor, Tensor]:
-        shares = plain(self, x)
-        return shares[0] * far, shares[1] * near
-
-    Shares.forward = scaled  # type: ignore[method-assign]
+def _numbers(parser: argparse.ArgumentParser, text: str) -> tuple[int, ...]:
     try:
-        yield
-    finally:
-        Shares.forward = plain  # type: ignore[method-assign]
+        return tuple(int(item) for item in text.split(","))
+    except ValueError:
+        parser.error(f"'{text}': write whole numbers separated by commas")
 
 
-def summary(result: dict[str, Any], teacher: dict[str, Any] | None = None) -> str:
-    def one(name: str) -> str:
-        value = result[name]["perplexity"]
-        ratio = f" ({value / teacher[name]['perplexity']:.3f}x)" if teacher else ""
-        return f"{name} {value:.3f}{ratio}"
+def main() -> None:
+    asked = parsed()
+    if asked.table is not None:
+        print_table(asked.table)
+        return
+    recipe = recipe_of(asked)
+    if asked.out is not None:
+        asked.out.mkdir(parents=True, exist_ok=True)
+    if asked.tasks is not None:
+        zero_shot.check(asked.tasks, list(zero_shot.TASKS))
+    loaded = load_model(asked.model, dtype=torch.float32, device=asked.device)
+    program = capture_loaded(loaded)
+    teacher = Pipeline([Canonicalize(), ProveAttention()])(program)
+    say(f"loaded; proved {sum(site.proved for site in teacher.sites)} of {len(teacher.sites)} sites")
+    texts = {name: tokens_of(path, loaded) for name, path in (item.split("=", 1) for item in asked.eval)}
+    corpus = read_corpus(asked.train, loaded.tokenizer) if asked.train else Corpus(torch.zeros(0), torch.zeros(0))
+    say(", ".join(f"{len(ids):,} tokens of {name}" for name, ids in {"train": corpus.ids, **texts}.items()))
+    # What results depend on; how long a run may take and where it writes are not among it.
+    described = {"recipe": asdict(recipe), "model": Path(asked.model).name} | {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(asked).items()
+        if name in ("variant", "train", "eval", "context", "limit", "seed", "device", "evaluate", "start", "task_limit")
+    }
+    path = None if asked.out is None else asked.out / f"{asked.variant or 'custom'}.json"
+    results = Results(path, described)
+    if len(results.values) > 1:
+        say(f"going on from {path}: it has {', '.join(name for name in results.values if name != 'options')}")
+    results.values["command"] = " ".join(sys.argv)
+    results.set("versions", versions())
+    run = Run(asked, recipe, loaded, teacher, corpus, results)
+    run.kept = None if recipe.keep and recipe.keep.startswith("auto:") else recipe.keep
+    measures = Measures(
+        results, teacher, loaded, texts, asked.context, asked.limit, say, functools.partial(_in_time, asked)
+    )
+    measures.perplexities("teacher", lambda: unpadded(teacher))
+    if asked.evaluate:
+        student = run.fresh()
+        results.set("adapter", run.load(asked.evaluate, student))
+    else:
+        student = train(run, measures)
+        if (saved := run.file(".safetensors")) is not None and saved.exists():
+            student = run.fresh()
+            run.load(saved, student)
+    graph = (
+        functools.partial(unpadded, student)
+        if recipe.attn == "softmax"
+        else functools.partial(instead, teacher, student)
+    )
+    measures.perplexities("student", graph)
+    measures.student(
+        student,
+        recipe.measures,
+        train_ids=corpus.ids,
+        seed=asked.seed,
+        passkey=recipe.passkey,
+        tasks=asked.tasks,
+        limit=asked.task_limit,
+        batch=asked.task_batch or (1 if asked.device == "cpu" else 64),
+    )
+    results.set("seconds", results.values.get("seconds", 0.0) + time.monotonic() - BEGAN)
 
-    return ", ".join(map(one, result))
 
-
-def thin(report: dict[str, Any], points: int = 200) -> dict[str, Any]:
-    """The report with its loss curve averaged into at most ``points`` values."""
-    losses = report["losses"]
-    size = max(1, math.ceil(len(losses) / points))
-    report["losses"] = [round(sum(p) / len(p), 5) for p in (losses[i : i + size] for i in range(0, len(losses), size))]
-    report["losses_averaged_over"] = size
-    return report
-
-
-def write(path: Path | None, result: dict[str, Any]) -> None:
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def _in_time(asked: argparse.Namespace) -> bool:
+    return asked.until is None or time.monotonic() - BEGAN < asked.until - RESERVE
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LincompileError as error:
+        sys.exit(f"distil: {error}")

@@ -54,7 +54,12 @@ TASKS = {
             "{{choices.text}}",
         ),
         Task("piqa", "Question: {{goal}}\nAnswer:", "{{label}}", "{{[sol1, sol2]}}"),
-        Task("boolq", "{{passage}}\nQuestion: {{question}}?\nAnswer:", "{{answer | int}}", '{{["no", "yes"]}}'),
+        Task(
+            "boolq",
+            "{{passage}}\nQuestion: {{question}}?\nAnswer:",
+            "{{label if label is defined else answer | int}}",
+            '{{["no", "yes"]}}',
+        ),
         Task("lambada", "{{text.split(' ')[:-1] | join(' ')}}", "{{' ' + text.split(' ')[-1]}}", None),
     )
 }
@@ -79,6 +84,16 @@ def documents(path: Path, limit: int | None) -> list[dict[str, Any]]:
     return rows[:limit]
 
 
+def check(folder: Path, tasks: list[str]) -> None:
+    """Reads every document of every task, before minutes are spent on the first of them.
+
+    Raises:
+        LincompileError: a file is missing or damaged, or a document lacks what its task needs.
+    """
+    for name in tasks:
+        questions(TASKS[name], documents(file_of(name, folder), None))
+
+
 @dataclass
 class Question:
     """A document as a model sees it."""
@@ -92,14 +107,14 @@ def questions(task: Task, rows: list[dict[str, Any]]) -> list[Question]:
     # Text is rendered as text: rendered natively, a question that reads "1" would become a number.
     as_text, as_values = Environment(keep_trailing_newline=True), NativeEnvironment()
     text, written = as_text.from_string(task.text), as_text.from_string(task.target)
+    chosen, index = (as_values.from_string(source) for source in (task.choices or "", task.target))
     result = []
     for number, row in enumerate(rows, 1):
         try:
             if task.choices is None:
                 result.append(Question(text.render(row), [written.render(row)], 0))
                 continue
-            choices = as_values.from_string(task.choices).render(row)
-            gold = int(as_values.from_string(task.target).render(row))
+            choices, gold = chosen.render(row), int(index.render(row))
             result.append(Question(text.render(row), [f" {choice}" for choice in choices], gold))
         except (UndefinedError, TypeError, ValueError) as error:
             raise LincompileError(f"{task.name}: document {number} lacks what the task needs: {error}") from error
@@ -224,8 +239,7 @@ def main() -> None:
         parser.error(f"--tasks: '{unknown[0]}' is none of {', '.join(TASKS)}")
     if asked.limit is not None and asked.limit < 1:
         parser.error("--limit: at least 1")
-    for name in tasks:
-        file_of(name, asked.folder)
+    check(asked.folder, tasks)
     if asked.write_tasks:
         write_tasks(asked.write_tasks, asked.folder, tasks)
         return

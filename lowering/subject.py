@@ -79,7 +79,7 @@ class Subject:
 def position_lookup(step: StepProgram) -> Node | None:
     """The first op that picks rows by position: a table that ends somewhere. None where positions only enter sums."""
     nodes: list[Node] = list(step.graph_module.graph.nodes)
-    reached = {nodes[1]}  # (tokens, positions, mask, …)
+    reached = {[node for node in nodes if node.op == "placeholder"][1]}  # (tokens, positions, mask, …)
     for node in nodes:
         if node.op != "call_function" or reached.isdisjoint(node.all_input_nodes):
             continue

@@ -21,6 +21,7 @@ PAGES = [
     "README.md",
     "docs/getting_started.md",
     "docs/cli.md",
+    "docs/evaluation.md",
     "docs/pytorch.md",
     "docs/transformers.md",
     "docs/writing_a_pass.md",

@@ -34,6 +34,8 @@ def test_prompts(zero_shot: ModuleType) -> None:
     assert ask("piqa", piqa) == ("Question: g\nAnswer:", [" a", " b"], 0)
     boolq = {"passage": "p", "question": "is it", "answer": True}
     assert ask("boolq", boolq) == ("p\nQuestion: is it?\nAnswer:", [" no", " yes"], 1)
+    del boolq["answer"]  # as SuperGLUE has it
+    assert ask("boolq", {**boolq, "label": 0})[2] == 0 and ask("boolq", {**boolq, "label": 1})[2] == 1
     assert ask("lambada", {"text": "a b\n\nc d."}) == ("a b\n\nc", [" d."], 0)
     with pytest.raises(LincompileError, match="piqa: document 1 lacks what the task needs"):
         ask("piqa", {"goal": "g"})
@@ -69,7 +71,7 @@ def test_files_are_found_or_named(zero_shot: ModuleType, tmp_path: Path) -> None
     (tmp_path / "piqa_validation.jsonl").write_text("not json\n")
     assert zero_shot.file_of("piqa", tmp_path).name == "piqa_validation.jsonl"
     with pytest.raises(LincompileError, match=r"piqa_validation\.jsonl can't be read"):
-        zero_shot.documents(tmp_path / "piqa_validation.jsonl", None)
+        zero_shot.check(tmp_path, ["piqa"])
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(LincompileError, match=r"empty\.jsonl is empty"):
         zero_shot.documents(tmp_path / "empty.jsonl", None)

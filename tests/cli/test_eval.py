@@ -133,7 +133,7 @@ def test_extrapolation(cli: Run, folder: Path, student: Path, artefact: Path) ->
     from lincompile.lowering.subject import open_subject
     from lincompile.passes.errors import LincompileError
 
-    with pytest.raises(LincompileError, match="looks its positions up in a table .*, which ends at 128"):
+    with pytest.raises(LincompileError, match=r"looks its positions up in a table .*, which ends at 128"):
         open_subject(str(artefact)).beyond_configuration()
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_llama
 import torch
 
 from lincompile.lowering import package
@@ -71,6 +72,23 @@ def test_log_likelihoods_equal_one_forward(model: Any) -> None:
         assert greedy == (rows.argmax(-1).tolist() == after)
 
 
+def test_batches_give_the_same_scores(folder: Path, model: Any) -> None:
+    pairs = [("w4 w5 w6", " w7 w8"), ("w4 w5 w6", " w9"), ("", "w9 w10"), ("w4 w5 w6 w7 w8", " w32")]
+    one_by_one = model.loglikelihood([request(*pair) for pair in pairs], disable_tqdm=True)
+    batched = harness.LincompileLM(path=str(folder), batch_size="8")
+    answers = batched.loglikelihood([request(*pair) for pair in pairs], disable_tqdm=True)
+    assert batched.batch == 8 and [greedy for _, greedy in answers] == [greedy for _, greedy in one_by_one]
+    assert [score for score, _ in answers] == pytest.approx([score for score, _ in one_by_one], abs=1e-4)
+
+
+def test_an_uncompiled_model_is_scored_by_the_same_code(tmp_path: Path) -> None:
+    teacher = harness.LincompileLM(path=str(tiny_llama.save(tmp_path / "model")))
+    (score,) = teacher.loglikelihood([request("one two", " three")], disable_tqdm=True)
+    before, after = teacher.codec.encode("one two"), teacher.codec.encode(" three")
+    rows = logits(teacher, before + after)[len(before) - 1 : -1]
+    assert score[0] == pytest.approx(float(rows.gather(1, torch.tensor(after)[:, None]).sum()), abs=1e-3)
+
+
 def test_rolling_windows_cover_the_text(folder: Path) -> None:
     model = harness.LincompileLM(path=str(folder), max_length=6)
     ids = [4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
@@ -110,7 +128,7 @@ def test_the_command_line_runs_a_local_task(folder: Path, tmp_path: Path, plain:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"path": "missing"}, "isn't a folder"),
+        ({"path": "missing"}, "no such file"),
         ({"runtime": "tpu"}, "the runtimes are torch and onnx"),
         ({"batch": 3}, "no 'batch' for lincompile"),
     ],

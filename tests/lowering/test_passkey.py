@@ -81,7 +81,8 @@ def test_prompts_are_exact(codec: TextCodec) -> None:
             assert len(ids) == length and len(key) == 5
             assert text.count(f"The pass key is {key}. Remember it. {key} is the pass key.") == 1
             assert text.startswith("There is an important info") and text.endswith("The pass key is")
-            place = text.index(key) / len(text)
+            hay = len(text) - len(INTRODUCTION + NEEDLE + QUESTION)
+            place = (text.index(key) - len(INTRODUCTION + NEEDLE.split("{")[0])) / max(1, hay)
             assert length < 1201 or abs(place - depth) < 0.05
     again, _ = prompts.build(400, 0.5, random.Random("400/0.5"))
     assert again == prompts.build(400, 0.5, random.Random("400/0.5"))[0]

@@ -1,0 +1,94 @@
+"""The rows of the distillation table: one fixed recipe each, which ``distil.py --variant NAME`` repeats from scratch.
+
+Every row trains for at most 600 seconds on one H200. Options of ``distil.py`` replace what a recipe says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training: its budget and its windows.
+
+    Args:
+        seconds: of training (compiling, about a minute in all, comes on top).
+        steps: at most; for runs that must repeat exactly, without a clock.
+        length, batch: tokens per window and windows per step.
+        retrieval: share of the windows that are retrieval examples (of the extension).
+        rates: the learning rates of the stage, times this.
+    """
+
+    seconds: float | None
+    length: int
+    batch: int
+    steps: int = 1 << 30
+    retrieval: float = 0.0
+    rates: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a row is made and what is measured of it.
+
+    Args:
+        attn: the method; ``softmax`` for the control, which learns to predict the text itself.
+        keep: as ``--keep-softmax``; ``auto:N`` chooses by KL after the transfer.
+        transfer_loss: ``mse``, ``weights`` or ``both``.
+        train: what logit distillation trains: ``full`` or ``lora:R``.
+        extension: logits again at another length, or None.
+        measures: beside perplexity: ``ablations``, ``generation``, ``int6``, ``passkey``, ``zero-shot`` (the last one
+            where a folder of tasks is given).
+        passkey: tokens of the passkey prompts.
+        steps_of: the row whose number of logit steps the control takes, where that row has been run.
+    """
+
+    attn: str = "lawcat"
+    window: int | None = None
+    keep: str | None = None
+    transfer_loss: str = "mse"
+    train: str = "lora:14"
+    transfer: Stage | None = field(default_factory=lambda: Stage(120, 1024, 16))
+    logits: Stage | None = field(default_factory=lambda: Stage(440, 2048, 8))
+    extension: Stage | None = None
+    measures: tuple[str, ...] = ("generation", "int6", "zero-shot")
+    passkey: tuple[int, ...] = ()
+    steps_of: str | None = None
+
+
+PURE = Recipe()
+WINDOW = Recipe(window=64, measures=("ablations", "generation", "int6", "zero-shot"))
+HYBRID = replace(WINDOW, keep="auto:6")
+# Nothing is trained on more than 1,024 tokens; 8 and 22 times as many are asked for.
+SHORT = Recipe(
+    transfer=Stage(100, 512, 32),
+    logits=Stage(300, 512, 32),
+    extension=Stage(180, 1024, 16, retrieval=0.2, rates=0.5),
+    measures=("passkey", "generation"),
+    passkey=(1024, 2048, 4096, 8192, 22528),
+)
+
+RECIPES: dict[str, Recipe] = {
+    "lawcat": PURE,
+    "lawcat-window64": WINDOW,
+    "lawcat-window64-softmax6": HYBRID,
+    # The softmax model given the same training: its windows, steps, additions and rates, on the text itself.
+    "control": Recipe(attn="softmax", transfer=None, measures=("generation", "zero-shot"), steps_of="lawcat-window64"),
+    "lawcat-passkey": SHORT,
+    "lawcat-window64-passkey": replace(SHORT, window=64),
+    "gated-delta-passkey": replace(SHORT, attn="gated-delta"),
+    "gla": replace(PURE, attn="gla"),
+    "gla-window64": replace(WINDOW, attn="gla"),
+    "gla-window64-softmax6": replace(HYBRID, attn="gla"),
+    # Comparing attention weights costs the windows' length over the values' width: short windows suit it.
+    "hedgehog": replace(PURE, attn="hedgehog", transfer_loss="weights", transfer=Stage(120, 256, 64)),
+    "hedgehog-window64": replace(WINDOW, attn="hedgehog"),
+    "hedgehog-window64-softmax6": replace(HYBRID, attn="hedgehog"),
+    "gated-delta": replace(PURE, attn="gated-delta"),
+    "gated-delta-window64": replace(WINDOW, attn="gated-delta"),
+    "gated-delta-window64-softmax6": replace(HYBRID, attn="gated-delta"),
+    "lawcat-full": replace(PURE, train="full"),
+    # A long enough context at the end to be measured beyond 2,048 tokens.
+    "lawcat-window64-8k": replace(WINDOW, logits=Stage(340, 2048, 8), extension=Stage(100, 8192, 2, rates=0.3)),
+}

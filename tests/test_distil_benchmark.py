@@ -1,0 +1,134 @@
+"""``benchmarks/distil.py``: a row from scratch, cut off and taken up again, its control, and the table of both."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_llama
+
+pytest.importorskip("transformers")
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+SMALL = "--device cpu --context 64 --limit 130 --mode lora:2 --transfer-steps 3 --transfer-length 32 --transfer-batch 2"
+SMALL += " --logits-length 32 --logits-batch 2 --task-limit 2"
+TASK_ROWS = {
+    "arc_easy_validation": {"question": "q", "choices": {"text": ["a", "bc"], "label": ["A", "B"]}, "answerKey": "B"},
+    "piqa_validation": {"goal": "g", "sol1": "one", "sol2": "two", "label": 1},
+    "boolq_validation": {"passage": "p", "question": "is it", "answer": True},
+    "lambada_first_half": {"text": "one two three"},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny_llama.save(tmp_path_factory.mktemp("distil") / "model")
+    (folder.parent / "train.txt").write_text("the cat sat on the mat and the dog lay by the door. " * 40)
+    (folder.parent / "held.txt").write_text("a dog sat by the mat and a cat lay on the floor. " * 6)
+    for name, row in TASK_ROWS.items():
+        (folder.parent / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    return folder
+
+
+@pytest.fixture
+def distil(model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs the script in this process; returns the results it wrote."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.chdir(model.parent)
+    import distil as script
+
+    def run(variant: str, *more: str) -> dict[str, Any]:
+        command = ["distil.py", "model", "--variant", variant, "--train", "train.txt", "--eval", "held=held.txt"]
+        monkeypatch.setattr(sys, "argv", [*command, "--out", "out", *SMALL.split(), *more])
+        script.main()
+        return json.loads((model.parent / "out" / f"{variant}.json").read_text())  # type: ignore[no-any-return]
+
+    return run
+
+
+def test_a_row_is_made_cut_off_taken_up_and_measured(
+    distil: Callable[..., dict[str, Any]],
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import distil as script
+
+    variant, out = "lawcat-window64-softmax6", model.parent / "out"
+    options = ["--keep-softmax", "auto:1", "--logits-steps", "3", "--tasks", "."]
+
+    def cut_off(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    plain = script.distil_logits
+    monkeypatch.setattr(script, "distil_logits", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        distil(variant, *options)
+    found = json.loads((out / f"{variant}.json").read_text())
+    assert {"teacher", "transfer", "after_transfer", "choice"} <= set(found) and "logits" not in found
+    assert (out / f"{variant}.transfer.safetensors").is_file()
+
+    monkeypatch.setattr(script, "distil_logits", plain)
+    monkeypatch.setattr(script, "choose", cut_off)  # what was found is read back
+    done = distil(variant, *options)
+    assert done["transfer"]["resumed_at"] == 3 and done["choice"] == found["choice"]
+    assert done["logits"]["steps"] == 3 and done["logits"]["losses"] and done["seconds"] > 0
+    assert done["options"]["recipe"]["logits"]["length"] == 32 and done["options"]["seed"] == 0
+    assert {"window only", "linear only", "no attention"} == set(done["ablations"])
+    assert done["generation"]["held"]["prompts"] == 16 and {"before", "after"} <= set(done["int6"])
+    assert done["student"]["held"]["tokens"] == done["int6"]["before"]["held"]["tokens"] == 127
+    before, after = (done["int6"][when]["held"]["perplexity"] for when in ("before", "after"))
+    assert done["int6"]["layers"] == 15 and before == pytest.approx(done["student"]["held"]["perplexity"], rel=1e-3)
+    assert before != after, "what is measured before isn't the program that was quantized in place"
+    assert done["zero-shot"]["teacher"]["tasks"]["piqa"]["documents"] == 2 and "partial" not in done["zero-shot"]
+    assert "torch" in done["versions"]
+
+    # More of the last stage makes what was measured after less of it old.
+    more = distil(variant, *options[:3], "5", *options[4:])
+    assert more["logits"]["steps"] == 5 and more["student"] != done["student"]
+
+    control = distil("control", "--measures", "", "--logits-steps", "40")
+    assert control["student"]["held"]["perplexity"] < 0.9 * control["teacher"]["held"]["perplexity"]
+    assert control["logits"]["after"] < control["logits"]["before"]
+    assert control["teacher"] == done["teacher"], "training the control leaves the teacher as it was"
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["distil.py", "--table", str(out)])
+    script.main()
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 4 and "held ÷ control" in table[0] and "held, int6" in table[0]
+
+
+def test_passkey_rows_are_kept_cell_by_cell(
+    distil: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student is asked beyond its configuration's positions, the teacher as far as they reach."""
+    small = ["--logits-steps", "1", "--passkey", "400,600"]
+    small += ["--extension-steps", "2", "--extension-length", "64", "--extension-batch", "2"]
+    done = distil("lawcat-passkey", *small, "--measures", "passkey")
+    assert done["extension"]["steps"] == 2 and done["options"]["recipe"]["extension"]["retrieval"] == 0.2
+    assert list(done["passkey"]["student"]["by_length"]) == ["400", "600"]
+    assert list(done["passkey"]["teacher"]["by_length"]) == ["400"] and "partial" not in done["passkey"]
+
+
+def test_every_recipe_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from distil_measure import Measures
+    from distil_recipes import RECIPES
+
+    from lincompile.passes.distil.logits import lora_rank
+    from lincompile.passes.distil.transfer import Transfer
+    from lincompile.passes.linearize import parse_keep
+    from lincompile.passes.methods import METHODS
+
+    for recipe in RECIPES.values():
+        assert recipe.attn in (*METHODS, "softmax") and lora_rank(recipe.train) >= 0
+        assert Transfer(loss=recipe.transfer_loss) and (recipe.keep is None or parse_keep(recipe.keep))
+        assert all(hasattr(Measures, name.replace("-", "_")) for name in recipe.measures)
+        assert ("passkey" in recipe.measures) == bool(recipe.passkey)
+        assert "ablations" not in recipe.measures or recipe.window
+        stages = [getattr(recipe, field.name) for field in fields(recipe)]
+        assert sum(stage.seconds for stage in stages if hasattr(stage, "retrieval")) <= 600
