@@ -62,8 +62,10 @@ def new_tokens(
             raise LincompileError(f"{longest} tokens: the model accepts at most {limit} positions")
     if session.uniform_positions:
         lengths = cache.lengths + mask.sum(-1)
-        if not bool((lengths == lengths[0]).all()):
-            raise LincompileError("this model counts positions itself: the rows of a batch must have equal lengths")
+        if not bool((lengths == lengths[0]).all() & mask[:, 0].all()):  # it would count padding on the left, too
+            raise LincompileError(
+                "this model counts positions itself: the rows of a batch must have equal lengths, without padding"
+            )
     return tokens, mask
 
 

@@ -18,6 +18,7 @@ group and constrained search left transformers for the Hub.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -280,3 +281,14 @@ def test_padding_on_the_right_is_read_but_not_continued(model: hf.LincompileForC
         greedy(model, tokens, attention_mask=mask)
     with pytest.raises(LincompileError, match="can't be continued"):
         model.save_states("never-written", hf.states_of(output))
+
+
+def test_a_model_that_counts_positions_takes_no_padding_on_the_left(toy: SimpleNamespace, tmp_path: Path) -> None:
+    """Rows of equal lengths, all padded alike, would be read at positions that count the padding."""
+    step = replace(toy.step, uniform_positions=True)
+    model = hf.from_pretrained(package.save(step, tmp_path / "out", manifest={"sites": toy.sites}))
+    tokens, mask = torch.tensor([[0, 0, 1, 2], [0, 0, 3, 4]]), torch.tensor([[0, 0, 1, 1]] * 2)
+    for given in (mask, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])):
+        with pytest.raises(LincompileError, match="must have equal lengths, without padding"):
+            model.generate(tokens, attention_mask=given, max_new_tokens=2)
+    assert model.generate(tokens[:, 2:], attention_mask=mask[:, 2:], max_new_tokens=2).shape == (2, 4)
