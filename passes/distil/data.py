@@ -67,6 +67,7 @@ class TokenWindows:
         batch: windows of that length per step; of windows half as long it is twice as many.
         held_out: share of the windows of each size, at the end of the stream, kept for measuring.
         documents: where each document begins in ``ids``, ascending (None: all is one document).
+        multiple: the smaller windows are multiples of so many tokens (the ranks that share each window).
 
     Raises:
         LincompileError: no size has windows to train on and to hold out, or the starts aren't those of documents.
@@ -78,6 +79,7 @@ class TokenWindows:
     seed: int = 0
     held_out: float = 0.05
     documents: Tensor | None = None
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         if self.length < 2 or self.batch < 1:
@@ -104,7 +106,7 @@ class TokenWindows:
             "batch": self.batch,
             "seed": self.seed,
             "held_out": self.held_out,
-        }
+        } | ({"sizes": [windows.size for windows in self.sizes]} if self.multiple > 1 and self._many else {})
 
     @cached_property
     def _lengths(self) -> Tensor:
@@ -123,7 +125,8 @@ class TokenWindows:
         if self.ids.numel() < 2 * self.length and not self._many:
             return []
         candidates = [self.length]
-        while self._many and candidates[-1] % 2 == 0 and candidates[-1] // 2 >= SHORTEST:
+        halves = 2 * self.multiple
+        while self._many and candidates[-1] % halves == 0 and candidates[-1] // 2 >= SHORTEST:
             candidates.append(candidates[-1] // 2)
         while candidates:
             covered = _covered(self._lengths, candidates)

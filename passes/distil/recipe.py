@@ -21,6 +21,7 @@ from .data import Batches, TokenWindows
 from .logits import LogitDistillation, LogitReport, distil_logits, lora_rank
 from .loop import LoopOptions
 from .retrieval import Needles, WithRetrieval
+from .spread import current
 from .transfer import Transfer, TransferReport, transfer
 
 TRANSFER_SHARE = 0.35
@@ -157,7 +158,7 @@ def run_recipe(
     tell = listener or Listener()
     began = time.monotonic()
     check_tokens(teacher, ids)
-    data = TokenWindows(ids, recipe.length, recipe.batch, recipe.seed, documents=documents)
+    data = TokenWindows(ids, recipe.length, recipe.batch, recipe.seed, documents=documents, multiple=_ranks())
     if documents is not None and len(documents) > 1:
         tell.note(data.summary())
     shares = _shares(recipe)
@@ -231,10 +232,16 @@ def _shares(recipe: Recipe) -> tuple[float, float, float]:
     return first * (1 - last), (1 - first) * (1 - last), last
 
 
+def _ranks() -> int:
+    """How many ranks share each window."""
+    together = current()
+    return 1 if together is None else together.world
+
+
 def _longer(ids: Tensor, documents: Tensor | None, recipe: Recipe, extension: Extension, tell: Listener) -> Batches:
     """The extension's batches."""
     batch = max(1, recipe.batch * recipe.length // extension.length)
-    data = TokenWindows(ids, extension.length, batch, recipe.seed + 2, documents=documents)
+    data = TokenWindows(ids, extension.length, batch, recipe.seed + 2, documents=documents, multiple=_ranks())
     longest = data.sizes[0].size
     if longest <= recipe.length:
         raise LincompileError(

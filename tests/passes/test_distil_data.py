@@ -144,3 +144,14 @@ def test_facts_from_token_ids_alone() -> None:
     assert torch.equal(Needles.from_spans(ids, 4, 5).facts[2], made.facts[2])
     with pytest.raises(LincompileError, match="too few to make retrieval examples"):
         Needles.from_spans(torch.arange(LENGTH), 0)
+
+
+def test_windows_that_ranks_share_have_sizes_that_divide() -> None:
+    """Windows of 80 come in 40 and 20 too: four ranks can share 20 tokens, eight can't."""
+    starts = torch.arange(0, 4000, 20)
+    ids = torch.arange(4000)
+    whole = [windows.size for windows in TokenWindows(ids, 80, 1, documents=starts).sizes]
+    assert whole == [20]
+    assert [w.size for w in TokenWindows(ids, 80, 1, documents=starts, multiple=4).sizes] == [20]
+    with pytest.raises(LincompileError, match="less than two windows"):
+        TokenWindows(ids, 80, 1, documents=starts, multiple=8)
