@@ -164,6 +164,20 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "pegasus": ("PegasusConfig", "PegasusForConditionalGeneration", {}),
     "mbart": ("MBartConfig", "MBartForConditionalGeneration", {}),
     "whisper-decoder": ("WhisperConfig", "WhisperForCausalLM", {}),
+    "glm4-moe": (
+        "Glm4MoeConfig",
+        "Glm4MoeForCausalLM",
+        {"head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+    ),
+    "hunyuan": ("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", {"head_dim": 8}),
+    "ernie4.5-moe": ("Ernie4_5_MoeConfig", "Ernie4_5_MoeForCausalLM", {"moe_num_experts": 4, "moe_k": 2}),
+    "bitnet": ("BitNetConfig", "BitNetForCausalLM", {}),
+    "doge": ("DogeConfig", "DogeForCausalLM", {}),
+    "llama4-text": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 6},
+    ),
 }
 
 

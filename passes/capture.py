@@ -50,7 +50,7 @@ def capture(
 
     Raises:
         CaptureError: ``torch.export`` fails, the batch axis can't stay dynamic, the model takes another path at
-            other sizes than the example's (a batch of 1 and 1 token included), or the graph doesn't run.
+            other sizes than the example's (a batch of 1 and 1 token included), or it uses ``torch.vmap``.
     """
     inputs = widen(named_inputs(module, example))
     axes = {name: dict(dynamic_shapes[name]) if dynamic_shapes and name in dynamic_shapes else {} for name in inputs}

@@ -18,13 +18,14 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from .errors import CaptureError
-from .graph import is_mutation, storage_root
+from .graph import is_mutation, source_line, storage_root
 from .program import Program, ProgramInput, holds, readable
 
 # Sizes that conditions on sizes are tried at, besides those near the condition's own numbers.
 BATCHES = (2, 3, 4, 5, 7, 64)
 LENGTHS = (*range(2, 257), 1000, 2048, 4097, 70_000)
-LONGEST_RUN = 512
+LONGEST_RUN = 2048  # scores of all pairs must fit
+WORK = 2e11  # parameters × tokens that are run to compare
 ADVICE = "Write the branch as masks, or capture the model in a form that doesn't look at sizes"
 
 
@@ -77,12 +78,24 @@ def _resize(
     }
 
 
+def check_transforms(program: Program) -> None:
+    """Raises ``CaptureError`` where ``torch.vmap`` and its like left calls in the graph that open and close them."""
+    for node in program.graph_module.graph.nodes:
+        if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
+            where = source_line(node)
+            raise CaptureError(
+                f"a function transform (torch.vmap) can't be compiled{f', at {where}' if where else ''}: "
+                "write the batched ops themselves"
+            )
+
+
 def check_capture(module: nn.Module, exported: ExportedProgram, program: Program, inputs: Mapping[str, Tensor]) -> None:
     """Compares module and program where the traced path may not be the model's own.
 
     Raises:
-        CaptureError: they differ at some size, or the graph runs at none.
+        CaptureError: they differ at some size, or the graph holds a function transform.
     """
+    check_transforms(program)
     for guard in dict.fromkeys(getattr(exported, "_guards_code", None) or []):
         _check_guard(module, program, inputs, guard)
     if not any(value.is_meta for value in (*inputs.values(), *module.parameters())):
@@ -100,14 +113,20 @@ def _check_guard(module: nn.Module, program: Program, inputs: Mapping[str, Tenso
     if failure is None:
         return
     batch, length, given = failure
+    holds_where = f"what was traced holds only where {readable(guard)}"
+    too_much = length > LONGEST_RUN or program.parameters * length > WORK
     if program.max_positions is not None and length > program.max_positions:
         program.conditions.append(guard)
-    elif length > LONGEST_RUN or any(value.is_meta for value in inputs.values()):
+    elif any(value.is_meta for value in inputs.values()):
+        program.notes.append(f"{holds_where}; elsewhere nothing is known")
+    elif length > 256 and too_much and length == program.max_positions:
+        program.notes.append(f"{holds_where}; at {length} tokens, where a table ends, nothing was compared")
+    elif length > 256 and too_much:
         program.conditions.append(guard)
-        program.notes.append(f"what was traced holds only where {readable(guard)}: the program refuses other sizes")
+        program.notes.append(f"{holds_where}: the program refuses other sizes")
     elif _compare(module, program, {name: value.tensor() for name, value in given.items()}) not in ("same", "refused"):
         raise CaptureError(
-            f"the model takes another path at other sizes: what was traced holds only where {readable(guard)} "
+            f"the model takes another path at other sizes: {holds_where} "
             f"(not for a batch of {batch} with {length} tokens). {ADVICE}"
         )
 
@@ -153,11 +172,6 @@ def _check_ones(module: nn.Module, program: Program, inputs: Mapping[str, Tensor
         if found == "other":
             raise CaptureError(f"the model takes another path for {what}: the traced one differs there. {ADVICE}")
         if found == "fails":
-            if _compare(module, program, dict(inputs)) == "fails":
-                raise CaptureError(
-                    "the captured graph doesn't run, not even on the example: the model uses something that "
-                    "torch.export traces wrongly (a function transform such as vmap?)"
-                )
             program.notes.append(f"the program doesn't run for {what}, though the model does")
 
 

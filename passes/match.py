@@ -174,7 +174,18 @@ def find_candidates(module: GraphModule) -> list[Candidate]:
                     problem=("flex", "flex_attention with score_mod or block_mask is not classified yet"),
                 )
             )
-    return found + [_nested(node, inner) for node, region in regions(module) for inner in find_candidates(region)]
+    return found + [_nested(node, inner) for node, region in regions(module) for inner in _in_region(region)]
+
+
+def _in_region(region: GraphModule) -> list[Candidate]:
+    """Candidates of a region, and softmaxes whose q·k stands outside of it."""
+    found, data = find_candidates(region), data_nodes(region)
+    for node in region.graph.nodes:
+        if target_of(node) not in SOFTMAX or not symbols_in(tensor_of(node).shape[-1]):
+            continue
+        if all(node is not other.anchor for other in found) and path_to_values(node, data, CONTRACTIONS):
+            found.append(Candidate("softmax", node, node, node, node, softmax=node))
+    return found
 
 
 def _nested(node: Node, inner: Candidate) -> Candidate:

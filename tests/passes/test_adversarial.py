@@ -98,6 +98,13 @@ def inside_autocast(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) ->
     return out.float()
 
 
+def partly_inside_autocast(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    scores = masked_scores(q, k)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = scores.softmax(-1) @ v
+    return out.float()
+
+
 def values_first(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
     p = masked_scores(q, k).softmax(-1)
     return (v.transpose(-1, -2) @ p.transpose(-1, -2)).transpose(-1, -2)
@@ -164,6 +171,7 @@ REFUSED: dict[Case, tuple[str, str]] = {
     rolled_scores: ("unknown-scores", "the scores go through 'roll'"),
     flipped_probabilities: ("post-softmax", "the probabilities go through 'flip"),
     inside_autocast: ("nested", "wrap_with_autocast"),
+    partly_inside_autocast: ("nested", "wrap_with_autocast"),
     written_through_another_name: ("unprovable", "masked_fill_"),
     written_through_swapped_axes: ("causal", "changed in place"),
 }
