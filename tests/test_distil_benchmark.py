@@ -82,7 +82,7 @@ def test_a_row_is_made_cut_off_taken_up_and_measured(
     assert done["generation"]["held"]["prompts"] == 16 and {"before", "after"} <= set(done["int6"])
     assert done["student"]["held"]["tokens"] == done["int6"]["before"]["held"]["tokens"] == 127
     before, after = (done["int6"][when]["held"]["perplexity"] for when in ("before", "after"))
-    assert done["int6"]["layers"] == 15 and before == pytest.approx(done["student"]["held"]["perplexity"], rel=1e-3)
+    assert done["int6"]["layers"] >= 14 and before == pytest.approx(done["student"]["held"]["perplexity"], rel=1e-3)
     assert before != after, "what is measured before isn't the program that was quantized in place"
     assert done["zero-shot"]["teacher"]["tasks"]["piqa"]["documents"] == 2 and "partial" not in done["zero-shot"]
     assert "torch" in done["versions"]
