@@ -156,7 +156,7 @@ def main() -> None:
         everything = find_linears(balanced.graph_module)
         layers = [layer for layer in everything if layer.reason is None]
         rounder = WeightRounder(balanced, layers, arguments.method, data, 128, moments)
-        moments = moments or {name: moment.clone() for name, moment in rounder.moments().items()}
+        moments = moments or dict(rounder.moments())
         rounder.smooth(everything, strength)
         rule = {layer.name: SCHEMES["w6a8" if layer.name.endswith("down_proj") else "w6a6"] for layer in layers}
         few = data[: arguments.score_batches]

@@ -103,6 +103,7 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
 )
 @click.option("--quant-plan", metavar="FILE", help="Schemes per layer: followed if the file is there, else written.")
 @click.option("--quant-scores", metavar="FILE", help="Sensitivity scores: resumed if the file is there, and saved.")
+@click.option("--quant-embeddings", is_flag=True, help="Also the embedding and the output head, in six bits.")
 @click.option("--calibrate", metavar="FILE|hf:NAME", help="Text to calibrate quantization on. [default: --distil's]")
 @click.option(
     "--distil", metavar="FILE|hf:NAME", help="Text to distil on (.txt, .json, .jsonl, .parquet, .npy of ids)."

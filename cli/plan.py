@@ -29,7 +29,7 @@ def print_plan(model: str, asked: Options, *, builder: str | None, trust: bool, 
     with common.working("proving and rewriting, on shapes alone"):
         teacher = Pipeline([Canonicalize(), ProveAttention(alibi=asked.alibi)])(program)
         student = rewrite(teacher, asked)
-        document = plan(teacher, student, asked.quant)
+        document = plan(teacher, student, asked.quant, embeddings=asked.quant_embeddings)
     document |= {"format": loaded.format, "notes": [*loaded.notes, *program.notes]}
     if as_json:
         common.print_json(document)

@@ -13,6 +13,7 @@ from .decay_gate.op import decay_gate
 from .gated_delta.op import gated_delta
 from .hedgehog_features.op import hedgehog_features
 from .int6_linear import op as int6_linear_op
+from .int6_linear.embedding import int6_embedding
 from .linear_attention.op import linear_attention
 from .linear_attention.varlen import linear_attention_varlen
 from .short_conv.op import short_conv
@@ -22,6 +23,7 @@ __all__ = [
     "decay_gate",
     "gated_delta",
     "hedgehog_features",
+    "int6_embedding",
     "int6_linear_op",
     "linear_attention",
     "linear_attention_varlen",

@@ -69,6 +69,7 @@ class Options:
     quant_method: str = "auto"
     quant_plan: str | None = None
     quant_scores: str | None = None
+    quant_embeddings: bool = False
     calibrate: Any = None
     keep_softmax: str | None = None
     rewrite_sliding: bool = False
@@ -139,6 +140,8 @@ class Options:
         spec = parse_plan(self.quant)
         text = self.distil if self.calibrate is None else self.calibrate
         given = {"--quant-plan": self.quant_plan, "--quant-scores": self.quant_scores, "--calibrate": self.calibrate}
+        if self.quant_embeddings:
+            given["--quant-embeddings"] = ""
         if self.quant_method != "auto":
             given["--quant-method"] = self.quant_method
         unused = [name for name, value in given.items() if value is not None]
@@ -519,6 +522,8 @@ def quantize(student: Program, asked: Options, ids: Tensor | None) -> Program:
         calibration=calibration,
         plan_file=asked.quant_plan,
         scores=asked.quant_scores,
+        embeddings=asked.quant_embeddings,
+        lm_head=asked.quant_embeddings,
     )
     return Pipeline([pass_])(student)
 

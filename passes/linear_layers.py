@@ -8,7 +8,7 @@ many calls read it (tied weights).
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
@@ -97,7 +97,12 @@ class LinearLayer:
 
 
 def find_linears(
-    graph_module: GraphModule, *, lm_head: bool = False, skip: Sequence[str] = (), min_in_features: int = 32
+    graph_module: GraphModule,
+    *,
+    lm_head: bool = False,
+    skip: Sequence[str] = (),
+    min_in_features: int = 32,
+    lookups: Collection[Node] = (),
 ) -> list[LinearLayer]:
     """Every linear layer in graph order, with ``reason`` set on those to be left in float.
 
@@ -106,6 +111,8 @@ def find_linears(
         lm_head: also quantize the output head, unless its weight is tied to something that needs it in float.
         skip: ``fnmatch`` patterns of layer names to leave in float.
         min_in_features: below it the scales cost more than they save.
+        lookups: embedding calls whose table is packed, too: they need no float weight, and a head tied to one goes
+            along.
 
     Raises:
         LincompileError: a layer's weights hold NaN or infinity, or a ``skip`` pattern matches no layer.
@@ -130,16 +137,17 @@ def find_linears(
     used = {pattern for pattern in skip if any(fnmatch(layer.name, pattern) for layer in result)}
     if unused := [pattern for pattern in skip if pattern not in used]:
         raise LincompileError(f"quantize: skip pattern '{unused[0]}' matches no linear layer; {_names(result)}")
-    readers = _readers(graph_module)
+    readers = readers_of(graph_module)
     tables = token_tables(graph_module)
     nodes = {call.node for layer in result for call in layer.calls}
     for layer in result:
         parameter = get_attribute(graph_module, layer.weight)
         own = {call.node for call in layer.calls}
-        others = [reader for reader in readers.get(id(parameter), []) if reader not in own]
-        layer.exclusive = not others and _one_plain_call(graph_module, layer, readers)
-        head = _is_head(layer, tables, nodes)
-        layer.reason = layer.reason or _policy(layer, others, head and not lm_head, skip, min_in_features)
+        shared = [reader for reader in readers.get(id(parameter), []) if reader not in own]
+        others = [reader for reader in shared if reader not in lookups]
+        layer.exclusive = not shared and _one_plain_call(graph_module, layer, readers)
+        stays = not lm_head and len(shared) == len(others) and _is_head(layer, tables, nodes)
+        layer.reason = layer.reason or _policy(layer, others, stays, skip, min_in_features)
         if layer.reason is None and parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
             raise LincompileError(
                 f"quantize: the weights of '{layer.name}' ({layer.weight}) hold NaN or infinity; repair the model, or"
@@ -247,7 +255,7 @@ def _one_plain_call(graph_module: GraphModule, layer: LinearLayer, readers: dict
     return isinstance(tensor, nn.Parameter) and readers.get(id(tensor)) == [layer.calls[0].node]
 
 
-def _readers(graph_module: GraphModule) -> dict[int, list[Node]]:
+def readers_of(graph_module: GraphModule) -> dict[int, list[Node]]:
     """For each attribute tensor, the nodes that read it, seen through transposes and casts."""
     readers: dict[int, list[Node]] = {}
     for node in graph_module.graph.nodes:
@@ -269,12 +277,18 @@ def token_tables(graph_module: GraphModule) -> set[int]:
     rows = set()
     for node in graph_module.graph.nodes:
         if target_of(node) is aten.embedding.default:
-            ids = node.args[1]
-            while isinstance(ids, Node) and isinstance(value_of(ids), Tensor) and ids.op != "placeholder" and ids.args:
-                ids = ids.args[0]
-            if isinstance(ids, Node) and ids.op == "placeholder":
+            origin = index_origin(node)
+            if origin is not None and origin.op == "placeholder":
                 rows.add(int(tensor_of(node.args[0]).shape[0]))
     return rows
+
+
+def index_origin(lookup: Node) -> Node | None:
+    """The node that an embedding's indices come from, through casts and layouts: an input of the graph, if any."""
+    ids = lookup.args[1]
+    while isinstance(ids, Node) and isinstance(value_of(ids), Tensor) and ids.op != "placeholder" and ids.args:
+        ids = ids.args[0]
+    return ids if isinstance(ids, Node) else None
 
 
 def _is_head(layer: LinearLayer, tables: set[int], linear_nodes: set[Node]) -> bool:

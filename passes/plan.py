@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .embeddings import find_tables, token_lookups
 from .graph import aten, expression, target_of, tensor_of
 from .linear_layers import find_linears
 from .methods import LinearMethod, SiteShape, method_class
 from .program import AttentionSite, Program
+from .schemes import SCHEMES, parse_plan
 from .verify import op_name
 
 CONTEXTS = (8_192, 32_768, 131_072)
-GROUP_SIZE = 128
-SCALE_BYTES = 2  # float16, one per group
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,12 @@ def site_cost(site: AttentionSite, method: str, hidden: int, itemsize: int) -> S
 
 
 def plan(
-    teacher: Program, student: Program, quant: str = "none", contexts: tuple[int, ...] = CONTEXTS
+    teacher: Program,
+    student: Program,
+    quant: str = "none",
+    contexts: tuple[int, ...] = CONTEXTS,
+    *,
+    embeddings: bool = False,
 ) -> dict[str, Any]:
     """The dry run's figures, JSON-able.
 
@@ -61,6 +66,7 @@ def plan(
         teacher: the proved softmax program (may be on the meta device).
         student: its rewritten copy.
         quant: ``none`` or a ``--quant`` value; any six-bit plan has the same weight bytes.
+        embeddings: the embedding and the output head are packed, too.
 
     Returns:
         ``sites``, ``parameters``, ``parameters_added``, ``weight_bytes`` (before and after), and per context length
@@ -75,15 +81,18 @@ def plan(
         if s.method != "softmax"
     }
     extra = sum(p.numel() for module in added.values() for p in module.parameters())
-    layers = find_linears(teacher.graph_module) if quant != "none" else []
+    spec = parse_plan(quant)
+    lookups = token_lookups(teacher) if embeddings and spec.kind != "none" else []
+    layers = find_linears(teacher.graph_module, lm_head=embeddings, lookups=lookups) if spec.kind != "none" else []
+    tables = [table for table in find_tables(teacher, lookups, layers) if table.head is None] if lookups else []
     quantized = [layer for layer in layers if layer.reason is None]
-    bits = 8 if quant.startswith("w8") else 6
-    packed = sum(
-        layer.out_features
-        * (math.ceil(layer.in_features * bits / 8) + SCALE_BYTES * math.ceil(layer.in_features / GROUP_SIZE))
-        for layer in quantized
-    )
-    plain = sum(layer.out_features * layer.in_features for layer in quantized)
+    scheme = spec.scheme or SCHEMES["w6a8"]
+    packed = sum(scheme.weight_bytes(layer.out_features, layer.in_features) for layer in quantized)
+    plain = sum(layer.weights for layer in quantized)
+    if spec.effective_bits is not None:
+        packed = math.ceil(plain * spec.effective_bits / 8)
+    packed += sum(SCHEMES["w6a8"].weight_bytes(table.rows, table.width) for table in tables)
+    plain += sum(table.rows * table.width for table in tables)
     before = teacher.parameters * itemsize
     dense = dense_flops(teacher)
     rows = []

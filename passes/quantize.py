@@ -19,17 +19,19 @@ from torch.fx import GraphModule, Node
 from ..kernels import ops as _ops  # noqa: F401  registers torch.ops.lincompile
 from ..kernels.int6_linear.codes import dequantize, quantize_weight, sqnr_db
 from ..kernels.int6_linear.pack import GROUP_SIZE, pack
+from .embeddings import LOOKUP, Table, find_tables, pack_table, table_codes, token_lookups
 from .errors import LincompileError, RefusedError
 from .graph import Builder, finish, get_attribute, parent_of, set_tensor, target_of
 from .linear_layers import LinearLayer, find_linears
 from .pipeline import PassResult, register
 from .program import Program
-from .quantize_plan import PlanOptions, choose, load_plan, save_plan
+from .quantize_plan import PlanOptions, check_given, choose, load_plan, save_plan
 from .schemes import CHOICES, FLOAT, SCHEMES, PlanSpec, Scheme, parse_plan
 from .sensitivity import Batch, CodesOf
 from .weight_methods import WeightRounder
 
 QUANTIZED_OPS = (torch.ops.lincompile.int6_linear.default, torch.ops.lincompile.int8_linear.default)
+_PACKED_OPS = (*QUANTIZED_OPS, LOOKUP)
 
 
 @register("quantize")
@@ -42,6 +44,8 @@ class Quantize:
         effective_bits: bits per weight of ``plan="auto"``.
         group_size: input features per weight and activation scale.
         lm_head: also the output head, unless tied to an embedding.
+        embeddings: also the embedding table that the tokens index, in six bits, and with it a head tied to it (with the
+            activations of a uniform plan, otherwise of eight bits).
         skip: ``fnmatch`` patterns of layer names to leave in float, for example ``("*.down_proj",)``.
         min_in_features: layers with fewer input features stay in float.
         method: how weights are rounded: ``rtn``, or with calibration ``clip`` or ``gptq`` (:mod:`.weight_methods`);
@@ -64,13 +68,15 @@ class Quantize:
 
     Raises (from :meth:`run`):
         LincompileError: NaN or infinite weights, unknown layers or schemes in ``schemes`` or ``skip``.
-        RefusedError: nothing could be quantized (the message gives the reasons).
+        RefusedError: nothing could be quantized (the message gives the reasons), ``embeddings`` where the table can't
+            be packed, or a plan worse than a uniform one that costs no more.
     """
 
     plan: str = "int6"
     effective_bits: float | None = None
     group_size: int = GROUP_SIZE
     lm_head: bool = False
+    embeddings: bool = False
     skip: tuple[str, ...] = ()
     min_in_features: int = 32
     method: str = "auto"
@@ -94,12 +100,21 @@ class Quantize:
         spec = PlanSpec("auto") if timed else parse_plan(self.plan, self.effective_bits)
         if spec.kind == "none":
             return PassResult(program, modified=False, report={"plan": self.plan, "layers": [], "skipped": []})
+        if self.calibration is not None and not len(self.calibration):
+            raise LincompileError(
+                "quantize: the calibration set is empty: give at least one batch of the model's inputs, or None"
+            )
         module = program.graph_module
         module.graph.eliminate_dead_code()  # an unused layer is no layer
-        layers = find_linears(module, lm_head=self.lm_head, skip=self.skip, min_in_features=self.min_in_features)
-        todo = [layer for layer in layers if layer.reason is None]
-        done = sum(target_of(node) in QUANTIZED_OPS for node in module.graph.nodes)
-        if not todo and not done:
+        lookups = token_lookups(program) if self.embeddings else []
+        layers = find_linears(
+            module, lm_head=self.lm_head, skip=self.skip, min_in_features=self.min_in_features, lookups=lookups
+        )
+        tables = find_tables(program, lookups, layers) if self.embeddings else []
+        heads = {table.head.name for table in tables if table.head is not None}
+        todo = [layer for layer in layers if layer.reason is None and layer.name not in heads]
+        done = sum(target_of(node) in _PACKED_OPS for node in module.graph.nodes)
+        if not todo and not done and not tables:
             raise RefusedError(f"quantize: no layer of the model can be quantized to {self.plan}: {_reasons(layers)}")
         if self.calibration is not None:
             todo = [layer for layer in todo if self._representable(program, layer)]
@@ -107,14 +122,31 @@ class Quantize:
         strength = self._strength(spec)
         smoothed = codes_of.smooth(layers, strength) if strength and self.calibration and todo else {}
         chosen, record = self._choose(program, spec, todo, codes_of)
+        packed = [self._pack(module, table, codes_of.method) for table in tables]
+        chosen |= dict.fromkeys(heads, spec.scheme if spec.scheme and spec.scheme.weight_bits == 6 else SCHEMES["w6a8"])
+        held = {str(item["head"]): codes for item, codes in packed}
+
+        def rounded(layer: LinearLayer, scheme: Scheme) -> tuple[Tensor, Tensor]:
+            return held[layer.name] if layer.name in held else codes_of(layer, scheme)
+
         report: dict[str, Any] = {"plan": self.plan, "method": codes_of.method, "group_size": self.group_size}
         report |= {"smoothing": {"strength": strength, "layers": len(smoothed)}} if self.calibration else {}
-        report |= {"already_quantized_calls": done} | quantize_graph(module, layers, chosen, codes_of, self.group_size)
+        report |= {"already_quantized_calls": done} | quantize_graph(module, layers, chosen, rounded, self.group_size)
+        if self.embeddings:
+            report["embeddings"] = [item for item, _ in packed]
+            _drop_unused(module, {table.weight for table in tables if table.head is None})
         report |= {"choice": record} if record else {}
-        if not report["layers"] and not done and not any(scheme.is_float for scheme in chosen.values()):
+        if not report["layers"] and not done and not packed and not any(scheme.is_float for scheme in chosen.values()):
             raise RefusedError(f"quantize: no layer of the model can be quantized to {self.plan}: {_reasons(layers)}")
         program.metadata["quantization"] = report
-        return PassResult(program, modified=bool(report["layers"]), report=report)
+        return PassResult(program, modified=bool(report["layers"] or packed), report=report)
+
+    def _pack(self, module: GraphModule, table: Table, method: str) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+        try:
+            codes = table_codes(get_attribute(module, table.weight).detach(), method, self.group_size)
+        except ValueError as error:
+            raise RefusedError(f"quantize: the embedding '{table.weight}' can't be packed: {error}") from error
+        return pack_table(module, table, *codes, self.group_size), codes
 
     def _strength(self, spec: PlanSpec) -> float:
         if self.smooth is not None:
@@ -140,8 +172,6 @@ class Quantize:
                 )
         fixed = {name: SCHEMES[scheme] for name, scheme in given.items()}
         free = [layer for layer in layers if layer.name not in fixed]
-        if not free:
-            return fixed, {"note": "every layer's scheme was given"}
         options = PlanOptions(
             self.group_size,
             self.metric,
@@ -152,10 +182,15 @@ class Quantize:
             self.max_latency,
             self.latencies,
         )
-        chosen, record = choose(program, free, spec, self.calibration, options, codes_of)
-        if self.plan_file is not None:
-            save_plan(self.plan_file, fixed | chosen)
-        return fixed | chosen, record
+        chosen, record = fixed, {"note": "every layer's scheme was given"}
+        if free:
+            chosen, record = choose(program, free, spec, self.calibration, options, codes_of)
+            chosen = fixed | chosen
+        if fixed and self.calibration:
+            record |= check_given(program, layers, chosen, self.calibration, self.group_size, codes_of)
+        if self.plan_file is not None and free:
+            save_plan(self.plan_file, chosen)
+        return chosen, record
 
     def _representable(self, program: Program, layer: LinearLayer) -> bool:
         """Whether the weights fit float16 scales; otherwise the layer gets the reason and stays in float."""

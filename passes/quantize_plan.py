@@ -19,6 +19,7 @@ from .schemes import SCHEMES, PlanSpec, Scheme
 from .sensitivity import Batch, CodesOf, Scores, divergence, groups_of, measure
 
 _PLAN_FORMAT = 1
+_SLACK = 1.001  # float32 sums of the same plan differ by a thousandth between runs
 INT6 = ("w6a6", "w6a8")
 AUTO = ("w6a6", "w6a8", "w8a8", "float")
 Cost = Callable[[LinearLayer, Scheme], int]
@@ -98,6 +99,30 @@ def choose(
     return plan, record | {"metric": scores.metric, "tokens": scores.tokens, "scores": _per_layer(scores)}
 
 
+def check_given(
+    program: Program,
+    layers: Sequence[LinearLayer],
+    plan: Mapping[str, Scheme],
+    calibration: Sequence[Batch],
+    group_size: int,
+    codes_of: CodesOf,
+) -> dict[str, Any]:
+    """The measured divergence of a plan that was (partly) given, beside that of uniform W6A8.
+
+    Raises:
+        RefusedError: it diverges more than uniform W6A8 although it saves nothing against it.
+    """
+    uniform = {layer.name: SCHEMES["w6a8"] for layer in layers}
+    measured = divergence(program, layers, {"plan": plan, "w6a8": uniform}, calibration, codes_of, group_size)
+    saves = any(plan[layer.name].activation_bits < 8 for layer in layers)
+    if not saves and measured["plan"] > measured["w6a8"] * _SLACK:
+        raise RefusedError(
+            f"quantize: the given plan diverges more (KL {measured['plan']:.3g}) than uniform w6a8 (KL"
+            f" {measured['w6a8']:.3g}), which costs no more: use --quant w6a8, or edit the plan"
+        )
+    return {"kl": measured}
+
+
 def _within_tolerance(
     program: Program,
     layers: Sequence[LinearLayer],
@@ -152,8 +177,7 @@ def _check_against_uniform(
     if not uniform:
         return {"kl": measured, "budget": budget}
     best = min(uniform, key=lambda name: measured[name])
-    # A thousandth of slack: float32 sums of the same plan differ that much between runs.
-    if measured["plan"] > measured[best] * 1.001:
+    if measured["plan"] > measured[best] * _SLACK:
         raise RefusedError(
             f"quantize: the chosen plan diverges more (KL {measured['plan']:.3g}) than uniform {best} (KL"
             f" {measured[best]:.3g}), which costs no more: use --quant {best}, or calibrate on more text"
@@ -236,4 +260,4 @@ def load_plan(path: str | os.PathLike[str]) -> dict[str, str]:
     return {str(name): str(scheme) for name, scheme in layers.items()}
 
 
-__all__ = ["PlanOptions", "choose", "load_plan", "save_plan"]
+__all__ = ["PlanOptions", "check_given", "choose", "load_plan", "save_plan"]

@@ -15,6 +15,7 @@ parameters are new ones: programs and modules that share the old ones keep them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -30,40 +31,52 @@ _FLOOR = 1e-4
 Divide = Callable[[Tensor], None]
 
 
+@dataclass
+class Smoothed:
+    """By what weights were changed: ``inputs``, multiplied along the input features of the layers that read a feature
+    ``[K]``; ``outputs``, divided along the rows of the layers that make one ``[N]``.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
 def smooth(
     program: Program, layers: Sequence[LinearLayer], importance: Mapping[str, Tensor], strength: float = 1.0
-) -> dict[str, Tensor]:
+) -> Smoothed:
     """Balance inputs and weights of the layers wherever the graph allows it, in place.
 
     Args:
         program: a captured program.
         layers: all its linear layers (``find_linears``), those that stay in float too: they may share an input.
         importance: the mean square of each input feature, weighted as one likes, ``[K]``, of the layers to quantize.
-
         strength: 1 meets in the middle, which suits activations as narrow as the weights; 0 leaves all as it is.
 
     Returns:
-        What each changed layer's weights were multiplied by, ``[K]`` (and its inputs divided by).
+        What changed; a layer's inputs were divided by what its weights were multiplied by.
     """
     module = program.graph_module
     by_call = {call.node: layer for layer in layers for call in layer.calls}
-    done: dict[str, Tensor] = {}
+    done = Smoothed()
     for x in dict.fromkeys(call.x for layer in layers for call in layer.calls):
         readers = [user for user in x.users if target_of(user) is not aten._assert_tensor_metadata.default]
         members = [by_call[user] for user in readers if user in by_call and by_call[user].calls[0].x is x]
         wanted = [layer for layer in members if layer.name in importance]
         if len(members) != len(readers) or not wanted or not all(layer.exclusive for layer in members):
             continue
-        divide = _maker(module, x, by_call)
-        if divide is None:
+        found = _maker(module, x, by_call)
+        if found is None:
             continue
+        divide, maker = found
         inputs = [importance[layer.name] for layer in wanted]
         weights = [layer.matrix(module).float().square().sum(dim=0) for layer in wanted]
         scale = balance(torch.stack(inputs).sum(dim=0), torch.stack(weights).sum(dim=0), strength)
         divide(scale)
         for layer in members:
             _multiply(module, layer.weight, scale, axis=0 if layer.stored_transposed else 1)
-        done |= {layer.name: scale for layer in members}
+        done.inputs |= {layer.name: scale for layer in members}
+        if maker is not None:
+            done.outputs[maker.name] = scale
     return done
 
 
@@ -74,14 +87,16 @@ def balance(inputs: Tensor, weights: Tensor, strength: float) -> Tensor:
     return torch.exp2((strength / 4 * (ratio - ratio.mean())).round())
 
 
-def _maker(module: GraphModule, x: Node, by_call: Mapping[Node, LinearLayer]) -> Divide | None:
-    """What divides the features of ``x`` by a vector where they are made, or None."""
+def _maker(
+    module: GraphModule, x: Node, by_call: Mapping[Node, LinearLayer]
+) -> tuple[Divide, LinearLayer | None] | None:
+    """What divides the features of ``x`` by a vector where they are made, and the layer whose rows it divides, if one."""
     width = x.meta["val"].shape[-1]
     if target_of(x) is aten.layer_norm.default:
         weight, bias = argument(x, 2, "weight"), argument(x, 3, "bias")
         vectors = [weight] if bias is None else [weight, bias]
         if all(isinstance(node, Node) and _is_own_vector(module, node, x, width) for node in vectors):
-            return partial(_divide, module, [str(node.target) for node in vectors])
+            return partial(_divide, module, [str(node.target) for node in vectors]), None
         return None
     if target_of(x) is not aten.mul.Tensor or x.args[0] is x.args[1]:
         return None
@@ -89,10 +104,10 @@ def _maker(module: GraphModule, x: Node, by_call: Mapping[Node, LinearLayer]) ->
         if not isinstance(factor, Node):
             continue
         if _is_own_vector(module, factor, x, width):
-            return partial(_divide, module, [str(factor.target)])
+            return partial(_divide, module, [str(factor.target)]), None
         layer = by_call.get(factor)
         if layer is not None and layer.exclusive and layer.out_features == width and list(factor.users) == [x]:
-            return partial(_divide_rows, module, layer)
+            return partial(_divide_rows, module, layer), layer
     return None
 
 

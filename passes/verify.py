@@ -107,6 +107,15 @@ def _int6(node: Node) -> str | None:
     return _activation(argument(node, 6, "activation"))
 
 
+def _int6_embedding(node: Node) -> str | None:
+    hi, lo, scale = (_shape(node.args[i]) for i in range(1, 4))
+    width, group_size = argument(node, 4, "in_features"), argument(node, 5, "group_size")
+    rows, columns = {shape[0] for shape in (hi, lo, scale)}, (*plane_bytes(width), group_count(width, group_size))
+    if len(rows) != 1 or (hi[1], lo[1], scale[1]) != columns:
+        return f"weight_hi {hi}, weight_lo {lo} and weight_scale {scale} don't hold rows of {width} features"
+    return None
+
+
 def _int8(node: Node) -> str | None:
     x, weight, scale = (_shape(node.args[i]) for i in range(3))
     if len(weight) != 2 or not x or not same_dim(x[-1], weight[1]):
@@ -126,5 +135,6 @@ CONTRACTS: dict[str, Rule] = {
     "gated_delta": _heads,
     "short_conv": _short_conv,
     "int6_linear": _int6,
+    "int6_embedding": _int6_embedding,
     "int8_linear": _int8,
 }

@@ -6,12 +6,15 @@ huge and matter little (the first of a window, which attention parks on) don't d
 
 ``clip`` chooses each group's scale by the error it leaves, weighted by the moments' diagonal. ``gptq`` (Frantar et al.,
 arXiv 2210.17323) keeps those scales, rounds one input feature at a time, the heaviest first, and moves the error it
-makes onto the features not yet rounded. Scales stay float16, groups and codes as everywhere.
+makes onto the features not yet rounded. It does the same over the outputs (as arXiv 2505.22988 proposes): with second
+moments ``E[ggᵀ]`` of the gradients, what a block of rows got wrong is moved onto the rows not yet rounded. Scales stay
+float16, groups and codes as everywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +32,15 @@ _RATIOS = [1.02 - 0.02 * step for step in range(24)]
 _DAMPING = 0.3  # heavy-tailed weights make few tokens count: less damping fits those and loses on others
 _MOMENT_BYTES = 1 << 30
 _BLOCK = 64  # features rounded before their error reaches those outside the block
+_ROW_BLOCKS = 8  # of a layer's outputs: errors move from block to block
+_MOST_OUTPUTS = 8192  # beyond, moments of the outputs take more memory and time than they are worth
+
+
+class Moments(NamedTuple):
+    """Second moments of a layer: of its inputs ``[K, K]``, of the gradients at its outputs ``[N, N]`` or None."""
+
+    inputs: Tensor
+    outputs: Tensor | None = None
 
 
 def resolve(method: str, calibration: Sequence[Batch] | None) -> str:
@@ -66,13 +78,13 @@ class WeightRounder:
         method: str,
         calibration: Sequence[Batch] | None,
         group_size: int,
-        moments: Mapping[str, Tensor] | None = None,
+        moments: Mapping[str, Moments] | None = None,
     ) -> None:
         self.method = resolve(method, calibration)
         self._program, self._group_size = program, group_size
         self._calibration = list(calibration or [])
         self._chunks = _chunks(layers)
-        self._moments = {name: moment.clone() for name, moment in (moments or {}).items()}
+        self._moments = dict(moments or {})
         self._cache: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, layer: LinearLayer, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -95,11 +107,11 @@ class WeightRounder:
             self._moments = self._collect(next(chunk for chunk in self._chunks if layer in chunk))
         moment = self._moments[layer.name]
         if self.method == "clip":
-            return clip(weight, moment.diagonal(), self._group_size, bits)
-        return gptq(weight, moment, self._group_size, bits)
+            return clip(weight, moment.inputs.diagonal(), self._group_size, bits)
+        return gptq(weight, moment.inputs, self._group_size, bits, moment.outputs)
 
-    def moments(self) -> Mapping[str, Tensor]:
-        """Second moments of the inputs of the first chunk's layers, ``[K, K]`` each."""
+    def moments(self) -> Mapping[str, Moments]:
+        """Second moments of the first chunk's layers."""
         if not self._moments and self._chunks:
             self._moments = self._collect(self._chunks[0])
         return self._moments
@@ -111,42 +123,63 @@ class WeightRounder:
         """
         assert self._calibration and not self._cache
         if len(self._chunks) == 1:
-            importance = {name: moment.diagonal() for name, moment in self.moments().items()}
+            importance = {name: moment.inputs.diagonal() for name, moment in self.moments().items()}
         else:
-            sums = self._sums([layer for chunk in self._chunks for layer in chunk], full=False)
+            sums, _ = self._sums([layer for chunk in self._chunks for layer in chunk], full=False)
             importance = {name: total / total.mean().clamp(min=1e-30) for name, total in sums.items()}
         done = smooth(self._program, layers, importance, strength)
-        for name, scale in done.items():
-            if name in self._moments:
-                self._moments[name] /= scale * scale.unsqueeze(1)
-        return done
+        for name, moment in self._moments.items():
+            inputs, outputs = moment
+            if name in done.inputs:
+                inputs = inputs / outer(done.inputs[name])
+            if name in done.outputs and outputs is not None:  # smaller outputs have larger gradients
+                outputs = outputs * outer(done.outputs[name])
+            self._moments[name] = Moments(inputs, outputs)
+        return done.inputs
 
-    def _collect(self, layers: Sequence[LinearLayer]) -> dict[str, Tensor]:
-        """Second moments of the layers' inputs, float32 ``[K, K]`` with a mean diagonal of 1.
-
-        The identity where no gradient arrived: there is nothing to weigh by.
-        """
-        moments = self._sums(layers, full=True)
+    def _collect(self, layers: Sequence[LinearLayer]) -> dict[str, Moments]:
+        """Moments with a mean diagonal of 1; of the inputs the identity where no gradient arrived."""
+        sums, gradients = self._sums(layers, full=True)
+        moments: dict[str, Moments] = {}
         for layer in layers:
-            mean = float(moments[layer.name].diagonal().mean()) if layer.name in moments else 0.0
             device = layer.matrix(self._program.graph_module).device
-            moments[layer.name] = moments[layer.name] / mean if mean > 0 else torch.eye(layer.in_features).to(device)
+            inputs = normalised(sums.get(layer.name))
+            if inputs is None:
+                inputs = torch.eye(layer.in_features, device=device)
+            moments[layer.name] = Moments(inputs, normalised(gradients.get(layer.name)))
         return moments
 
-    def _sums(self, layers: Sequence[LinearLayer], *, full: bool) -> dict[str, Tensor]:
-        """``Σ ‖g‖² xxᵀ`` over the calibration batches, or only its diagonal."""
-        sums: dict[str, Tensor] = {}
+    def _sums(self, layers: Sequence[LinearLayer], *, full: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """``Σ ‖g‖² xxᵀ`` over the calibration batches, or only its diagonal; and for GPTQ ``Σ ggᵀ``."""
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
 
         def visit(layer: LinearLayer, x: Tensor, grad: Tensor) -> None:
-            flat = x.flatten(0, -2).float()
-            weighted = flat * grad.flatten(0, -2).float().square().sum(dim=1, keepdim=True)
-            found = weighted.t() @ flat if full else (weighted * flat).sum(dim=0)
-            sums[layer.name] = sums[layer.name].add_(found) if layer.name in sums else found
+            flat, gradient = x.flatten(0, -2).float(), grad.flatten(0, -2).float()
+            weighted = flat * gradient.square().sum(dim=1, keepdim=True)
+            _add(inputs, layer.name, weighted.t() @ flat if full else (weighted * flat).sum(dim=0))
+            if full and self.method == "gptq" and layer.out_features <= _MOST_OUTPUTS:
+                _add(outputs, layer.name, gradient.t() @ gradient)
 
         with frozen(self._program):
             for seed, batch in enumerate(self._calibration):
                 backward(self._program, layers, batch, seed, visit)
-        return sums
+        return inputs, outputs
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name].add_(value) if name in sums else value
+
+
+def normalised(moment: Tensor | None) -> Tensor | None:
+    """A moment matrix with a mean diagonal of 1; None where there is none or nothing in it."""
+    mean = 0.0 if moment is None else float(moment.diagonal().mean())
+    return moment / mean if moment is not None and mean > 0 else None
+
+
+def outer(scale: Tensor) -> Tensor:
+    """``scale scaleᵀ``."""
+    return scale * scale.unsqueeze(1)
 
 
 def clip(weight: Tensor, importance: Tensor, group_size: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -178,32 +211,55 @@ def clip_scale(weight: Tensor, importance: Tensor, group_size: int, bits: int) -
     return best_scale
 
 
-def gptq(weight: Tensor, moment: Tensor, group_size: int, bits: int) -> tuple[Tensor, Tensor]:
+def gptq(
+    weight: Tensor, moment: Tensor, group_size: int, bits: int, outputs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Error feedback over input features by falling moment, at the scales of :func:`clip_scale`.
+
+    With ``outputs``, then over blocks of rows, too: the codes lower ``tr(outputs · E · moment · Eᵀ)`` of the error E.
 
     Args:
         weight: float32 ``[N, K]``.
         moment: second moments of the inputs, ``[K, K]``.
+        outputs: second moments of the gradients at the outputs, ``[N, N]``.
     """
     rows, in_features = weight.shape
     scale = clip_scale(weight, moment.diagonal(), group_size, bits)
-    order = moment.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(moment[order][:, order])
-    work = weight[:, order]
-    steps = scale.float()[:, order // group_size]
-    rounded = torch.empty_like(work)
-    for start in range(0, in_features, _BLOCK):
-        stop = min(start + _BLOCK, in_features)
-        errors = torch.empty(rows, stop - start, device=weight.device)
+    columns = moment.diagonal().argsort(descending=True, stable=True)
+    factor = inverse_factor(moment[columns][:, columns])
+    target, steps = weight[:, columns], scale.float()[:, columns // group_size]
+    if outputs is None:
+        rounded = _feed_back(target, steps, factor, bits)
+    else:
+        sequence = outputs.diagonal().argsort(descending=True, stable=True)
+        upper = inverse_factor(outputs[sequence][:, sequence])
+        target, steps, rounded = target[sequence], steps[sequence], torch.empty_like(target)
+        for part in (
+            slice(start, start + -(-rows // _ROW_BLOCKS)) for start in range(0, rows, -(-rows // _ROW_BLOCKS))
+        ):
+            rounded[part] = _feed_back(target[part], steps[part], factor, bits)
+            error = target[part] - rounded[part] * steps[part]
+            moved = torch.linalg.solve_triangular(upper[part, part].t(), error, upper=False)
+            target[part.stop :] -= upper[part, part.stop :].t() @ moved
+        rounded = rounded[sequence.argsort()]
+    codes = torch.empty(rows, in_features, dtype=torch.int8, device=weight.device)
+    codes[:, columns] = rounded.to(torch.int8)
+    return codes, scale
+
+
+def _feed_back(target: Tensor, steps: Tensor, factor: Tensor, bits: int) -> Tensor:
+    """Codes of ``target [N, K]`` at ``steps``, column by column, each column's error moved onto those after it."""
+    work, rounded = target.clone(), torch.empty_like(target)
+    for start in range(0, work.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, work.shape[1])
+        errors = torch.empty(len(work), stop - start, device=work.device)
         for k in range(start, stop):
             rounded[:, k] = round_codes(work[:, k], steps[:, k], bits)
             error = (work[:, k] - rounded[:, k] * steps[:, k]) / factor[k, k]
             work[:, k:stop] -= error.unsqueeze(1) * factor[k, k:stop]
             errors[:, k - start] = error
         work[:, stop:] -= errors @ factor[start:stop, stop:]
-    codes = torch.empty(rows, in_features, dtype=torch.int8, device=weight.device)
-    codes[:, order] = rounded.to(torch.int8)
-    return codes, scale
+    return rounded
 
 
 def inverse_factor(moment: Tensor) -> Tensor:
@@ -224,7 +280,7 @@ def _chunks(layers: Sequence[LinearLayer]) -> list[list[LinearLayer]]:
     chunks: list[list[LinearLayer]] = []
     used = _MOMENT_BYTES + 1
     for layer in layers:
-        size = 4 * layer.in_features**2
+        size = 4 * layer.in_features**2 + (4 * layer.out_features**2 if layer.out_features <= _MOST_OUTPUTS else 0)
         if used + size > _MOMENT_BYTES:
             chunks.append([])
             used = 0

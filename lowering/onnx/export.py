@@ -117,11 +117,11 @@ def export_onnx(
     """
     require("onnx", "onnxscript")
     from ..verify import holding
-    from .embeddings import lower_embeddings
+    from .embeddings import lower_embeddings, lower_packed_embeddings
     from .functions import STANDARD_OPSET, attach_bodies, standard_operators_only
     from .genai import genai_config, genai_obstacles, shares_cache
     from .native import lower_attention
-    from .quantized import LAYOUTS, lower_quantized
+    from .quantized import LAYOUTS, QuantizedReport, lower_quantized
     from .signature import Signature, bind_signature
     from .simplify import simplify
     from .verify import verify as compare
@@ -137,8 +137,10 @@ def export_onnx(
         raise LincompileError(f"unknown embeddings '{embeddings}' (choose from: {', '.join(EMBEDDINGS)})")
     started = time.perf_counter()
     model = _translate(step, int(version))
-    quantized = lower_quantized(model, layout)
-    rounded = lower_embeddings(model, model.graph.inputs[0], quantized) if embeddings == "int6" else None
+    quantized = QuantizedReport()
+    packed = lower_packed_embeddings(model, quantized)
+    lower_quantized(model, layout, quantized)
+    rounded = lower_embeddings(model, model.graph.inputs[0], quantized) if embeddings == "int6" and not packed else None
     states = constant_windows(model, step.states, step.windows)
     growing = {state.site for state in states if state.role == "key"}
     windows = {site: window for site, window in step.windows.items() if site in growing}

@@ -80,7 +80,7 @@ class Emitter:
         return existing if existing is not None else self.weight(name, array)
 
 
-def lower_quantized(model: ir.Model, layout: str = "planes") -> QuantizedReport:
+def lower_quantized(model: ir.Model, layout: str = "planes", report: QuantizedReport | None = None) -> QuantizedReport:
     """Replace every placeholder of a quantized linear by MatMulNBits nodes, in place.
 
     Args:
@@ -89,13 +89,14 @@ def lower_quantized(model: ir.Model, layout: str = "planes") -> QuantizedReport:
             the native library, whose body in the file is ``planes`` (:mod:`.native`; groups of 128). Layers whose
             activations aren't ``a8`` (six-bit or float activations) need float products, for which only the four-bit
             kernel is fast: their two bits are widened to four when loaded, in every layout.
+        report: what was lowered before, to be added to.
 
     Raises:
         LincompileError: an unknown layout, a group size that isn't a power of two, weights that aren't constants.
     """
     if layout not in LAYOUTS:
         raise LincompileError(f"unknown int6 layout '{layout}' (choose from: {', '.join(LAYOUTS)})")
-    graph, report = model.graph, QuantizedReport()
+    graph, report = model.graph, report or QuantizedReport()
     packed: dict[tuple[Any, ...], Matrix] = {}
     for node in [n for n in graph if n.domain == PLACEHOLDER_DOMAIN]:
         group_size, activation = node.attributes["group_size"].as_int(), node.attributes["activation"].as_string()
@@ -125,7 +126,12 @@ def _where(node: ir.Node) -> str:
     return f"the quantized linear of '{weight.name if weight is not None else node.name}'"
 
 
-def _constant_tensor(node: ir.Node, index: int) -> torch.Tensor:
+def constant_tensor(node: ir.Node, index: int) -> torch.Tensor:
+    """A stored input of a placeholder node.
+
+    Raises:
+        LincompileError: it isn't stored.
+    """
     value = node.inputs[index]
     if value is None or value.const_value is None:
         raise LincompileError(f"{_where(node)}: its weights are computed by the graph; they must be stored buffers")
@@ -138,6 +144,11 @@ def _sizes(node: ir.Node, rows: int) -> tuple[int, int]:
     if not isinstance(columns, int):
         raise LincompileError(f"{_where(node)}: the number of input features isn't a fixed size")
     return rows, columns
+
+
+def unsigned(codes: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Six-bit codes in [−32, 31] as bytes in [0, 63]."""
+    return (codes.numpy().astype(np.int16) + _OFFSET).astype(np.uint8)
 
 
 def plane_of_codes(codes: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
@@ -165,15 +176,13 @@ def zero_points(emit: Emitter, rows: int, blocks: int, bits: int, zero: int) -> 
 
 
 def _pack_int6(emit: Emitter, node: ir.Node, group_size: int, activation: str, layout: str) -> Matrix:
-    hi, lo, scale = (_constant_tensor(node, index) for index in (1, 2, 3))
+    hi, lo, scale = (constant_tensor(node, index) for index in (1, 2, 3))
     rows, columns = _sizes(node, hi.shape[0])
-    codes = (unpack(hi, lo, columns, group_size).numpy().astype(np.int16) + _OFFSET).astype(np.uint8)
+    codes = unsigned(unpack(hi, lo, columns, group_size))
     name = str(node.inputs[1].name).removesuffix("weight_hi") if node.inputs[1] is not None else ""
     blocks = -(-columns // group_size)
     padded = blocks * group_size
-    hi_stored = emit.weight(f"{name}onnx_hi", plane_of_codes(codes >> 2, 4))
-    lo_stored = emit.weight(f"{name}onnx_lo", plane_of_codes(codes & 3, 2))
-    scale_stored = emit.weight(f"{name}onnx_scale", scale.numpy())
+    hi_stored, lo_stored, scale_stored = stored_planes(emit, name, codes, scale.numpy())
     if layout == "native" and activation == "a8" and group_size == native.GROUP_SIZE:
         return Matrix(rows, columns, (), (hi_stored, lo_stored, scale_stored))
     hi_plane = _full_width(emit, hi_stored, padded // 2 - (columns + 1) // 2)
@@ -197,8 +206,22 @@ def _pack_int6(emit: Emitter, node: ir.Node, group_size: int, activation: str, l
     )
 
 
+def stored_planes(
+    emit: Emitter, name: str, codes: np.ndarray[Any, Any], scale: np.ndarray[Any, Any]
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Unsigned six-bit codes and their scales as initializers, those of an earlier call where names are the same."""
+    known = [emit.graph.initializers.get(f"{name}onnx_{part}") for part in ("hi", "lo", "scale")]
+    if known[0] is not None and known[1] is not None and known[2] is not None:
+        return known[0], known[1], known[2]
+    return (
+        emit.weight(f"{name}onnx_hi", plane_of_codes(codes >> 2, 4)),
+        emit.weight(f"{name}onnx_lo", plane_of_codes(codes & 3, 2)),
+        emit.weight(f"{name}onnx_scale", scale),
+    )
+
+
 def _pack_int8(emit: Emitter, node: ir.Node, group_size: int, activation: str, layout: str) -> Matrix:
-    weight, scale = _constant_tensor(node, 1), _constant_tensor(node, 2)
+    weight, scale = constant_tensor(node, 1), constant_tensor(node, 2)
     rows, columns = _sizes(node, weight.shape[0])
     name = str(node.inputs[1].name).removesuffix("weight") if node.inputs[1] is not None else ""
     blocks = -(-columns // group_size)

@@ -23,6 +23,7 @@ _TYPES = {
     "M": ["tensor(int32)"],
     "U": ["tensor(uint8)"],
     "I": ["tensor(int8)"],
+    "N": ["tensor(int32)", "tensor(int64)"],
 }
 
 
@@ -108,6 +109,14 @@ Int6Linear = _op(
     [("x", "T"), ("weight_hi", "U"), ("weight_lo", "U"), ("weight_scale", "S"), ("bias?", "T")],
     [("y", "T")],
     {"group_size": int, "activation": str},
+)
+
+Int6Embedding = _op(
+    PLACEHOLDER_DOMAIN,
+    "Int6Embedding",
+    [("ids", "N"), ("weight_hi", "U"), ("weight_lo", "U"), ("weight_scale", "S")],
+    [("y", "T")],
+    {"in_features": int, "group_size": int},
 )
 
 Int8Linear = _op(

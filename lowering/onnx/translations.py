@@ -15,7 +15,7 @@ import torch
 from onnxscript import opset18 as op
 
 from ...passes.errors import LincompileError
-from .schemas import CausalConvWithState, GroupQueryAttention, Int6Linear, Int8Linear, LinearAttention
+from .schemas import CausalConvWithState, GroupQueryAttention, Int6Embedding, Int6Linear, Int8Linear, LinearAttention
 
 # Added to the scores of keys that a query must not see. Finite on purpose: a row in which every key is padding becomes
 # an average instead of NaN, and the float32 kernel rounds any real score away against it.
@@ -37,6 +37,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.softmax_attention.default: softmax_attention,
         ops.softmax_attention_step.default: softmax_attention_step,
         ops.int6_linear.default: int6_linear,
+        ops.int6_embedding.default: int6_embedding,
         ops.int8_linear.default: int8_linear,
         torch.ops.aten.softplus.default: softplus,
         torch.ops.aten.log_sigmoid.default: log_sigmoid,
@@ -352,6 +353,13 @@ def int6_linear(
 ) -> Any:
     """A placeholder node; :mod:`.quantized` repacks its weights once they are initializers of the finished graph."""
     return Int6Linear(x, weight_hi, weight_lo, weight_scale, bias, group_size=group_size, activation=activation)
+
+
+def int6_embedding(
+    ids: Any, weight_hi: Any, weight_lo: Any, weight_scale: Any, in_features: int, group_size: int, dtype: Any = None
+) -> Any:
+    """A placeholder node; :mod:`.embeddings` makes look-ups of it."""
+    return Int6Embedding(ids, weight_hi, weight_lo, weight_scale, in_features=in_features, group_size=group_size)
 
 
 def int8_linear(

@@ -10,6 +10,7 @@ from lincompile.kernels.int6_linear.codes import dequantize, quantize_weight
 from lincompile.passes import weight_methods
 from lincompile.passes.capture import capture
 from lincompile.passes.errors import LincompileError
+from lincompile.passes.linear_layers import find_linears
 from lincompile.passes.quantize import Quantize
 from lincompile.passes.weight_methods import clip, gptq
 
@@ -32,6 +33,51 @@ def test_gptq_lowers_the_output_error_on_unseen_inputs(width: int, bits: int) ->
     plain, fed_back = quantize_weight(weight, bits=bits), gptq(weight, moment, 128, bits)
     assert output_error(weight, fed_back, x[2048:]) < 0.5 * output_error(weight, plain, x[2048:])
     assert fed_back[0].dtype == torch.int8 and int(fed_back[0].abs().max()) <= {6: 32, 8: 128}[bits]
+
+
+def test_errors_move_between_outputs_that_matter_together() -> None:
+    """Gradients of few shared directions: what one output gets wrong, others make up for, on unseen tokens too."""
+    x, g = correlated(4096, 160), correlated(4096, 96)
+    weight = torch.randn(96, 160)
+    inputs, outputs = (z[:2048].t() @ z[:2048] / 2048 for z in (x, g))
+
+    def loss(codes: tuple[Tensor, Tensor]) -> float:
+        error = dequantize(*codes) - weight
+        return float(((x[2048:] @ error.t()) * g[2048:]).sum(dim=1).square().mean())
+
+    one_sided = gptq(weight, inputs, 128, 6)
+    assert loss(gptq(weight, inputs, 128, 6, outputs)) < 0.7 * loss(one_sided)
+    # Outputs that have nothing to do with each other leave nothing to move.
+    alone = gptq(weight, inputs, 128, 6, torch.diag(torch.rand(96) + 0.1))
+    assert torch.equal(alone[0], one_sided[0]) and torch.equal(alone[1], one_sided[1])
+
+
+def test_outputs_of_a_smoothed_layer_are_weighed_by_their_new_gradients() -> None:
+    """Rows divided by s have gradients s times as large: moments taken before must say what those after do."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.down(torch.sigmoid(self.gate(x)) * self.up(x))
+            return out
+
+    model = Gated().eval()
+    with torch.no_grad():
+        model.up.weight[5] *= 100
+    program = capture(model, torch.randn(2, 5, 64))
+    data = [{program.inputs[0].name: correlated(64, 64).view(1, 64, 64)}]
+    rounder = weight_methods.WeightRounder(program, find_linears(program.graph_module), "gptq", data, 128)
+    before = rounder.moments()["up"].outputs
+    scale = rounder.smooth(find_linears(program.graph_module), 1.0)["down"]
+    found = rounder.moments()["up"].outputs
+    after = weight_methods.WeightRounder(program, find_linears(program.graph_module), "gptq", data, 128).moments()
+    assert before is not None and found is not None and after["up"].outputs is not None and float(scale.max()) > 1
+    torch.testing.assert_close(
+        found / found.mean(), after["up"].outputs / after["up"].outputs.mean(), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_gptq_without_correlation_only_clips() -> None:

@@ -12,7 +12,7 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from lincompile.passes import sensitivity
+from lincompile.passes import quantize_plan, sensitivity
 from lincompile.passes.capture import capture
 from lincompile.passes.errors import LincompileError, RefusedError
 from lincompile.passes.linear_layers import LinearLayer, find_linears
@@ -230,6 +230,32 @@ def test_a_plan_file_is_written_edited_and_followed(llama: Program, tmp_path: Pa
     path.write_text("[]")
     with pytest.raises(LincompileError, match="can't be read"):
         Quantize("int6", plan_file=str(path)).run(llama.clone())
+
+
+def test_a_given_plan_is_measured_and_refused_where_it_saves_nothing(
+    llama: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plan.json"
+    data = batches(llama, 1)
+    Quantize("int6", method="rtn", calibration=data, plan_file=str(path)).run(llama.clone())
+    record = json.loads(path.read_text())
+    record["layers"] |= dict.fromkeys(list(record["layers"])[:3], "w6a6")
+    path.write_text(json.dumps(record))
+    edited = path.read_text()
+    report = Quantize("int6", method="rtn", calibration=data, plan_file=str(path)).run(llama.clone()).report
+    assert path.read_text() == edited and report["totals"]["schemes"]["w6a6"] >= 3
+    assert report["choice"]["kl"]["plan"] > 0 and report["choice"]["kl"]["w6a8"] > 0
+
+    monkeypatch.setattr(quantize_plan, "divergence", lambda *_: {"plan": 0.2, "w6a8": 0.1})
+    path.write_text(json.dumps(record | {"layers": dict.fromkeys(record["layers"], "w6a16")}))
+    with pytest.raises(RefusedError, match=r"given plan diverges more \(KL 0\.2\) than uniform w6a8 \(KL 0\.1\)"):
+        Quantize("int6", method="rtn", calibration=data, plan_file=str(path)).run(llama.clone())
+
+
+@pytest.mark.parametrize("plan", ["w6a8", "int6", "auto:6.5"])
+def test_an_empty_calibration_set_is_an_error_for_every_plan(llama: Program, plan: str) -> None:
+    with pytest.raises(LincompileError, match="the calibration set is empty: give at least one batch"):
+        Quantize(plan, calibration=[]).run(llama.clone())
 
 
 def test_unknown_metrics_and_incomplete_batches_are_refused(llama: Program) -> None:

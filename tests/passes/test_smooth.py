@@ -52,7 +52,7 @@ def test_the_same_bits_come_out(norm: type[nn.Module]) -> None:
     program = capture(model, x)
     before, weights = program(x), {name: p.detach().clone() for name, p in program.graph_module.named_parameters()}
     layers = find_linears(program.graph_module)
-    done = smooth(program, layers, importance_of(layers, UNEVEN))
+    done = smooth(program, layers, importance_of(layers, UNEVEN)).inputs
     assert set(done) == {"gate", "up", "down"} and torch.equal(done["gate"], done["up"])
     assert torch.equal(program(x), before)
     for name, scale in done.items():
@@ -67,14 +67,16 @@ def test_bfloat16_models_stay_the_same_too() -> None:
     program = capture(model, x)
     before = program(x)
     layers = find_linears(program.graph_module)
-    assert smooth(program, layers, importance_of(layers, UNEVEN))
+    assert smooth(program, layers, importance_of(layers, UNEVEN)).inputs
     assert torch.equal(program(x), before)
 
 
 def test_features_with_other_readers_are_left_alone() -> None:
     program = capture(Gated(Norm(64), residual=True).eval(), torch.randn(2, 7, 64))
     layers = find_linears(program.graph_module)
-    assert set(smooth(program, layers, importance_of(layers, UNEVEN))) == {"down"}  # the residual reads norm's output
+    assert set(smooth(program, layers, importance_of(layers, UNEVEN)).inputs) == {
+        "down"
+    }  # the residual reads norm's output
 
 
 def test_shared_parameters_are_left_alone() -> None:
@@ -85,7 +87,7 @@ def test_shared_parameters_are_left_alone() -> None:
     program = capture(model, x)
     before = program(x)
     layers = find_linears(program.graph_module)
-    assert smooth(program, layers, importance_of(layers, UNEVEN)) == {}
+    assert smooth(program, layers, importance_of(layers, UNEVEN)).inputs == {}
     assert torch.equal(program(x), before)
 
 
@@ -95,7 +97,9 @@ def test_a_layer_that_stays_float_follows_its_neighbours() -> None:
     before = program(x)
     layers = find_linears(program.graph_module, skip=["gate"])
     wanted = [layer for layer in layers if layer.reason is None]
-    assert set(smooth(program, layers, importance_of(wanted, UNEVEN))) == {"gate", "up", "down"}
+    done = smooth(program, layers, importance_of(wanted, UNEVEN))
+    assert set(done.inputs) == {"gate", "up", "down"}
+    assert set(done.outputs) == {"up"} and torch.equal(done.outputs["up"], done.inputs["down"])
     assert torch.equal(program(x), before)
 
 
