@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # before its imports meet the stand-ins
 from torch.overrides import TorchFunctionMode
 
 
@@ -30,6 +29,16 @@ class Event:
 
     def elapsed_time(self, other: Event) -> float:
         return max((other.at - self.at) * 1e3, 1e-6)
+
+
+class Generator(torch.Generator):
+    def __new__(cls, device: Any = "cpu") -> Generator:
+        return super().__new__(cls, "cpu")
+
+
+class Autocast(torch.autocast):
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu", *args, **kwargs)
 
 
 class Stream:
@@ -60,9 +69,7 @@ class OnCpu(TorchFunctionMode):
 
 def pretend() -> None:
     """Stand-ins for what the benchmarks use of torch.cuda."""
-    generator, autocast = torch.Generator, torch.autocast
-    torch.Generator = lambda device="cpu": generator("cpu")  # type: ignore[assignment, misc]
-    torch.autocast = lambda device, *args, **kwargs: autocast("cpu", *args, **kwargs)  # type: ignore[assignment, misc]
+    torch.Generator, torch.autocast = Generator, Autocast  # type: ignore[misc]
     torch.nn.Module.cuda = lambda self: self  # type: ignore[assignment, method-assign, return-value]
     stands: dict[str, Any] = {
         "Event": Event, "Stream": Stream, "CUDAGraph": Graph, "graph": nothing, "stream": nothing,

@@ -194,6 +194,21 @@ def check_random() -> list[dict[str, Any]]:
     return results
 
 
+def check_int8() -> dict[str, Any]:
+    """int8_linear's kernel, which is off until this has passed on a GPU: against the float64 definition."""
+    errors: dict[str, float] = {}
+    for (rows, width), tokens in itertools.product(((300, 1024), (256, 4096)), (1, 5, 60, 300)):
+        codes = torch.randint(-127, 128, (rows, width), dtype=torch.int8, device="cuda")
+        scale = (torch.rand(rows, width // 128, device="cuda") * 0.01 + 0.001).half()
+        x = (torch.randn(tokens, width, device="cuda") * 4).to(torch.bfloat16)
+        bias = torch.randn(rows, device="cuda")
+        poisoned(tokens, rows)
+        got = kernels.int8_linear(x, codes, scale, bias, 128, "a8").double()
+        expected = reference.int8_linear_definition(x, codes, scale, bias, 128, "a8")
+        errors[f"{rows}x{width} M={tokens}"] = float((got - expected).norm() / expected.norm())
+    return {"errors": errors, "ok": max(errors.values()) < 4e-3}
+
+
 def median_us(calls: list[Callable[[], Any]], replays: int = 15) -> float:
     """Median microseconds of one call: the calls are captured in one graph and replayed in turn."""
     for call in calls:
@@ -389,6 +404,10 @@ def main() -> None:
 
     part("exact", check_exact())
     part("random", check_random())
+    try:
+        part("int8_linear", check_int8())
+    except Exception as error:
+        part("int8_linear", {"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}"})
     worst = max(item["error"] for item in result["random"] if item["dtype"] == "float32")
     print(f"exact in {len(result['exact'])} cases; worst float32 error {worst:.2e}", flush=True)
     part("table", table())

@@ -210,13 +210,12 @@ def check(wanted: list[str], seed: int, jobs: int, save: Callable[[str, dict[str
     """Runs the checks, most of whose time is compiling, in ``jobs`` processes; ``save(name, row)`` after each."""
 
     def run(name: str) -> dict[str, Any]:
-        if jobs == 1:
-            return check_here(name, seed)
         with tempfile.TemporaryDirectory() as folder:
             return run_apart(__file__, name, seed, Path(folder) / "check.json")
 
     with ThreadPoolExecutor(jobs) as pool:
-        for name, row in zip(wanted, pool.map(run, wanted), strict=True):
+        rows = pool.map(run, wanted) if jobs > 1 else (check_here(name, seed) for name in wanted)
+        for name, row in zip(wanted, rows, strict=True):
             report(name, row)
             save(name, row)
 

@@ -1,0 +1,168 @@
+"""All checks and figures of one GPU in sittings of ten minutes: parts run in order of value and save as they go.
+
+    python benchmarks/gpu_session.py --part kernels --seconds 570 --out results
+    python benchmarks/gpu_session.py --part int6 --seconds 570 --out results
+    python benchmarks/gpu_session.py --part end_to_end --seconds 570 --out results
+    python benchmarks/gpu_session.py --part kernels --dry          # the control flow, on a CPU
+
+Every section is a process of its own with a time limit: one that fails or hangs costs itself only. What it found so
+far lies in ``--out`` (one JSON file and one log a section; ``session.json`` says how each ended, and which were left
+out for lack of time).
+
+Peers, as wheels on a machine without network (``pip download --no-deps``, then ``pip install --no-deps``; 5.4 MB
+together): fla-core 0.6.0, flash-linear-attention 0.6.0, humming-kernels 0.1.20 (needs jinja2, tabulate, tqdm,
+cuda-bindings), torchao 0.18.0. FLA also needs einops and transformers. A peer that isn't there is an error in its own
+rows. FLA's first call compiles for minutes, on the CPU: that runs beside the checks, which are compiling, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PEERS = "fla,sdpa flash,sdpa cudnn"
+
+
+@dataclass
+class Section:
+    """``option FILE`` is added to the command; ``beside``: starts together with the section before."""
+
+    name: str
+    script: str
+    arguments: list[str]
+    seconds: float
+    beside: bool = False
+    option: str = "--json"
+    environment: dict[str, str] = field(default_factory=dict)
+    dry: list[str] | None = None
+
+
+def kernels(jobs: int) -> list[Section]:
+    linear, block = "linear_attention.py", "lawcat_block.py"
+    return [
+        # On an empty cache, before anything else has compiled.
+        Section("first_call", linear, ["--first-call", "--shapes", "0"], 60,
+                environment={"TRITON_CACHE_DIR": tempfile.mkdtemp()}),
+        Section("check_linear", linear, ["--check", "--jobs", str(jobs)], 200, dry=[]),
+        Section("check_block", block, ["--check", "--jobs", str(jobs)], 200, beside=True, dry=[]),
+        Section("warm_fla", linear, ["--warm", "fla", "--shapes", "0"], 240, beside=True),
+        Section("times", linear, ["--time", "--decode", "--peers", PEERS], 170),
+        Section("stages", block, ["--stages", "--shapes", "0,4", "--budget", "0.3"], 60),
+        Section("profile", linear, ["--profile", "--shapes", "0,4,2"], 40),
+        Section("block", block, ["--time", "--peers", "fla,sdpa,compiled", "--shapes", "4,0,2", "--budget", "0.5"],
+                150),
+        Section("tune", linear, ["--tune", "--shapes", "0,4"], 90),
+        Section("growth", linear, ["--growth", "--peers", "fla"], 60),
+        Section("check_sliding", "sliding_attention.py", ["--check", "--time", "--budget", "0.2"], 80, dry=[]),
+        Section("block_rest", block, ["--time", "--peers", "fla", "--shapes", "1,3", "--budget", "0.5"], 90),
+    ]  # fmt: skip
+
+
+def int6(jobs: int) -> list[Section]:
+    return [
+        Section("int6_linear", "int6_linear.py", ["--variants", "--peers", "--seconds", "380"], 400, option="--out",
+                dry=[]),
+        Section("int6_end_to_end", "int6_end_to_end.py", ["--seconds", "150"], 170, option="--out", dry=[]),
+    ]  # fmt: skip
+
+
+def end_to_end(jobs: int) -> list[Section]:
+    script = "end_to_end.py"
+    return [
+        Section("end_to_end_1b", script, ["--models", "1", "--seconds", "130"], 160, dry=["--eager"]),
+        Section("end_to_end_8b", script, ["--models", "2", "--seconds", "170"], 200, dry=["--eager"]),
+        Section("end_to_end_smollm2", script, ["--models", "0", "--seconds", "120"], 150, dry=["--eager"]),
+    ]
+
+
+PARTS = {"kernels": kernels, "int6": int6, "end_to_end": end_to_end}
+
+
+def start(section: Section, out: Path, dry: bool) -> tuple[subprocess.Popen[bytes], float]:
+    arguments = list(section.arguments)
+    if dry:
+        if "--shapes" in arguments:
+            arguments[arguments.index("--shapes") + 1] = "0"
+        if "--models" in arguments:
+            arguments[arguments.index("--models") + 1] = "0"
+        arguments = [a.replace(",compiled", "") for a in arguments] + (section.dry or [])
+    script = [str(HERE / "dry.py"), section.script] if dry else [str(HERE / section.script)]
+    command = [sys.executable, *script, *arguments, section.option, str(out / f"{section.name}.json")]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **section.environment}
+    log = (out / f"{section.name}.log").open("wb")
+    return subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=HERE.parent, start_new_session=True
+    ), (time.perf_counter())
+
+
+def finish(section: Section, process: subprocess.Popen[bytes], begun: float, limit: float, out: Path) -> dict[str, Any]:
+    """Waits until ``limit`` (a time) and says how it ended."""
+    try:
+        code: int | str = process.wait(max(0.1, limit - time.perf_counter()))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+        process.wait()
+        code = "stopped: no time left"
+    seconds = round(time.perf_counter() - begun, 1)
+    tail = (out / f"{section.name}.log").read_text(errors="replace").splitlines()[-40:]
+    wrong = [line for line in tail if line.startswith("FAIL") or "Error" in line]
+    print(f"== {section.name}: {code}, {seconds} s", *[line[:200] for line in [*wrong[:6], *tail[-6:]]], sep="\n   ",
+          flush=True)  # fmt: skip
+    return {"exit": code, "seconds": seconds, "last lines": tail[-3:]}
+
+
+def run(sections: list[Section], seconds: float, out: Path, dry: bool) -> dict[str, Any]:
+    started = time.perf_counter()
+    end = started + seconds
+    ended: dict[str, Any] = {}
+    groups: list[list[Section]] = []
+    for section in sections:
+        if section.beside:
+            groups[-1].append(section)
+        else:
+            groups.append([section])
+    for group in groups:
+        wanted = [s for s in group if not (dry and s.dry == [] and s.script != "end_to_end.py")]
+        left = end - time.perf_counter()
+        if left < 15:
+            ended |= {section.name: {"exit": "left out: no time left"} for section in group}
+            continue
+        running = [(section, *start(section, out, dry)) for section in wanted]
+        for section, process, begun in running:
+            ended[section.name] = finish(section, process, begun, min(end, begun + section.seconds), out)
+        (out / "session.json").write_text(json.dumps(ended, indent=1) + "\n")
+    (out / "session.json").write_text(json.dumps(ended, indent=1) + "\n")
+    return ended
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=sorted(PARTS), required=True)
+    parser.add_argument("--only", default="", help="comma-separated sections")
+    parser.add_argument("--seconds", type=float, default=570)
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2 - 1), help="processes for checks")
+    parser.add_argument("--out", type=Path, default=Path("gpu_session"))
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU; checks and int6 are left out")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    sections = PARTS[options.part](options.jobs)
+    if options.only:
+        sections = [section for section in sections if section.name in options.only.split(",")]
+        for section in sections:
+            section.beside = False
+    ended = run(sections, options.seconds, options.out, options.dry)
+    return 0 if all(entry["exit"] == 0 for entry in ended.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
