@@ -95,7 +95,8 @@ def export_onnx(
     """Write ``model.onnx`` (with ``model.onnx.data`` when big) and ``genai_config.json`` into ``folder``.
 
     Args:
-        step: the stateful program; its graph module's weights must be float32 (and packed integers).
+        step: the stateful program. In bfloat16 or float16 it is computed in float32 and its weights are stored in
+            their 16 bits (:mod:`.half`).
         folder: made when missing; files of the same names are replaced, each only once it is complete.
         layout: ``planes`` (six bits in memory), ``int8`` (eight in memory, faster) or ``native`` (six, with kernels of
             the native library where it runs, for linear attention too); see :mod:`.quantized`, :mod:`.native`.
@@ -120,11 +121,13 @@ def export_onnx(
     from .embeddings import lower_embeddings, lower_packed_embeddings
     from .functions import STANDARD_OPSET, attach_bodies, standard_operators_only
     from .genai import genai_config, genai_obstacles, shares_cache
+    from .half import store_in_half, widened
     from .native import lower_attention
     from .quantized import LAYOUTS, QuantizedReport, lower_quantized
     from .signature import Signature, bind_signature
     from .simplify import simplify
     from .verify import verify as compare
+    from .verify import verify_widened
     from .windows import constant_windows
 
     standard = opset == STANDARD
@@ -136,6 +139,7 @@ def export_onnx(
     if embeddings not in EMBEDDINGS:
         raise LincompileError(f"unknown embeddings '{embeddings}' (choose from: {', '.join(EMBEDDINGS)})")
     started = time.perf_counter()
+    given, (step, halves) = step, widened(step)
     model = _translate(step, int(version))
     quantized = QuantizedReport()
     packed = lower_packed_embeddings(model, quantized)
@@ -165,6 +169,12 @@ def export_onnx(
         _clean(model)
     elif bodies:
         notes += attach_bodies(model)
+    store_in_half(model, halves)
+    if halves:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves))
+        notes.append(
+            f"{names} weights are stored as they are and computed with in float32, onnxruntime's type on a CPU"
+        )
     genai = genai and step.causal
     obstacles = genai_obstacles(bound) if genai else []
     rounding = sorted(set(quantized.activations) - {"a16"})
@@ -186,6 +196,8 @@ def export_onnx(
             return
         with holding(*rounded) if rounded else nullcontext():
             measured.update(compare(step, file, bool(rounding)))
+        if halves:
+            measured.update(verify_widened(given, step, signature.vocabulary))
 
     size = _save(model, destination, external_data, check)
     if genai and not obstacles:
@@ -332,7 +344,7 @@ def _save(model: ir.Model, folder: Path, external_data: bool | None, check: Call
             ir.save(model, path, external_data=DATA_FILE, size_threshold_bytes=_EXTERNAL_TENSOR_BYTES)
         else:
             ir.save(model, path)
-        onnx.checker.check_model(str(path), full_check=False)
+        onnx.checker.check_model(str(path), full_check=True)
         check(path)
         stale = folder / DATA_FILE
         if not external_data and stale.exists():

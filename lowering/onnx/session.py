@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class OnnxSession:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise ArtefactError(f"onnxruntime can't load {path}: {_advice(error, onnxruntime.__version__)}") from error
+        _return_freed_memory()
         self.path = path
         try:
             signature = Signature.read(dict(self._session.get_modelmeta().custom_metadata_map))
@@ -153,6 +155,13 @@ class OnnxSession:
                     f"state '{spec.name}' must be {str(spec.dtype).removeprefix('torch.')} [{shape}], "
                     f"got {str(state.dtype).removeprefix('torch.')} {list(state.shape)}"
                 )
+
+
+def _return_freed_memory() -> None:
+    """Loading a model frees as much as it keeps: the file's bytes, constants before folding. Glibc holds on to it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have no such function
+    if trim is not None:
+        trim(0)
 
 
 def _advice(error: Exception, version: str) -> str:

@@ -11,6 +11,16 @@ if TYPE_CHECKING:
     from ...passes.stateful import StepProgram
 
 
+def verify_widened(step: StepProgram, wide: StepProgram, vocabulary: int) -> dict[str, Any]:
+    """How far a program in 16 bits is from its float32 form, as ``rms_from_half`` (relative to the largest logit).
+
+    Raises:
+        LincompileError: further than 16 bits explain.
+    """
+    measured = compare(step, wide, vocabulary=vocabulary, quantized=True, states=wide.initial_states)
+    return {"rms_from_half": measured["rms_error"]}
+
+
 def verify(step: StepProgram, file: Path, quantized: bool) -> dict[str, Any]:
     """What :func:`lincompile.lowering.verify.compare` measures for a file under onnxruntime.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from exported_models import Exported, export_case
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -110,6 +112,19 @@ def toy() -> SimpleNamespace:
     graph_module.recompile()
     step = StepProgram(graph_module, states, {SLIDING: WINDOW}, MAX_POSITIONS)
     return SimpleNamespace(step=step, graph_module=graph_module, states=states, sites=SITES)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """``exported(name)``: a case of ``exported_models``, exported once."""
+    cache: dict[str, Exported] = {}
+
+    def get(name: str) -> Exported:
+        if name not in cache:
+            cache[name] = export_case(name, tmp_path_factory.mktemp(name))
+        return cache[name]
+
+    return get
 
 
 def write_word_tokenizer(folder: Path) -> None:
