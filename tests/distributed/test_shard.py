@@ -107,7 +107,10 @@ def test_one_state_gather_each_way_per_linear_layer(measured: dict[str, Any]) ->
             if "gated-delta" in models:
                 # [M | A]: D more columns; backward dP
                 gathers = [size for kind, size in models["gated-delta"]["forward"] if kind == "all_gather_into_tensor"]
-                assert gathers == [2 * 4 * 8 * (8 + 8)] * 2, name
+                state = 2 * 4 * 8 * (8 + 8)
+                assert gathers.count(state) == 2, name
+                if -(-13 // world) >= 3:  # shorter slices are gathered for the convolution's three earlier inputs
+                    assert gathers == [state] * 2, name
                 back = [size for kind, size in models["gated-delta"]["backward"] if kind == "all_gather_into_tensor"]
                 assert back == [2 * 4 * 8 * 8] * 2, name
             for model in ("bidirectional", "bidirectional-nano"):
