@@ -59,7 +59,7 @@ SOURCES = [
     *pypi("sqlalchemy jax transformers scikit-image biopython twisted matplotlib", "MIT/Apache/BSD/PSF"),
     *pypi("botocore", "Apache-2.0", "*service-2.json*", "descriptions"),
     *pypi("google-api-python-client", "Apache-2.0", "*discovery_cache/documents/*.json", "descriptions"),
-    *deb("apache2-doc", "Apache-2.0", "*.en*"),
+    *deb("apache2-doc", "Apache-2.0", "*/manual/en/*.html"),
     *deb("debian-handbook", "CC BY-SA 3.0 or GPL-2+", "*/en-US/*.html"),
     *deb("python-django-doc", "BSD", "*.html"),
     *deb("python-sqlalchemy-doc", "MIT", "*.html"),
@@ -104,7 +104,7 @@ def plain(markup: str) -> str:
     page = _Html()
     page.feed(markup)
     page.close()
-    return "".join(page.parts)
+    return "".join(page.parts).replace("\xa0", " ")
 
 
 def read_html(text: str) -> Iterator[str]:

@@ -179,10 +179,19 @@ def mixed(far: Tensor, near: Tensor | None, shares: tuple[Tensor, Tensor] | None
 
 
 def half_life_bias(features: int) -> Tensor:
-    """Gate logits whose half-lives run from the first to the last of ``HALF_LIVES``, evenly in log-space."""
+    """Gate logits (float32) of ``spread_half_lives``."""
+    return logits_of_half_lives(spread_half_lives(features))
+
+
+def spread_half_lives(features: int) -> Tensor:
+    """Half-lives from the first to the last of ``HALF_LIVES``, evenly in log-space (float64)."""
     exponents = torch.linspace(math.log2(HALF_LIVES[0]), math.log2(HALF_LIVES[-1]), features, dtype=torch.float64)
-    decay = torch.exp2(-GATE_TEMPERATURE / torch.exp2(exponents))
-    return torch.logit(decay).float()
+    return torch.exp2(exponents)
+
+
+def logits_of_half_lives(tokens: Tensor) -> Tensor:
+    """Gate logits (float32) at which what was kept halves in so many tokens (float64, any shape)."""
+    return torch.logit(torch.exp2(-GATE_TEMPERATURE / tokens)).float()
 
 
 class HedgehogMap(nn.Module):

@@ -66,6 +66,17 @@ def spread(program: Program, group: str, world: int) -> Iterator[Spread]:
         _current, LinearMethod.fuse = before, fuse
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this rank runs whole windows by itself, as on one device."""
+    global _current
+    before, _current = _current, None
+    try:
+        yield
+    finally:
+        _current = before
+
+
 def current() -> Spread | None:
     """The ranks that share the windows now; None on one device."""
     return _current

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import LincompileError
 from ..methods import LinearMethod, mixed
 from ..program import Program
+from .calibrate import calibrate
 from .data import Batches
 from .instrument import TrainingGraph, beside, weights_checksum
 from .loop import LoopOptions, LoopReport, Part, Progress, train
@@ -43,12 +44,15 @@ class Transfer(LoopOptions):
         loss: what is minimised at each site: "mse", the output's relative squared error; "weights", the cross-entropy
             of the attention weights (hedgehog and lawcat; takes longer, by the window's length over the values'
             width); or "both", their sum.
+        calibration: windows on which to measure where the teacher's heads look, for untrained gates to start with
+            half-lives that fit (0: they start alike).
     """
 
     rate: float = 1e-2
     gate_rate: float = 3e-2
     bias_rate: float = 3e-1
     loss: str = "mse"
+    calibration: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,6 +196,8 @@ def transfer(
     Raises:
         LincompileError: nothing to distil, a loss that isn't finite, or a checkpoint of another run.
     """
+    if options.calibration and options.steps and (checkpoint is None or not checkpoint.exists()):
+        calibrate(teacher, student, data.step(0)[: options.calibration])
     errors = Errors(teacher, student, options.loss)
     parts = [
         Part(path, dict(branch.named_parameters()), {n: options.rate_of(n) for n, _ in branch.named_parameters()})

@@ -7,6 +7,7 @@ grouped heads and numerics included. Only one block's columns are held at a time
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,6 +32,25 @@ def check_weights(branch: LinearMethod, path: str) -> None:
         raise LincompileError("--transfer-loss: attention weights can't be compared over several ranks; use mse")
 
 
+def columns_of(v: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
+    """(First key, values ``[B, Hkv, T, width]`` that are one at one of the keys from it on), for all keys of ``v``."""
+    length = v.shape[2]
+    for start in range(0, length, width):
+        keys = torch.arange(start, start + width, device=v.device)
+        ones = (torch.arange(length, device=v.device)[:, None] == keys).to(v.dtype)
+        yield start, ones.expand(*v.shape[:2], length, width).contiguous()
+
+
+def teacher_weights(
+    softmax: tuple[Any, ...], site_q: Tensor, site_k: Tensor, columns: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Softmax weights ``[B, H, T, width]`` of the columns' keys."""
+    found: Tensor = torch.ops.lincompile.softmax_attention(
+        like(site_q, columns), like(site_k, columns), columns, mask, *softmax
+    )
+    return found
+
+
 def weights_loss(
     branch: LinearMethod, softmax: tuple[Any, ...], site_q: Tensor, site_k: Tensor, *operands: Tensor | None
 ) -> Tensor:
@@ -46,12 +66,9 @@ def weights_loss(
     shape, length = branch.shape, v.shape[2]
     mask = (*rest, None)[2 if branch.mix is not None else 0]
     total = torch.zeros((), device=v.device)
-    for start in range(0, length, shape.value_dim):
-        keys = torch.arange(start, start + shape.value_dim, device=v.device)
-        ones = (torch.arange(length, device=v.device)[:, None] == keys).to(v.dtype)
-        columns = ones.expand(*v.shape[:2], length, shape.value_dim).contiguous()
+    for _, columns in columns_of(v, shape.value_dim):
         with torch.no_grad():
-            wanted = torch.ops.lincompile.softmax_attention(like(site_q, v), like(site_k, v), columns, mask, *softmax)
+            wanted = teacher_weights(softmax, site_q, site_k, columns, mask)
 
         def block(wanted: Tensor, columns: Tensor) -> Tensor:
             got = branch.attend(q, k, columns, x, mask)
