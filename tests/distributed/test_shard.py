@@ -125,7 +125,9 @@ def test_one_state_gather_each_way_per_linear_layer(measured: dict[str, Any]) ->
                     assert gathers == ([state, 2 * -(-16 // (2 * world)) * 2] if direction == "forward" else [state])
             if "hybrid" in models:  # K and V of the softmax layer in one gather, their gradients in one reduce-scatter
                 kinds = [kind for kind, _ in models["hybrid"]["backward"]]
-                assert kinds.count("reduce_scatter_tensor") == 1
+                size = 2 * -(-12 // (2 * world))
+                # two more for the convolutions' gradients where slices are shorter than the inputs they reach back to
+                assert kinds.count("reduce_scatter_tensor") == (1 if size >= 3 else 3), name
 
 
 def test_the_gather_runs_beside_the_slices_own_work(measured: dict[str, Any]) -> None:
