@@ -70,6 +70,9 @@ def linears(layers: int, layout: str) -> bytes:
     graph.outputs.extend([*unread, x])
     model = ir.Model(graph, ir_version=10)
     lower_quantized(model, layout)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():  # the placeholders' own planes
+            del graph.initializers[name]
     attach_bodies(model)
     data: bytes = ir.serde.serialize_model(model).SerializeToString()
     return data
