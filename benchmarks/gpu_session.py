@@ -98,7 +98,9 @@ def start(section: Section, out: Path, dry: bool) -> tuple[subprocess.Popen[byte
         arguments = [a.replace(",compiled", "") for a in arguments] + (section.dry or [])
     script = [str(HERE / "dry.py"), section.script] if dry else [str(HERE / section.script)]
     command = [sys.executable, *script, *arguments, section.option, str(out / f"{section.name}.json")]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **section.environment}
+    # The project needn't be installed where the GPU is.
+    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths), **section.environment}
     log = (out / f"{section.name}.log").open("wb")
     return subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=HERE.parent, start_new_session=True
