@@ -45,7 +45,7 @@ struct Kernels {
 
 constexpr int64_t kRowBlock = 32;
 
-constexpr char avx512vnni_name[] = "avx512vnni";
+constexpr char avx512vnni_name[] = "avx512vnni", avx2_name[] = "avx2";
 
 extern const Kernels portable;
 extern const Kernels avx2;

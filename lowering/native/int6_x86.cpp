@@ -327,7 +327,7 @@ AVX2 void multiply256(const Matrix& weight, const Tokens& tokens, float* y, int6
 }  // namespace
 
 const Kernels avx512vnni{avx512vnni_name, quantize512, multiply512};
-const Kernels avx2{"avx2", portable.quantize, multiply256};
+const Kernels avx2{avx2_name, portable.quantize, multiply256};
 
 }  // namespace int6
 #endif

@@ -274,6 +274,12 @@ struct GatedLinearAttention {
 
 // ---- Registration
 
+// The kernels that LINCOMPILE_NATIVE names; null where the choice is left to us.
+const char* asked_for() {
+    const char* wanted = std::getenv("LINCOMPILE_NATIVE");
+    return wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, "1") == 0 ? nullptr : wanted;
+}
+
 template <typename Kernel>
 ort::Status* create(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** kernel) {
     return guarded(api, [&] { *kernel = new Kernel(api, info); });
@@ -329,12 +335,12 @@ Op make_op(const char* name, std::vector<ort::ElementType> inputs, std::size_t o
 
 extern "C" {
 
-// The kernels that RegisterCustomOps registers, by name: those asked for, or by default the only ones measured to be
-// worth it. Null where this processor runs none of them.
+// The kernels that RegisterCustomOps registers, by name: those asked for, or by default those measured to be worth it.
+// Null where this processor runs none of them.
 __attribute__((visibility("default"))) const char* lincompile_kernels() {
-    const char* wanted = std::getenv("LINCOMPILE_NATIVE");
-    const bool any = wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, "1") == 0;
-    const int6::Kernels* chosen = int6::choose(any ? int6::avx512vnni_name : wanted);
+    const char* wanted = asked_for();
+    const int6::Kernels* chosen = int6::choose(wanted == nullptr ? int6::avx512vnni_name : wanted);
+    if (chosen == nullptr && wanted == nullptr) chosen = int6::choose(int6::avx2_name);
     return chosen == nullptr ? nullptr : chosen->name;
 }
 
@@ -364,7 +370,9 @@ __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Sessi
         ort::Domain* domain = nullptr;
         check(ort::create_domain(api, static_cast<const char*>(kDomain), &domain));
         check(ort::add_op(api, domain, static_cast<const ort::CustomOp*>(&int6_linear)));
-        check(ort::add_op(api, domain, static_cast<const ort::CustomOp*>(&gated)));
+        // The plain C++ loops are slower than onnxruntime's attention: they run where they are asked for only.
+        if (attention_kernels != &attention::portable || asked_for() != nullptr)
+            check(ort::add_op(api, domain, static_cast<const ort::CustomOp*>(&gated)));
         check(ort::add_domain(api, options, domain));
     });
 }

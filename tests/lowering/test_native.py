@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -313,14 +316,60 @@ def test_switched_off_or_without_a_compiler_the_stock_kernels_run(
         library.library_path()
 
 
+def test_by_default_a_processor_with_avx2_runs_our_linears_and_the_stock_attention(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LINCOMPILE_NATIVE", raising=False)
+    try:
+        kernels = library.register(ort.SessionOptions())
+    except LincompileError as error:
+        pytest.skip(str(error))
+    if kernels != "avx2":
+        pytest.skip(f"this processor runs {kernels}")
+    assert operators(attention_model(4, 2, 8, 9, 8), tmp_path, native=True) == ["LinearAttention"]
+    tensors = weights(24, 200, 6)
+    linear = lowered(placeholder_model(tensors, 200, 24, "a8"), "native")
+    assert operators(linear, tmp_path, native=True) == ["Int6LinearA8"]
+
+
+_GROWTH = """
+import sys
+from lincompile.lowering.onnx.session import OnnxSession
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+import lincompile.lowering.native.library, lincompile.lowering.onnx.signature, onnxruntime  # imported by a session
+before = anonymous()
+session = OnnxSession(sys.argv[1], threads=1)
+print(session.native, anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize(("layout", "kernels", "most"), [("planes", "", 1.5), ("native", "avx2", 0.95)])
+def test_memory_of_a_loaded_model(built: Path, tmp_path: Path, layout: str, kernels: str, most: float) -> None:
+    """Bytes per weight: stock kernels keep copies of their own, ours read the six bits of the file."""
+    from lincompile.lowering.onnx.signature import Signature
+
+    size = 4096
+    model = ir.serde.deserialize_model(lowered(placeholder_model(weights(size, size, 6), size, size, "a8"), layout))
+    Signature([], size, causal=False).store(model)
+    ir.save(model, tmp_path / "model.onnx")
+    environment = os.environ | {"LINCOMPILE_NATIVE": kernels}
+    command = [sys.executable, "-c", _GROWTH, str(tmp_path)]
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.split()
+    if kernels and shown[0] != kernels:
+        pytest.skip(f"this processor runs no {kernels} kernels")
+    assert int(shown[1]) < most * size * size
+
+
 def test_refusals_say_what_to_do(built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LINCOMPILE_NATIVE", "neon")
     with pytest.raises(LincompileError, match="LINCOMPILE_NATIVE=neon names no kernels"):
         library.library_path()
     monkeypatch.delenv("LINCOMPILE_NATIVE")
     with monkeypatch.context() as other:
-        other.setattr(library.compiled, "processor_flags", lambda: frozenset({"avx2"}))
-        with pytest.raises(LincompileError, match=r"no kernels for this processor.*LINCOMPILE_NATIVE=avx2"):
+        other.setattr(library.compiled, "processor_flags", lambda: frozenset({"sse4_2"}))
+        with pytest.raises(LincompileError, match=r"no kernels for this processor.*LINCOMPILE_NATIVE=portable"):
             library.library_path()
     for version in ("1.31.9", "2.0.0"):
         with monkeypatch.context() as other:
