@@ -298,6 +298,15 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
         OnnxSession(tmp_path)
 
 
+def test_a_file_that_an_old_runtime_refuses_names_the_version_to_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / MODEL_FILE).write_bytes(b"\x08\x0a\x12 not a model")
+    monkeypatch.setattr("onnxruntime.__version__", "1.22.0")
+    with pytest.raises(ArtefactError, match=r"onnxruntime 1\.22\.0 is older than 1\.32, .*pip install -U onnxruntime"):
+        OnnxSession(tmp_path)
+
+
 def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(LincompileError, match=r"'embed.weight' is float64; .*--dtype float32"):
         export_onnx(tiny_step(dtype=torch.float64), tmp_path / "a")
