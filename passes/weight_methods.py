@@ -30,6 +30,7 @@ from .smooth import smooth
 METHODS = ("auto", "rtn", "clip", "gptq")
 _RATIOS = [1.02 - 0.02 * step for step in range(24)]
 _DAMPING = 0.3  # heavy-tailed weights make few tokens count: less damping fits those and loses on others
+_OUTPUT_DAMPING = 1.0  # gradients of a few thousand tokens say little about so many pairs of outputs
 _MOMENT_BYTES = 1 << 30
 _BLOCK = 64  # features rounded before their error reaches those outside the block
 _ROW_BLOCKS = 8  # of a layer's outputs: errors move from block to block
@@ -232,7 +233,7 @@ def gptq(
         rounded = _feed_back(target, steps, factor, bits)
     else:
         sequence = outputs.diagonal().argsort(descending=True, stable=True)
-        upper = inverse_factor(outputs[sequence][:, sequence])
+        upper = inverse_factor(outputs[sequence][:, sequence], _OUTPUT_DAMPING)
         target, steps, rounded = target[sequence], steps[sequence], torch.empty_like(target)
         for part in (
             slice(start, start + -(-rows // _ROW_BLOCKS)) for start in range(0, rows, -(-rows // _ROW_BLOCKS))
@@ -262,14 +263,14 @@ def _feed_back(target: Tensor, steps: Tensor, factor: Tensor, bits: int) -> Tens
     return rounded
 
 
-def inverse_factor(moment: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of ``moment`` damped by 30 % of its mean diagonal; float32 ``[K, K]``.
+def inverse_factor(moment: Tensor, share: float = _DAMPING) -> Tensor:
+    """Upper Cholesky factor of the inverse of ``moment`` damped by a share of its mean diagonal; float32 ``[K, K]``.
 
     Features that were always 0 end up uncorrelated with the rest: GPTQ then rounds them to nearest.
     """
     matrix = moment.double()
     mean = float(matrix.diagonal().mean())
-    damping = _DAMPING * mean if mean > 0 else 1.0
+    damping = share * mean if mean > 0 else 1.0
     eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix + damping * eye))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
