@@ -115,7 +115,6 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
     metavar="none|full|lora:R",
     help="What learns the teacher's logits after attention transfer. [default: full on a GPU, none on a CPU]",
 )
-@click.option("--length", type=common.count, help="Tokens per training window.")
 @click.option(
     "--transfer-loss",
     type=click.Choice(("mse", "weights", "both")),
@@ -128,6 +127,7 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
     default=0.0,
     help="Share of --extend's windows that ask for facts in them.",
 )
+@click.option("--length", type=common.count, help="Tokens per training window.")
 @click.option("--batch", type=common.count, help="Training windows per step.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="File to save distillation to and resume from.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="Trained parts to apply instead of distilling.")
@@ -257,13 +257,13 @@ def print_summary(compiled: Compiled, folder: Path) -> None:
             f"then on {logits.tokens:,} tokens in {logits.seconds:.0f} s: KL to the teacher "
             f"{logits.before:.3f} → {logits.after:.3f} nats per token"
         )
-    if compiled.step.states:
     longer = compiled.distilled.extension if compiled.distilled else None
     if longer is not None:
         out.print(
             f"then on {longer.tokens:,} tokens in longer windows in {longer.seconds:.0f} s: KL "
             f"{longer.before:.3f} → {longer.after:.3f}"
         )
+    if compiled.step.states:
         out.print(f"state per sequence at 32,768 tokens: {human_bytes(compiled.step.state_bytes(1, 32768))}")
         prompt = "--prompt-ids 1,2,3" if compiled.loaded.tokenizer is None else "--prompt 'The capital of France is'"
         out.print(f"next: lincompile generate {folder} {prompt}", soft_wrap=True)

@@ -82,10 +82,10 @@ class Options:
     batch: int | None = None
     adapter: str | None = None
     train: str | None = None
-    target: str = "eager"
     transfer_loss: str | None = None
     extend: int | None = None
     retrieval: float = 0.0
+    target: str = "eager"
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
@@ -102,7 +102,6 @@ class Options:
             )
         if self.train is not None:
             Recipe(train=self.train)
-        if self.shard not in (None, "sp"):
         if self.transfer_loss is not None:
             Transfer(loss=self.transfer_loss)
         for name, value in (("--transfer-loss", self.transfer_loss), ("--extend", self.extend)):
@@ -112,6 +111,7 @@ class Options:
             raise LincompileError(
                 "--retrieval is a share, above 0 and up to 1, of --extend's windows: add --extend LENGTH"
             )
+        if self.shard not in (None, "sp"):
             raise LincompileError(f"--shard {self.shard}: the choice is sp (sequence parallelism)")
         if self.shard and self.distil is None:
             raise LincompileError(
@@ -430,13 +430,13 @@ def distil(
         logit_options = logit_options.scaled(0.1)
     if corpus is None:
         return student, None, None
-    on_gpu = asked.device != "cpu"
-    limit = teacher.max_positions or 1 << 30
-    recipe = Recipe(
     if corpus.empty:
         say.note(f"{corpus.empty:,} rows of {asked.distil} hold no text and are passed over")
     if asked.transfer_loss is not None:
         transfer_options = replace(transfer_options or Transfer(), loss=asked.transfer_loss)
+    on_gpu = asked.device != "cpu"
+    limit = teacher.max_positions or 1 << 30
+    recipe = Recipe(
         train=asked.train or ("full" if on_gpu else "none"),
         keep=parse_keep(asked.keep_softmax)[2] if asked.keep_softmax else 0,
         tokens=asked.tokens,
@@ -446,10 +446,10 @@ def distil(
         seed=asked.seed,
         transfer=transfer_options or Transfer(),
         logits=logit_options,
+        extension=extension_for(asked, loaded, corpus, teacher.max_positions),
         start="logits" if student.metadata.get("projections") == "adapted" else "transfer",
     )
 
-        extension=extension_for(asked, loaded, corpus, teacher.max_positions),
     def relinearize(kept: tuple[int, ...]) -> Program:
         return rewrite(teacher, replace(asked, keep_softmax=",".join(map(str, kept)) + ","))
 
@@ -460,15 +460,12 @@ def distil(
             corpus.ids,
             recipe,
             relinearize=relinearize,
+            documents=corpus.documents,
             checkpoint=checkpoint,
             listener=Listener(say.stage, say.advance, say.note),
         )
-            documents=corpus.documents,
     return done.student, done, ids
 
-
-def shared(teacher: Program, shard: str | None) -> AbstractContextManager[object]:
-    """Inside, distillation's windows are shared over the ranks of the default process group, where that was asked for.
 
 def extension_for(asked: Options, loaded: LoadedModel, corpus: Corpus, limit: int | None) -> Extension | None:
     """The length extension as asked for, its retrieval examples made from the corpus.
@@ -488,6 +485,9 @@ def extension_for(asked: Options, loaded: LoadedModel, corpus: Corpus, limit: in
         needles = retrieval_needles(loaded.tokenizer, corpus.ids, asked.seed)
     return Extension(asked.extend, retrieval=asked.retrieval, needles=needles)
 
+
+def shared(teacher: Program, shard: str | None) -> AbstractContextManager[object]:
+    """Inside, distillation's windows are shared over the ranks of the default process group, where that was asked for.
 
     Raises:
         RefusedError: there is no process group, the ranks hold different models, or the model can't be split.

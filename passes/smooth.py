@@ -90,7 +90,7 @@ def balance(inputs: Tensor, weights: Tensor, strength: float) -> Tensor:
 def _maker(
     module: GraphModule, x: Node, by_call: Mapping[Node, LinearLayer]
 ) -> tuple[Divide, LinearLayer | None] | None:
-    """What divides the features of ``x`` by a vector where they are made, and the layer whose rows it divides, if one."""
+    """What divides the features of ``x`` by a vector where they are made, and the layer whose rows it divides."""
     width = x.meta["val"].shape[-1]
     if target_of(x) is aten.layer_norm.default:
         weight, bias = argument(x, 2, "weight"), argument(x, 3, "bias")

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ..first_use import trusted
 from ..registration import Grads, backend, gradient_fake, present, selected
 from ..shapes import require, require_rank, require_same_device, require_shape
 from . import reference
 
 _GATE_ARGS = "Tensor z, Tensor weight, Tensor bias, Tensor? mask, int kv_heads, float temperature"
+
+
+_LAYOUTS = ("bt.", "..", ".", "bt")  # as ``first_use`` reads them
 
 
 def _check_gate(
@@ -39,9 +43,14 @@ def decay_gate(
 ) -> Tensor:
     """``log_decay [B, Hkv, T, F]`` of the low-rank gate, in z's dtype; 0 at padded tokens."""
     _check_gate(z, weight, bias, mask, kv_heads, temperature)
+    args = (z, weight, bias, mask, kv_heads, temperature)
     kernels = backend("decay_gate", z)
-    run = kernels if kernels is not None and kernels.supports(z, weight, bias) else reference
-    out: Tensor = run.forward(z, weight, bias, mask, kv_heads, temperature)
+    fused = (
+        kernels is not None
+        and kernels.supports(z, weight, bias)
+        and trusted("decay_gate", kernels.forward, reference.forward, _LAYOUTS, args)
+    )
+    out: Tensor = (kernels if fused else reference).forward(*args)  # type: ignore[union-attr]
     return out.contiguous()
 
 
@@ -60,9 +69,16 @@ def decay_gate_backward(
     grad: Tensor, z: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, kv_heads: int, temperature: float
 ) -> tuple[Tensor, ...]:
     """Gradients of ``decay_gate`` for z, weight and bias."""
+    args = (grad, z, weight, bias, mask, kv_heads, temperature)
+    layouts = ("b.t.", *_LAYOUTS)
     kernels = backend("decay_gate", z)
-    run = kernels if kernels is not None and kernels.supports(z, weight, bias) else reference
-    return present(run.backward(grad, z, weight, bias, mask, kv_heads, temperature), z)
+    if (
+        kernels is not None
+        and kernels.supports(z, weight, bias)
+        and trusted("decay_gate_backward", kernels.backward, reference.backward, layouts, args)
+    ):
+        return present(kernels.backward(*args), z)
+    return present(reference.backward(*args), z)
 
 
 @decay_gate_backward.register_fake

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
 from torch.library import custom_op
 
+from ..first_use import trusted
 from ..registration import Grads, backend, gradient_fake, present, selected
 from ..shapes import accumulator_dtype, require_qkv, require_same_device, require_shape
 from . import reference
@@ -29,12 +31,24 @@ def _check_delta(
         require_shape(op, "initial_state", initial_state, layout, (batch, kv_heads, head_dim, v.shape[3]))
 
 
-def _scans(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> reference.Scans:
-    """What goes from chunk to chunk: Triton kernels on a GPU, a loop elsewhere. Within chunks everything is torch."""
-    kernels = backend("gated_delta", q)
-    if kernels is None or not kernels.supports(q, k, v, *rest):
+_LAYOUTS = ("b.t.", "b.t.", "b.t.", "b.t", "b.t.", "b...")  # as ``first_use`` reads them
+
+
+def _scans(function: Any, *args: Any) -> reference.Scans:
+    """What goes from chunk to chunk: Triton kernels on a GPU, a loop elsewhere. Within chunks everything is torch.
+
+    Args:
+        function: ``reference.chunkwise`` or ``chunkwise_backward``, which is called with ``args``.
+    """
+    kernels = backend("gated_delta", args[-7])
+    if kernels is None or not kernels.supports(*args[-7:-1]):
         return reference.LOOPS
-    return reference.Scans(kernels.scan_forward, kernels.scan_backward)
+    scans = reference.Scans(kernels.scan_forward, kernels.scan_backward)
+    layouts = _LAYOUTS if len(args) == 7 else ("b.t.", "b...", *_LAYOUTS)
+    with_kernels = functools.partial(function, scans=scans)
+    return (
+        scans if trusted(f"gated_delta {function.__name__}", with_kernels, function, layouts, args) else reference.LOOPS
+    )
 
 
 @custom_op("lincompile::gated_delta", mutates_args=(), schema=f"({_DELTA_ARGS}) -> (Tensor o, Tensor final_state)")
@@ -49,8 +63,8 @@ def gated_delta(
 ) -> tuple[Tensor, Tensor]:
     """Gated delta rule; returns ``o [B, H, T, Dv]`` (v's dtype), final state ``[B, Hkv, D, Dv]`` (float32/64)."""
     _check_delta(q, k, v, beta, log_decay, initial_state)
-    scans = _scans(q, k, v, beta, log_decay, initial_state)
-    return reference.chunkwise(q, k, v, beta, log_decay, initial_state, scale, scans=scans)
+    args = (q, k, v, beta, log_decay, initial_state, scale)
+    return reference.chunkwise(*args, scans=_scans(reference.chunkwise, *args))
 
 
 @gated_delta.register_fake
@@ -86,8 +100,8 @@ def gated_delta_backward(
     scale: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of ``gated_delta`` for its six tensors (empty where the input is absent)."""
-    inputs = (q, k, v, beta, log_decay, initial_state)
-    grads = reference.chunkwise_backward(grad_o, grad_state, *inputs, scale, scans=_scans(*inputs))
+    args = (grad_o, grad_state, q, k, v, beta, log_decay, initial_state, scale)
+    grads = reference.chunkwise_backward(*args, scans=_scans(reference.chunkwise_backward, *args))
     return present(grads, q)
 
 

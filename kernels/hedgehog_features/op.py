@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ..first_use import trusted
 from ..registration import Grads, backend, selected
 from ..shapes import require, require_rank, require_same_device, require_shape
 from . import reference
@@ -15,6 +16,9 @@ from . import reference
 _FEATURE_ARGS = (
     "Tensor x, Tensor? conv_weight, Tensor? initial_state, Tensor weight, Tensor bias, Tensor? mask, bool mask_output"
 )
+
+
+_LAYOUTS = ("b.t.", "..", "b..", "...", "...", "bt")  # as ``first_use`` reads them
 
 
 def _check_features(
@@ -69,10 +73,14 @@ def hedgehog_features(
 ) -> tuple[Tensor, Tensor]:
     """Convolution, map and both softmaxes in one pass; returns ``[B, H, T, 2 · D]`` and the convolution's state."""
     _check_features(x, conv_weight, initial_state, weight, bias, mask)
-    kernels = backend("hedgehog_features", x)
     args = (x, conv_weight, initial_state, weight, bias, mask, mask_output)
-    run = kernels if kernels is not None and kernels.supports(*args[:5]) else reference
-    features, state = run.forward(*args)
+    kernels = backend("hedgehog_features", x)
+    fused = (
+        kernels is not None
+        and kernels.supports(*args[:5])
+        and trusted("hedgehog_features", kernels.forward, reference.forward, _LAYOUTS, args)
+    )
+    features, state = (kernels if fused else reference).forward(*args)  # type: ignore[union-attr]
     return features.contiguous(), state
 
 
@@ -109,10 +117,15 @@ def hedgehog_features_backward(
     mask_output: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of ``hedgehog_features`` for x, conv_weight, initial_state, weight and bias (empty where absent)."""
-    args = (x, conv_weight, initial_state, weight, bias, mask, mask_output)
+    args = (grad, grad_state, x, conv_weight, initial_state, weight, bias, mask, mask_output)
+    layouts = ("b.t.", "b..", *_LAYOUTS)
     kernels = backend("hedgehog_features", x)
-    run = kernels if kernels is not None and kernels.supports(*args[:5]) else reference
-    d_x, *rest = run.backward(grad, grad_state, *args)
+    fused = (
+        kernels is not None
+        and kernels.supports(*args[2:7])
+        and trusted("hedgehog_features_backward", kernels.backward, reference.backward, layouts, args)
+    )
+    d_x, *rest = (kernels if fused else reference).backward(*args)  # type: ignore[union-attr]
     own = _layout(x)
     if d_x.stride() != own.stride():
         d_x = own.copy_(d_x)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.library import custom_op
 
+from ..first_use import trusted
 from ..registration import Grads, backend, gradient_fake, present, selected
 from ..shapes import accumulator_dtype, require, require_qkv, require_rank, require_same_device, require_shape
 from . import reference
@@ -14,6 +15,14 @@ from . import reference
 _LINEAR_ARGS = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, float scale, bool causal, bool normalize"
 )
+
+
+_LAYOUTS = ("b.t.", "b.t.", "b.t.", "b.t.", "b...")  # as ``first_use`` reads them
+
+
+def _layouts(causal: bool, *more: str) -> list[str]:
+    layouts = [*more, *_LAYOUTS]
+    return layouts if causal else [layout.replace("t", ".") for layout in layouts]  # every row reads every token
 
 
 def check_linear(
@@ -60,11 +69,16 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Linear attention with optional decay; returns ``o [B, H, T, Dv]`` (v's dtype), final state (float32/64)."""
     check_linear("linear_attention", q, k, v, log_decay, initial_state, causal, normalize)
+    args = (q, k, v, log_decay, initial_state, scale, causal, normalize)
     kernels = backend("linear_attention", q)
-    if kernels is not None and kernels.supports(q, k, v, log_decay, initial_state, causal):
-        o, state = kernels.chunkwise(q, k, v, log_decay, initial_state, scale, causal, normalize)
+    if (
+        kernels is not None
+        and kernels.supports(*args[:5], causal)
+        and trusted("linear_attention", kernels.chunkwise, reference.chunkwise, _layouts(causal), args)
+    ):
+        o, state = kernels.chunkwise(*args)
         return o, state
-    return reference.chunkwise(q, k, v, log_decay, initial_state, scale, causal, normalize)
+    return reference.chunkwise(*args)
 
 
 @linear_attention.register_fake
@@ -104,9 +118,24 @@ def linear_attention_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of ``linear_attention`` for its five tensors (empty where absent); ``o`` when it was normalised."""
     inputs = (q, k, v, log_decay, initial_state, scale, causal, normalize)
+    args = (grad_o, grad_state, o, *inputs)
     kernels = backend("linear_attention", q)
-    if kernels is not None and kernels.supports(q, k, v, log_decay, initial_state, causal):
-        grads = kernels.chunkwise_backward(grad_o, grad_state, o, *inputs)
+
+    def plain(grad_o: Tensor, grad_state: Tensor, o: Tensor | None, *inputs: Any) -> Grads:
+        return reference.chunkwise_backward(grad_o, grad_state, *inputs)
+
+    if (
+        kernels is not None
+        and kernels.supports(q, k, v, log_decay, initial_state, causal)
+        and trusted(
+            "linear_attention_backward",
+            kernels.chunkwise_backward,
+            plain,
+            _layouts(causal, "b.t.", "b...", "b.t."),
+            args,
+        )
+    ):
+        grads = kernels.chunkwise_backward(*args)
     else:
         grads = reference.chunkwise_backward(grad_o, grad_state, *inputs)
     return present(grads, q)

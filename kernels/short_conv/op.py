@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ..first_use import trusted
 from ..registration import Grads, backend, gradient_fake, present, selected
 from ..shapes import require, require_rank, require_same_device, require_shape
 from . import reference
+
+_LAYOUTS = ("bt.", "..", "b..")  # as ``first_use`` reads them
 
 
 def _check_conv(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> None:
@@ -33,11 +36,16 @@ def _check_conv(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> None
 def short_conv(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     """Causal depthwise convolution; returns ``y [B, T, C]`` and the last inputs ``[B, C, W - 1]``, in x's dtype."""
     _check_conv(x, weight, initial_state)
+    args = (x, weight, initial_state)
     kernels = backend("short_conv", x)
-    if kernels is not None and kernels.supports(x, weight, initial_state):
-        y, state = kernels.forward(x, weight, initial_state)
+    if (
+        kernels is not None
+        and kernels.supports(*args)
+        and trusted("short_conv", kernels.forward, reference.forward, _LAYOUTS, args)
+    ):
+        y, state = kernels.forward(*args)
         return y, state
-    return reference.forward(x, weight, initial_state)
+    return reference.forward(*args)
 
 
 @short_conv.register_fake
@@ -56,9 +64,16 @@ def short_conv_backward(
     grad_y: Tensor, grad_state: Tensor, x: Tensor, weight: Tensor, initial_state: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Gradients of ``short_conv`` for x, weight and initial_state (empty where absent)."""
+    args = (grad_y, grad_state, x, weight, initial_state)
+    layouts = ("bt.", "b..", *_LAYOUTS)
     kernels = backend("short_conv", x)
-    run = kernels if kernels is not None and kernels.supports(x, weight, initial_state) else reference
-    return present(run.backward(grad_y, grad_state, x, weight, initial_state), x)
+    if (
+        kernels is not None
+        and kernels.supports(x, weight, initial_state)
+        and trusted("short_conv_backward", kernels.backward, reference.backward, layouts, args)
+    ):
+        return present(kernels.backward(*args), x)
+    return present(reference.backward(*args), x)
 
 
 @short_conv_backward.register_fake

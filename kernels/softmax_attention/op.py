@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ..first_use import trusted
 from ..registration import Grads, backend, gradient_fake, present, selected
 from ..shapes import require, require_qkv, require_rank, require_same_device, require_shape
 from . import reference
@@ -29,10 +30,15 @@ def _check(
         require_same_device(op, q, key_padding=key_padding)
 
 
-def _kernels(q: Tensor, k: Tensor, v: Tensor, kind: str, window: int) -> ModuleType:
-    """The Triton kernels where they serve the call, else the reference."""
+def _kernels(*args: Any, function: str) -> ModuleType:
+    """The Triton kernels where they serve the call of ``forward`` or ``backward``, else the reference."""
+    q, k, v, _, kind, window, *_ = args[-8:]
     kernels = backend("softmax_attention", q)
-    return kernels if kernels is not None and kernels.supports(q, k, v, kind, window) else reference
+    if kernels is None or not kernels.supports(q, k, v, kind, window):
+        return reference
+    layouts = [*["b.t."] * (3 + len(args) - 8), "bt"]  # the gradient first, in ``backward``
+    pair = getattr(kernels, function), getattr(reference, function)
+    return kernels if trusted(f"softmax_attention {function}", *pair, layouts, args) else reference
 
 
 @custom_op(
@@ -50,7 +56,8 @@ def softmax_attention(
 ) -> Tensor:
     """Softmax attention, ``o [B, H, T, Dv]`` in v's dtype; a row that sees no key is 0."""
     _check("softmax_attention", q, k, v, key_padding, kind, window, softcap)
-    out: Tensor = _kernels(q, k, v, kind, window).forward(q, k, v, key_padding, kind, window, scale, softcap)
+    args = (q, k, v, key_padding, kind, window, scale, softcap)
+    out: Tensor = _kernels(*args, function="forward").forward(*args)
     return out
 
 
@@ -86,8 +93,8 @@ def softmax_attention_backward(
     softcap: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of ``softmax_attention`` for q, k, v, contiguous."""
-    run = _kernels(q, k, v, kind, window)
-    return present(run.backward(grad_o, q, k, v, key_padding, kind, window, scale, softcap), q)
+    args = (grad_o, q, k, v, key_padding, kind, window, scale, softcap)
+    return present(_kernels(*args, function="backward").backward(*args), q)
 
 
 @softmax_attention_backward.register_fake
@@ -183,8 +190,8 @@ def softmax_attention_step(
     # cat keeps a layout with adjacent channels of heads; the fake promises contiguous caches
     keys, values = (torch.cat(pair, 2).contiguous() for pair in ((k_cache, k), (v_cache, v)))
     padding = _step_padding(key_padding, keys.shape[2])
-    run = _kernels(q, keys, values, kind, window)
-    return run.forward(q, keys, values, padding, kind, window, scale, softcap), keys, values
+    args = (q, keys, values, padding, kind, window, scale, softcap)
+    return _kernels(*args, function="forward").forward(*args), keys, values
 
 
 @softmax_attention_step.register_fake

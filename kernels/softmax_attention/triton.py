@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..linear_attention.triton_blocks import LOG2E, load_rows, store_rows
-from ..triton_device import INTERPRETED, mask_bytes, shared_memory
+from ..linear_attention.triton_blocks import load_rows, store_rows
+from ..triton_device import INTERPRETED, LOG2E, mask_bytes, shared_memory
 
 # Heads are padded to blocks of 64 or 128 and tiles have 64 rows: the widths of Hopper's matrix unit that are used
 # everywhere here. Loops are not pipelined: they have two or three turns, and other programs fill the waits.

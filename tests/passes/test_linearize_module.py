@@ -106,7 +106,7 @@ def test_hugging_face_models_keep_their_calls_and_outputs() -> None:
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
     with pytest.raises(LincompileError, match=r"called with input_ids, the site 'model\.layers\.0\.self_attn'"):
         model(input_ids=ids)  # without its mask, transformers looks for packed sequences
-    with pytest.raises(LincompileError, match="'(cache|past_key_values)' is a DynamicCache"):
+    with pytest.raises(LincompileError, match=r"'(cache|past_key_values)' is a DynamicCache"):
         model.generate(ids, max_new_tokens=2)
 
 

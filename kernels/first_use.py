@@ -1,0 +1,99 @@
+"""Kernels are compared with their reference the first time they are used: compilers err, too.
+
+Triton 3.4 to 3.7.0 generate wrong code for some kernels on Hopper, and which ones depends on shapes and types. So the
+first call of a kernel for a device, its types and its head sizes is run on the beginning of its own inputs as well, in
+float64 by the reference. Kernels that differ aren't used, and a warning says so. ``LINCOMPILE_KERNEL_CHECK=0`` skips
+the comparison.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Any]
+
+ROWS, TOKENS = 2, 150  # of a call's inputs: more than two chunks, and no multiple of one
+# Root mean square of the difference, relative to the reference's. What is rounded stays far below, a wrong block of
+# columns far above.
+_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 2e-2, torch.float32: 2e-3}
+_KNOWN: dict[tuple[Any, ...], bool] = {}
+
+
+def trusted(name: str, kernel: Function, reference: Function, layouts: Sequence[str], args: Sequence[Any]) -> bool:
+    """Whether a kernel may serve this call.
+
+    Args:
+        name: of the op, for the warning.
+        kernel, reference: called with ``args``; one tensor or a sequence of tensors and None.
+        layouts: for each tensor among the first arguments, a letter an axis: ``b`` for the batch, ``t`` for tokens, any
+            other letter for an axis that is left as it is. Axes beyond a layout are left, too.
+    """
+    if os.environ.get("LINCOMPILE_KERNEL_CHECK", "1") == "0":
+        return True
+    key = (name, *map(_form, args, [*layouts, *[""] * (len(args) - len(layouts))]))
+    if key not in _KNOWN:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return True  # nothing may be waited for here; a graph's warm-up has come this way before
+        worst = _difference(kernel, reference, layouts, args)
+        if worst is None:
+            return True
+        _KNOWN[key] = worst <= 1
+        if worst > 1:
+            device = next(x.device for x in args if isinstance(x, Tensor))
+            where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+            warnings.warn(
+                f"lincompile: the kernels of {name} differ from the reference on {where} ({worst:.0f} times what "
+                "rounding explains), so the reference is used, which is slow; try another version of Triton",
+                stacklevel=2,
+            )
+    return _KNOWN[key]
+
+
+def _form(x: Any, layout: str) -> Any:
+    """What decides which code runs: type, device, sizes other than the batch's, and whether there is one token."""
+    if not isinstance(x, Tensor):
+        return x
+    axes = layout.ljust(x.dim())
+    sizes = [size == 1 if axis == "t" else size for axis, size in zip(axes, x.shape, strict=True) if axis != "b"]
+    return (x.dtype, x.device, *sizes)
+
+
+def _cut(x: Any, layout: str) -> Any:
+    if isinstance(x, Tensor):
+        for axis, letter in enumerate(layout):
+            if letter in "bt":
+                x = x.narrow(axis, 0, min(x.shape[axis], ROWS if letter == "b" else TOKENS))
+    return x
+
+
+def _wide(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _difference(kernel: Function, reference: Function, layouts: Sequence[str], args: Sequence[Any]) -> float | None:
+    """The largest difference of an output over its tolerance; None where the reference isn't finite."""
+    few = [_cut(x, layout) for x, layout in zip(args, [*layouts, *[""] * (len(args) - len(layouts))], strict=True)]
+    narrowest = max(
+        (x.dtype for x in few if isinstance(x, Tensor) and x.dtype in _TOLERANCE), key=_TOLERANCE.__getitem__
+    )
+    got, wanted = _tensors(kernel(*few)), _tensors(reference(*map(_wide, few)))
+    worst = 0.0
+    for a, b in zip(got, wanted, strict=True):
+        if a is None or b is None or not b.numel():
+            continue
+        if not bool(torch.isfinite(b).all()):
+            return None
+        error, size = (a.double() - b).square().mean().sqrt(), b.square().mean().sqrt()
+        ratio = float(error / (size * _TOLERANCE[narrowest] + 1e-9))
+        worst = max(worst, ratio if ratio == ratio else float("inf"))
+    return worst
+
+
+def _tensors(result: Any) -> Sequence[Tensor | None]:
+    return [result] if isinstance(result, Tensor) else list(result)
