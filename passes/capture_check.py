@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from .canonicalize import remove_unreachable
 from .errors import CaptureError
+from .flex import lower_flex
 from .graph import is_mutation, source_line, storage_root
 from .program import Program, ProgramInput, holds, readable
 
@@ -65,7 +68,8 @@ class _Resized:
 def _resize(
     program_inputs: Sequence[ProgramInput], inputs: Mapping[str, Tensor], batch: int, length: int
 ) -> dict[str, _Resized]:
-    axes = {item.name: item.axes for item in program_inputs}
+    # In order: export renames inputs that are called like a builtin (``input``).
+    axes = {name: item.axes for name, item in zip(inputs, program_inputs, strict=True)}
     return {
         name: _Resized(
             value,
@@ -79,14 +83,25 @@ def _resize(
 
 
 def check_transforms(program: Program) -> None:
-    """Raises ``CaptureError`` where ``torch.vmap`` and its like left calls in the graph that open and close them."""
-    for node in program.graph_module.graph.nodes:
-        if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
-            where = source_line(node)
-            raise CaptureError(
-                f"a function transform (torch.vmap) can't be compiled{f', at {where}' if where else ''}: "
-                "write the batched ops themselves"
-            )
+    """Raises ``CaptureError`` where ``torch.vmap`` and its like left calls in the graph that open and close them.
+
+    Block masks of flex_attention are made that way; nothing reads them once its mask function is written out.
+    """
+    if not _transforms(program.graph_module):
+        return
+    written_out = program.clone().graph_module
+    lower_flex(written_out)
+    remove_unreachable(written_out)
+    for node in _transforms(written_out):
+        where = source_line(node)
+        raise CaptureError(
+            f"a function transform (torch.vmap) can't be compiled{f', at {where}' if where else ''}: "
+            "write the batched ops themselves"
+        )
+
+
+def _transforms(module: GraphModule) -> list[Node]:
+    return [n for n in module.graph.nodes if getattr(n.target, "__module__", "") == "torch._functorch.predispatch"]
 
 
 def check_capture(module: nn.Module, exported: ExportedProgram, program: Program, inputs: Mapping[str, Tensor]) -> None:
@@ -155,10 +170,9 @@ def _check_ones(module: nn.Module, program: Program, inputs: Mapping[str, Tensor
     sizes = {
         kind: max(
             value.shape[axis]
-            for item in program.inputs
+            for item, value in zip(program.inputs, inputs.values(), strict=True)
             for axis, k in item.axes.items()
             if k == kind
-            for value in [inputs[item.name]]
         )
         for kind in kinds
     }
@@ -189,7 +203,7 @@ def _compare(module: nn.Module, program: Program, inputs: dict[str, Tensor]) -> 
         return "refused"
     try:
         with _as_was(module, program):
-            found = _outputs(program(**inputs))
+            found = _outputs(program(*inputs.values()))
     except Exception:  # whatever the graph's ops raise; told to the user by the caller
         return "fails"
     if len(wanted) != len(found):  # an output object may carry more than the graph returns
@@ -218,7 +232,8 @@ def _check_backward(module: nn.Module, program: Program, inputs: Mapping[str, Te
     try:
         for run in (module, program):
             with torch.enable_grad(), _as_was(module, program):
-                outputs = [y for y in _outputs(run(**given))[:1] if y.requires_grad and y.is_floating_point()]
+                result = program(*given.values()) if run is program else module(**given)
+                outputs = [y for y in _outputs(result)[:1] if y.requires_grad and y.is_floating_point()]
                 names = names or _custom_backwards(outputs)
                 if not outputs or not names:
                     return

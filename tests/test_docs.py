@@ -22,6 +22,7 @@ PAGES = [
     "docs/getting_started.md",
     "docs/cli.md",
     "docs/evaluation.md",
+    "docs/kernels.md",
     "docs/pytorch.md",
     "docs/transformers.md",
     "docs/writing_a_pass.md",

@@ -228,7 +228,12 @@ class Attention(nn.Module):
             )
         scores = self.contract(q, k, grouped)
         if rank == 4 and spec.scale_on in ("head", "learned", "length", "batch"):
-            more = {"head": self.by_head, "learned": self.learned, "length": 1 + length / 1e5, "batch": len(x) * 0.5}
+            more = {
+                "head": self.by_head,
+                "learned": self.learned,
+                "length": 1 + length / 1e5,
+                "batch": x.shape[0] * 0.5,
+            }
             scores = scores * more[spec.scale_on]
         if spec.scale_on != "q":
             factor = torch.tensor(scale) if spec.scale_on == "tensor" else scale

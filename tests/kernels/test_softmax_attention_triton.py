@@ -110,6 +110,7 @@ def test_the_ops_call_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "forward", forward)
     monkeypatch.setattr(kernels, "backward", backward)
     monkeypatch.setattr(op, "backend", lambda folder, x: kernels)
+    monkeypatch.setenv("LINCOMPILE_KERNEL_CHECK", "0")  # which would call them, too
     torch.manual_seed(0)
     sizes = [(4, 3), (2, 3), (2, 3), (2, 9), (2, 9)]
     leaves = [torch.randn(1, *size, 8, device=DEVICE).requires_grad_() for size in sizes]

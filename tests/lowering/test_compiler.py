@@ -127,7 +127,7 @@ def test_weights_with_nan_are_named() -> None:
         ({"colour": "red"}, "no option 'colour'"),
         ({"attn": "softmax", "distil": "x.txt"}, "nothing to train"),
         ({"distil": "no-such-file.txt"}, "no-such-file.txt doesn't exist"),
-        ({"distil": [1.5]}, "tokenizer"),
+        ({"distil": [1.5]}, "item 1 of the list holds a float where text is wanted"),
     ],
 )
 def test_bad_options_are_one_line_errors(options: dict[str, object], message: str) -> None:

@@ -99,7 +99,8 @@ def test_training_on_weights_lowers_their_cross_entropy(attn: str, loss: str) ->
     measure(entropies[0])
     report = transfer(teacher, student, windows(), Transfer(steps=25, rate=3e-2, loss=loss))
     measure(entropies[1])
-    assert all(after < before - 0.01 for before, after in zip(*entropies, strict=True)), entropies
+    assert all(after < before for before, after in zip(*entropies, strict=True)), entropies
+    assert sum(entropies[1]) < sum(entropies[0]) - 0.05
     assert sum(report.after.values()) < sum(report.before.values())
 
 
