@@ -228,7 +228,11 @@ def _manual_softmax_input(node: Node) -> tuple[Node, int] | None:
     assert isinstance(exponential, Node) and isinstance(total, Node)
     last = value_of(exponential).dim() - 1
     dims: Any = total.args[1]
-    if total.args[0] is not exponential or list(dims) not in ([-1], [last]) or not argument(total, 2, "keepdim", False):
+    if list(dims) not in ([-1], [last]) or not argument(total, 2, "keepdim", False):
+        return None
+    summed = total.args[0]
+    again = target_of(summed) is aten.exp.default and summed.args[0] is exponential.args[0]  # type: ignore[union-attr]
+    if summed is not exponential and not again:
         return None
     shifted = exponential.args[0]
     assert isinstance(shifted, Node)

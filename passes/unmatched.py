@@ -33,15 +33,14 @@ def path_to_scores(softmax: Node, data: set[Node], contractions: frozenset[objec
 
     def inputs(node: Node) -> Iterable[Node]:
         moved = target_of(node) is aten.linear.default and target_of(node.args[0]) in MOVES
-        if (target_of(node) in FEATURES and not moved) or target_of(node) in contractions:
+        if (target_of(node) in FEATURES and not moved) or _product(node, data, contractions):
             return ()
         return (x for x in node.all_input_nodes if x in data and isinstance(value_of(x), Tensor))
 
     def found(node: Node) -> bool:
-        if target_of(node) not in contractions or not symbols_in(tensor_of(node).shape[-1]):
+        if not _product(node, data, contractions) or not symbols_in(tensor_of(node).shape[-1]):
             return False
-        factors = [x for x in node.all_input_nodes if x in data and isinstance(value_of(x), Tensor)]
-        return len(factors) >= 2 and tensor_of(node).dim() >= 3
+        return tensor_of(node).dim() >= 3
 
     start = softmax.args[0]
     return _search(start, inputs, found) if isinstance(start, Node) and start in data else None
@@ -52,14 +51,20 @@ def path_to_values(softmax: Node, data: set[Node], contractions: frozenset[objec
 
     def users(node: Node) -> Iterable[Node]:
         moved = target_of(node) is aten.linear.default and target_of(node.args[0]) in MOVES
-        if (target_of(node) in FEATURES and not moved) or target_of(node) in contractions:
+        if (target_of(node) in FEATURES and not moved) or _product(node, data, contractions):
             return ()
         return (x for x in node.users if isinstance(value_of(x), Tensor) and not is_symbolic(value_of(x)))
 
     def found(node: Node) -> bool:
-        return target_of(node) in contractions and sum(x in data for x in node.all_input_nodes) >= 2
+        return _product(node, data, contractions)
 
     return _search(softmax, users, found)
+
+
+def _product(node: Node, data: set[Node], contractions: frozenset[object]) -> bool:
+    """A product of two tensors of data. With a constant (a mixture of heads, say) scores are still scores."""
+    factors = [x for x in node.all_input_nodes if x in data and isinstance(value_of(x), Tensor)]
+    return target_of(node) in contractions and len(factors) >= 2
 
 
 def _search(start: Node, following: Callable[[Node], Iterable[Node]], found: Callable[[Node], bool]) -> Path | None:

@@ -50,6 +50,7 @@ def distil(model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
     return run
 
 
+@pytest.mark.slow
 def test_a_row_is_made_cut_off_taken_up_and_measured(
     distil: Callable[..., dict[str, Any]],
     model: Path,
