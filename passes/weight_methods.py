@@ -34,6 +34,7 @@ _OUTPUT_DAMPING = 1.0  # gradients of a few thousand tokens say little about so 
 _MOMENT_BYTES = 1 << 30
 _BLOCK = 64  # features rounded before their error reaches those outside the block
 _ROW_BLOCKS = 8  # of a layer's outputs: errors move from block to block
+OVER_OUTPUTS = False  # off until it is measured on a whole model: it takes eight times as many steps
 _MOST_OUTPUTS = 8192  # beyond, moments of the outputs take more memory and time than they are worth
 
 
@@ -159,7 +160,7 @@ class WeightRounder:
             flat, gradient = x.flatten(0, -2).float(), grad.flatten(0, -2).float()
             weighted = flat * gradient.square().sum(dim=1, keepdim=True)
             _add(inputs, layer.name, weighted.t() @ flat if full else (weighted * flat).sum(dim=0))
-            if full and self.method == "gptq" and layer.out_features <= _MOST_OUTPUTS:
+            if full and OVER_OUTPUTS and self.method == "gptq" and layer.out_features <= _MOST_OUTPUTS:
                 _add(outputs, layer.name, gradient.t() @ gradient)
 
         with frozen(self._program):

@@ -52,7 +52,8 @@ def test_errors_move_between_outputs_that_matter_together() -> None:
     assert torch.equal(alone[0], one_sided[0]) and torch.equal(alone[1], one_sided[1])
 
 
-def test_outputs_of_a_smoothed_layer_are_weighed_by_their_new_gradients() -> None:
+def test_outputs_of_a_smoothed_layer_are_weighed_by_their_new_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lincompile.passes.weight_methods.OVER_OUTPUTS", True)
     """Rows divided by s have gradients s times as large: moments taken before must say what those after do."""
 
     class Gated(nn.Module):
