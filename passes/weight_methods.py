@@ -160,13 +160,17 @@ class WeightRounder:
             flat, gradient = x.flatten(0, -2).float(), grad.flatten(0, -2).float()
             weighted = flat * gradient.square().sum(dim=1, keepdim=True)
             _add(inputs, layer.name, weighted.t() @ flat if full else (weighted * flat).sum(dim=0))
-            if full and OVER_OUTPUTS and self.method == "gptq" and layer.out_features <= _MOST_OUTPUTS:
+            if full and self.method == "gptq" and _over_outputs(layer):
                 _add(outputs, layer.name, gradient.t() @ gradient)
 
         with frozen(self._program):
             for seed, batch in enumerate(self._calibration):
                 backward(self._program, layers, batch, seed, visit)
         return inputs, outputs
+
+
+def _over_outputs(layer: LinearLayer) -> bool:
+    return OVER_OUTPUTS and layer.out_features <= _MOST_OUTPUTS
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -282,7 +286,7 @@ def _chunks(layers: Sequence[LinearLayer]) -> list[list[LinearLayer]]:
     chunks: list[list[LinearLayer]] = []
     used = _MOMENT_BYTES + 1
     for layer in layers:
-        size = 4 * layer.in_features**2 + (4 * layer.out_features**2 if layer.out_features <= _MOST_OUTPUTS else 0)
+        size = 4 * (layer.in_features**2 + (layer.out_features**2 if _over_outputs(layer) else 0))
         if used + size > _MOMENT_BYTES:
             chunks.append([])
             used = 0
