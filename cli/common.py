@@ -159,6 +159,14 @@ def progress() -> Iterator[Progress]:
 
 
 @contextmanager
+def counting(text: str) -> Iterator[Callable[[int, int], None]]:
+    """One bar, to be told (done, total) as work goes on."""
+    with progress() as bars:
+        task = bars.add_task(text, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextmanager
 def working(what: str) -> Iterator[None]:
     """A spinner while something without a length goes on."""
     with stderr().status(what):

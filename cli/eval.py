@@ -191,16 +191,8 @@ def measure(
 
     if limit is not None and context > limit:
         raise click.UsageError(f"--context {context}: the model accepts at most {limit} positions")
-    with common.progress() as bars:
-        task = bars.add_task("predicting tokens", total=None)
-        result = perplexity(
-            logits_of,
-            ids,
-            context,
-            tokens=tokens,
-            on_window=lambda done, total: bars.update(task, completed=done, total=total),
-            add_up=add_up,
-        )
+    with common.counting("predicting tokens") as advance:
+        result = perplexity(logits_of, ids, context, tokens=tokens, on_window=advance, add_up=add_up)
     if as_json:
         common.print_json(result.record())
     else:

@@ -36,15 +36,8 @@ def show(
         if plot is not None:
             heat_map.write(plot, Path(model).name, result)
 
-    with common.progress() as bars:
-        task = bars.add_task("reading prompts (tokens)", total=None)
-        result = retrieve(
-            subject,
-            haystack,
-            options,
-            on_cell=keep,
-            on_token=lambda done, total: bars.update(task, completed=done, total=total),
-        )
+    with common.counting("reading prompts (tokens)") as advance:
+        result = retrieve(subject, haystack, options, on_cell=keep, on_token=advance)
     if as_json:
         common.print_json(result.record())
         return

@@ -31,11 +31,8 @@ def show(
         ids = codec.encode(text, special=False)
     else:
         ids = text
-    with common.progress() as bars:
-        task = bars.add_task("continuing prompts", total=None)
-        result = compare(
-            student, teacher, ids, options, lambda done, total: bars.update(task, completed=done, total=total)
-        ).record()
+    with common.counting("continuing prompts") as advance:
+        result = compare(student, teacher, ids, options, advance).record()
     if as_json:
         common.print_json(result)
         return

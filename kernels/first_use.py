@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +27,26 @@ _TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 2e-2, torch.float32: 2e-3}
 _KNOWN: dict[tuple[Any, ...], bool] = {}
 
 
+def serving(
+    name: str,
+    kernels: ModuleType | None,
+    reference: ModuleType,
+    function: str,
+    layouts: Sequence[str],
+    args: Sequence[Any],
+    supported: Sequence[Any],
+) -> ModuleType:
+    """The module whose ``function`` serves a call: the kernels where they are there, do and may, else the reference.
+
+    Args:
+        supported: what ``kernels.supports`` is asked about; and see :func:`trusted`.
+    """
+    if kernels is None or not kernels.supports(*supported):
+        return reference
+    pair = getattr(kernels, function), getattr(reference, function)
+    return kernels if trusted(name, *pair, layouts, args) else reference
+
+
 def trusted(name: str, kernel: Function, reference: Function, layouts: Sequence[str], args: Sequence[Any]) -> bool:
     """Whether a kernel may serve this call.
 
@@ -36,7 +58,7 @@ def trusted(name: str, kernel: Function, reference: Function, layouts: Sequence[
     """
     if os.environ.get("LINCOMPILE_KERNEL_CHECK", "1") == "0":
         return True
-    key = (name, *map(_form, args, [*layouts, *[""] * (len(args) - len(layouts))]))
+    key = (name, *(_form(x, layout) for x, layout in zip_longest(args, layouts, fillvalue="")))
     if key not in _KNOWN:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return True  # nothing may be waited for here; a graph's warm-up has come this way before
@@ -78,7 +100,7 @@ def _wide(x: Any) -> Any:
 
 def _difference(kernel: Function, reference: Function, layouts: Sequence[str], args: Sequence[Any]) -> float | None:
     """The largest difference of an output over its tolerance; None where the reference isn't finite."""
-    few = [_cut(x, layout) for x, layout in zip(args, [*layouts, *[""] * (len(args) - len(layouts))], strict=True)]
+    few = [_cut(x, layout) for x, layout in zip_longest(args, layouts, fillvalue="")]
     narrowest = max(
         (x.dtype for x in few if isinstance(x, Tensor) and x.dtype in _TOLERANCE), key=_TOLERANCE.__getitem__
     )

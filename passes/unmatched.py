@@ -32,15 +32,14 @@ def path_to_scores(softmax: Node, data: set[Node], contractions: frozenset[objec
     """From a softmax's input up, through any op that keeps scores, to a product of data over the sequence."""
 
     def inputs(node: Node) -> Iterable[Node]:
-        moved = target_of(node) is aten.linear.default and target_of(node.args[0]) in MOVES
-        if (target_of(node) in FEATURES and not moved) or _product(node, data, contractions):
+        if _new_features(node) or _product(node, data, contractions):
             return ()
         return (x for x in node.all_input_nodes if x in data and isinstance(value_of(x), Tensor))
 
     def found(node: Node) -> bool:
-        if not _product(node, data, contractions) or not symbols_in(tensor_of(node).shape[-1]):
+        if not _product(node, data, contractions):
             return False
-        return tensor_of(node).dim() >= 3
+        return bool(symbols_in(tensor_of(node).shape[-1])) and tensor_of(node).dim() >= 3
 
     start = softmax.args[0]
     return _search(start, inputs, found) if isinstance(start, Node) and start in data else None
@@ -50,15 +49,17 @@ def path_to_values(softmax: Node, data: set[Node], contractions: frozenset[objec
     """From a softmax down, through any op that keeps probabilities, to a product with data."""
 
     def users(node: Node) -> Iterable[Node]:
-        moved = target_of(node) is aten.linear.default and target_of(node.args[0]) in MOVES
-        if (target_of(node) in FEATURES and not moved) or _product(node, data, contractions):
+        if _new_features(node):
             return ()
         return (x for x in node.users if isinstance(value_of(x), Tensor) and not is_symbolic(value_of(x)))
 
-    def found(node: Node) -> bool:
-        return _product(node, data, contractions)
+    return _search(softmax, users, lambda node: _product(node, data, contractions))
 
-    return _search(softmax, users, found)
+
+def _new_features(node: Node) -> bool:
+    """An op that scores don't pass through: not a linear map over heads, whose axes are moved before."""
+    moved = target_of(node) is aten.linear.default and target_of(node.args[0]) in MOVES
+    return target_of(node) in FEATURES and not moved
 
 
 def _product(node: Node, data: set[Node], contractions: frozenset[object]) -> bool:

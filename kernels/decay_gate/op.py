@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..first_use import trusted
+from ..first_use import serving
 from ..registration import Grads, backend, gradient_fake, present, selected
 from ..shapes import require, require_rank, require_same_device, require_shape
 from . import reference
@@ -44,13 +44,8 @@ def decay_gate(
     """``log_decay [B, Hkv, T, F]`` of the low-rank gate, in z's dtype; 0 at padded tokens."""
     _check_gate(z, weight, bias, mask, kv_heads, temperature)
     args = (z, weight, bias, mask, kv_heads, temperature)
-    kernels = backend("decay_gate", z)
-    fused = (
-        kernels is not None
-        and kernels.supports(z, weight, bias)
-        and trusted("decay_gate", kernels.forward, reference.forward, _LAYOUTS, args)
-    )
-    out: Tensor = (kernels if fused else reference).forward(*args)  # type: ignore[union-attr]
+    run = serving("decay_gate", backend("decay_gate", z), reference, "forward", _LAYOUTS, args, args[:3])
+    out: Tensor = run.forward(*args)
     return out.contiguous()
 
 
@@ -72,13 +67,8 @@ def decay_gate_backward(
     args = (grad, z, weight, bias, mask, kv_heads, temperature)
     layouts = ("b.t.", *_LAYOUTS)
     kernels = backend("decay_gate", z)
-    if (
-        kernels is not None
-        and kernels.supports(z, weight, bias)
-        and trusted("decay_gate_backward", kernels.backward, reference.backward, layouts, args)
-    ):
-        return present(kernels.backward(*args), z)
-    return present(reference.backward(*args), z)
+    run = serving("decay_gate_backward", kernels, reference, "backward", layouts, args, args[1:4])
+    return present(run.backward(*args), z)
 
 
 @decay_gate_backward.register_fake

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..first_use import trusted
+from ..first_use import serving
 from ..registration import Grads, backend, selected
 from ..shapes import require, require_rank, require_same_device, require_shape
 from . import reference
@@ -75,12 +75,8 @@ def hedgehog_features(
     _check_features(x, conv_weight, initial_state, weight, bias, mask)
     args = (x, conv_weight, initial_state, weight, bias, mask, mask_output)
     kernels = backend("hedgehog_features", x)
-    fused = (
-        kernels is not None
-        and kernels.supports(*args[:5])
-        and trusted("hedgehog_features", kernels.forward, reference.forward, _LAYOUTS, args)
-    )
-    features, state = (kernels if fused else reference).forward(*args)  # type: ignore[union-attr]
+    run = serving("hedgehog_features", kernels, reference, "forward", _LAYOUTS, args, args[:5])
+    features, state = run.forward(*args)
     return features.contiguous(), state
 
 
@@ -120,12 +116,8 @@ def hedgehog_features_backward(
     args = (grad, grad_state, x, conv_weight, initial_state, weight, bias, mask, mask_output)
     layouts = ("b.t.", "b..", *_LAYOUTS)
     kernels = backend("hedgehog_features", x)
-    fused = (
-        kernels is not None
-        and kernels.supports(*args[2:7])
-        and trusted("hedgehog_features_backward", kernels.backward, reference.backward, layouts, args)
-    )
-    d_x, *rest = (kernels if fused else reference).backward(*args)  # type: ignore[union-attr]
+    run = serving("hedgehog_features_backward", kernels, reference, "backward", layouts, args, args[2:7])
+    d_x, *rest = run.backward(*args)
     own = _layout(x)
     if d_x.stride() != own.stride():
         d_x = own.copy_(d_x)

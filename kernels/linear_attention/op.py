@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.library import custom_op
 
-from ..first_use import trusted
+from ..first_use import serving, trusted
 from ..registration import Grads, backend, gradient_fake, present, selected
 from ..shapes import accumulator_dtype, require, require_qkv, require_rank, require_same_device, require_shape
 from . import reference
@@ -70,15 +71,10 @@ def linear_attention(
     """Linear attention with optional decay; returns ``o [B, H, T, Dv]`` (v's dtype), final state (float32/64)."""
     check_linear("linear_attention", q, k, v, log_decay, initial_state, causal, normalize)
     args = (q, k, v, log_decay, initial_state, scale, causal, normalize)
-    kernels = backend("linear_attention", q)
-    if (
-        kernels is not None
-        and kernels.supports(*args[:5], causal)
-        and trusted("linear_attention", kernels.chunkwise, reference.chunkwise, _layouts(causal), args)
-    ):
-        o, state = kernels.chunkwise(*args)
-        return o, state
-    return reference.chunkwise(*args)
+    kernels, asked = backend("linear_attention", q), (*args[:5], causal)
+    run = serving("linear_attention", kernels, reference, "chunkwise", _layouts(causal), args, asked)
+    o, state = run.chunkwise(*args)
+    return o, state
 
 
 @linear_attention.register_fake
@@ -158,16 +154,19 @@ def _(
     return gradient_fake(q, k, v, log_decay, initial_state)
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    normalize = inputs[7]
-    ctx.save_for_backward(*inputs[:5], output[0] if normalize else None)
-    ctx.options = inputs[5:]
+def register_gradient(op: Any, backward: Callable[..., tuple[Tensor, ...]], tensors: int) -> None:
+    """Keeps an op's first ``tensors`` inputs, and its output where it was normalised, for its backward op."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        normalize = inputs[7]
+        ctx.save_for_backward(*inputs[:tensors], output[0] if normalize else None)
+        ctx.options = inputs[tensors:]
+
+    def gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> Grads:
+        *inputs, o = ctx.saved_tensors
+        return selected(backward(grad_o, grad_state, o, *inputs, *ctx.options), ctx.needs_input_grad)
+
+    op.register_autograd(gradient, setup_context=keep)
 
 
-def _linear_backward(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> Grads:
-    *inputs, o = ctx.saved_tensors
-    grads = linear_attention_backward(grad_o, grad_state, o, *inputs, *ctx.options)
-    return selected(grads, ctx.needs_input_grad)
-
-
-linear_attention.register_autograd(_linear_backward, setup_context=_linear_setup)
+register_gradient(linear_attention, linear_attention_backward, 5)

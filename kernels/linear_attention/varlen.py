@@ -8,16 +8,15 @@ a CPU tensor where that matters (in a CUDA graph it must be one, of the lengths 
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..registration import Grads, backend, gradient_fake, present, selected
+from ..registration import backend, gradient_fake, present
 from ..shapes import accumulator_dtype, require
 from . import varlen_reference
-from .op import check_linear
+from .op import check_linear, register_gradient
 
 _OP = "linear_attention_varlen"
 _ARGS = (
@@ -158,16 +157,4 @@ def _(
     return gradient_fake(q, k, v, log_decay, initial_state)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    normalize = inputs[7]
-    ctx.save_for_backward(*inputs[:6], output[0] if normalize else None)
-    ctx.options = inputs[6:]
-
-
-def _backward(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> Grads:
-    *inputs, o = ctx.saved_tensors
-    grads = linear_attention_varlen_backward(grad_o, grad_state, o, *inputs, *ctx.options)
-    return selected(grads, ctx.needs_input_grad)
-
-
-linear_attention_varlen.register_autograd(_backward, setup_context=_setup)
+register_gradient(linear_attention_varlen, linear_attention_varlen_backward, 6)

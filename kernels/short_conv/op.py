@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..first_use import trusted
+from ..first_use import serving
 from ..registration import Grads, backend, gradient_fake, present, selected
 from ..shapes import require, require_rank, require_same_device, require_shape
 from . import reference
@@ -37,15 +37,9 @@ def short_conv(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> tuple
     """Causal depthwise convolution; returns ``y [B, T, C]`` and the last inputs ``[B, C, W - 1]``, in x's dtype."""
     _check_conv(x, weight, initial_state)
     args = (x, weight, initial_state)
-    kernels = backend("short_conv", x)
-    if (
-        kernels is not None
-        and kernels.supports(*args)
-        and trusted("short_conv", kernels.forward, reference.forward, _LAYOUTS, args)
-    ):
-        y, state = kernels.forward(*args)
-        return y, state
-    return reference.forward(*args)
+    run = serving("short_conv", backend("short_conv", x), reference, "forward", _LAYOUTS, args, args)
+    y, state = run.forward(*args)
+    return y, state
 
 
 @short_conv.register_fake
@@ -67,13 +61,8 @@ def short_conv_backward(
     args = (grad_y, grad_state, x, weight, initial_state)
     layouts = ("bt.", "b..", *_LAYOUTS)
     kernels = backend("short_conv", x)
-    if (
-        kernels is not None
-        and kernels.supports(x, weight, initial_state)
-        and trusted("short_conv_backward", kernels.backward, reference.backward, layouts, args)
-    ):
-        return present(kernels.backward(*args), x)
-    return present(reference.backward(*args), x)
+    run = serving("short_conv_backward", kernels, reference, "backward", layouts, args, args[2:])
+    return present(run.backward(*args), x)
 
 
 @short_conv_backward.register_fake

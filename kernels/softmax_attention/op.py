@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..first_use import trusted
+from ..first_use import serving
 from ..registration import Grads, backend, gradient_fake, present, selected
 from ..shapes import require, require_qkv, require_rank, require_same_device, require_shape
 from . import reference
@@ -33,12 +33,9 @@ def _check(
 def _kernels(*args: Any, function: str) -> ModuleType:
     """The Triton kernels where they serve the call of ``forward`` or ``backward``, else the reference."""
     q, k, v, _, kind, window, *_ = args[-8:]
-    kernels = backend("softmax_attention", q)
-    if kernels is None or not kernels.supports(q, k, v, kind, window):
-        return reference
     layouts = [*["b.t."] * (3 + len(args) - 8), "bt"]  # the gradient first, in ``backward``
-    pair = getattr(kernels, function), getattr(reference, function)
-    return kernels if trusted(f"softmax_attention {function}", *pair, layouts, args) else reference
+    kernels, asked = backend("softmax_attention", q), (q, k, v, kind, window)
+    return serving(f"softmax_attention {function}", kernels, reference, function, layouts, args, asked)
 
 
 @custom_op(

@@ -156,7 +156,7 @@ class TokenWindows:
         """Windows of the documents that hold ``size`` tokens but not ``above``; None if there aren't two of them."""
         lengths = self._lengths
         ends = lengths.cumsum(0)
-        chosen = lengths >= size if above is None else (lengths >= size) & (lengths < above)
+        chosen = _served(lengths, size, above)
         lengths, ends = lengths[chosen], ends[chosen]
         counts = (lengths + size - 1) // size  # the last one ends with the document
         document = torch.repeat_interleave(torch.arange(len(counts)), counts)
@@ -203,11 +203,15 @@ class TokenWindows:
         return self.ids[starts[:, None] + torch.arange(size)].long()
 
 
+def _served(lengths: Tensor, size: int, above: int | None) -> Tensor:
+    """Which documents hold ``size`` tokens but not ``above`` (the next larger size, if any)."""
+    return lengths >= size if above is None else (lengths >= size) & (lengths < above)
+
+
 def _covered(lengths: Tensor, sizes: Sequence[int]) -> list[int]:
     """Tokens of the documents that each size serves."""
     tokens, above = [], None
     for size in sizes:
-        chosen = lengths >= size if above is None else (lengths >= size) & (lengths < above)
-        tokens.append(int(lengths[chosen].sum()))
+        tokens.append(int(lengths[_served(lengths, size, above)].sum()))
         above = size
     return tokens
