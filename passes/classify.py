@@ -192,18 +192,15 @@ def find_response(probe: Probe, record: Evaluation, length: int) -> Response:
         raise Unstable("unknown-scores", "the scores change shape between q·k and softmax")
     values, inputs = difference[allowed], x.reshape(difference.shape)[allowed]
     plain = Response((values / inputs).median().item(), 0.0)
+    bent: float | None = None
     if torch.allclose(values, plain(inputs), rtol=1e-4, atol=1e-5):
         if plain.scale <= 0:
             raise Unstable("negative-scale", f"the scores are scaled by {plain.scale:g}, which isn't positive")
-        for size in (1e-3, -1e-3, 30.0, -30.0, 1e3, -1e3, 1e5, -1e5, 1e9, -1e9, 1e30, -1e30):
-            answer = (probe.scores(view, torch.full(shape, size)) - base)[allowed]
-            if not torch.allclose(answer, torch.full_like(answer, size * plain.scale), rtol=1e-3, atol=1e-4):
-                raise Unstable(
-                    "unknown-scores",
-                    f"the scores are changed by something other than a scale where q·k is near {size:g}",
-                )
-        return plain
-    large = (probe.scores(view, torch.full(shape, 1e6)) - base)[allowed]
+        bent = _bend(probe, view, base, plain)
+        if bent is None:
+            return plain
+    # A softcap far above the scores is a scale as far as random scores can tell.
+    large = (probe.scores(view, torch.full(shape, 1e20)) - base)[allowed]
     cap = large.median().item()
     if cap > 0 and torch.allclose(large, torch.full_like(large, cap), rtol=1e-3):
         inner = torch.atanh((values.double() / cap).clamp(-1 + 1e-12, 1 - 1e-12)) * cap
@@ -217,11 +214,25 @@ def find_response(probe: Probe, record: Evaluation, length: int) -> Response:
         same = torch.allclose(
             answer, capped(spread.reshape(difference.shape)[allowed]), rtol=1e-4, atol=1e-4 * max(1.0, cap * 1e-2)
         )
-        if capped.scale > 0 and same and torch.allclose(capped(inputs), values, rtol=1e-4, atol=1e-5):
+        same = same and torch.allclose(capped(inputs), values, rtol=1e-4, atol=1e-5)
+        if capped.scale > 0 and same and _bend(probe, view, base, capped) is None:
             return capped
     raise Unstable(
-        "unknown-scores", "the scores are changed by something other than a scale, a softcap, a mask or a bias"
+        "unknown-scores",
+        "the scores are changed by something other than a scale, a softcap, a mask or a bias"
+        + ("" if bent is None else f" where q·k is near {bent:g}"),
     )
+
+
+def _bend(probe: Probe, view: View, base: Tensor, response: Response) -> float | None:
+    """The first of many sizes of scores at which the chain doesn't answer as ``response``; None where there is none."""
+    shape, allowed = probe.raw_shape(view.sizes), base > MASKED
+    for size in (1e-3, -1e-3, 30.0, -30.0, 1e3, -1e3, 1e5, -1e5, 1e9, -1e9, 1e30, -1e30):
+        answer = (probe.scores(view, torch.full(shape, size)) - base)[allowed]
+        wanted = response(torch.full_like(answer, size))
+        if not torch.allclose(answer, wanted, rtol=1e-3, atol=1e-4 * max(1.0, response.softcap * 1e-2)):
+            return size
+    return None
 
 
 def expected_mask(kind: str, window: int | None, rows: Tensor, columns: Tensor) -> Tensor:
@@ -385,8 +396,15 @@ def _check_padding(probe: Probe, node: Node, plain_view: View, masked_view: obje
     ):
         segments = torch.ones(shape, dtype=torch.int64)
         segments[:, shape[1] // 2 :] = 2
-        if not torch.equal(_by_batch(allowed_keys(probe, masked_view({node.name: segments})), shape[0]), plain):
+        seen = _by_batch(allowed_keys(probe, masked_view({node.name: segments})), shape[0])
+        if torch.equal(seen, plain):
+            return
+        together = segments[:, None, :, None] == segments[:, None, None, :]
+        if plain.shape[-2] == shape[1] and torch.equal(seen, plain & together):
             raise Unstable(
                 "packed",
                 f"the numbers in '{node.name}' separate packed sequences; the canonical mask only knows padding",
             )
+        raise Unstable(
+            "unknown-mask", f"numbers other than 0 and 1 in '{node.name}' change the mask; a bool input has none"
+        )

@@ -70,6 +70,8 @@ class ProveAttention:
             output = examine(program, candidate, site, self.tolerance, cache)
             if output is not None:
                 replaced[candidate.out] = output
+            elif site.heads is None:
+                _count_heads(program, candidate, site)
             found.append(site)
         finish(program.graph_module)
         order = order_of(program.graph_module)
@@ -232,18 +234,8 @@ def build(program: Program, candidate: Candidate, findings: Findings) -> Replace
     make = Builder(program.graph_module, candidate.out)
     existing = set(program.graph_module.graph.nodes)
     q, k, v, restore = canonical_operands(program, candidate, make)
-    heads = int_dim(tensor_of(q).shape[1], "query heads")
-    probe = Probe(program, candidate)
-    sizes = [probe.sizes(5), probe.sizes(7, batch=3)]
-    folded_k, folded_v = fold_groups(program, k, heads, sizes), fold_groups(program, v, heads, sizes)
-    if same_dim(tensor_of(folded_k).shape[1], tensor_of(folded_v).shape[1]):
-        k, v = folded_k, folded_v
-    kv_heads = int_dim(tensor_of(k).shape[1], "key heads")
-    if kv_heads != int_dim(tensor_of(v).shape[1], "value heads") or heads % kv_heads:
-        raise Unsupported(
-            f"{heads} query heads, {kv_heads} key heads and {tensor_of(v).shape[1]} value heads don't form groups"
-        )
-    shape = (heads, kv_heads, int_dim(tensor_of(q).shape[-1], "head_dim"), int_dim(tensor_of(v).shape[-1], "value dim"))
+    q, k, v, shape = _grouped(program, candidate, q, k, v)
+    heads = shape[0]
     key_padding = _key_padding(program, make, findings)
     if findings.bias == "alibi":
         assert findings.slopes is not None
@@ -268,6 +260,37 @@ def build(program: Program, candidate: Candidate, findings: Findings) -> Replace
     )
     output = restore(op)
     return Replacement(op, output, q, k, v, key_padding, shape, set(program.graph_module.graph.nodes) - existing)
+
+
+def _grouped(
+    program: Program, candidate: Candidate, q: Node, k: Node, v: Node
+) -> tuple[Node, Node, Node, tuple[int, int, int, int]]:
+    """Q, k and v with their KV heads un-expanded, and (heads, KV heads, head_dim, value dim)."""
+    heads = int_dim(tensor_of(q).shape[1], "query heads")
+    probe = Probe(program, candidate)
+    sizes = [probe.sizes(5), probe.sizes(7, batch=3)]
+    folded_k, folded_v = fold_groups(program, k, heads, sizes), fold_groups(program, v, heads, sizes)
+    if same_dim(tensor_of(folded_k).shape[1], tensor_of(folded_v).shape[1]):
+        k, v = folded_k, folded_v
+    kv_heads = int_dim(tensor_of(k).shape[1], "key heads")
+    if kv_heads != int_dim(tensor_of(v).shape[1], "value heads") or heads % kv_heads:
+        raise Unsupported(
+            f"{heads} query heads, {kv_heads} key heads and {tensor_of(v).shape[1]} value heads don't form groups"
+        )
+    dims = int_dim(tensor_of(q).shape[-1], "head_dim"), int_dim(tensor_of(v).shape[-1], "value dim")
+    return q, k, v, (heads, kv_heads, *dims)
+
+
+def _count_heads(program: Program, candidate: Candidate, site: AttentionSite) -> None:
+    """Heads and their sizes of a site that is left alone, where its operands are those of attention."""
+    if candidate.form == "nested" or candidate.q is candidate.k:
+        return  # q and k belong to another graph, or weren't told apart
+    try:
+        with _Attempt(program.graph_module):
+            operands = canonical_operands(program, candidate, Builder(program.graph_module, candidate.out))[:3]
+            site.heads, site.kv_heads, site.head_dim, site.value_dim = _grouped(program, candidate, *operands)[3]
+    except Unsupported:
+        return
 
 
 def _key_padding(program: Program, make: Builder, findings: Findings) -> Node | None:

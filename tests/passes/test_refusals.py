@@ -260,6 +260,7 @@ REFUSED: dict[str, tuple[Case, str, str]] = {
     "top-left-dense": (top_left_dense, "arbitrary", "not full, causal or sliding"),
     "negative-scale": (score_case(lambda s, d: -s), "negative-scale", "isn't positive"),
     "clamped": (score_case(lambda s, d: s.clamp(min=-50.0)), "unknown-scores", "something other than a scale"),
+    "capped-far": (score_case(lambda s, d: 50 * F.hardtanh(s / 16 / 50)), "unknown-scores", "hardtanh|clamp|near 1000"),
     "squared": (score_case(lambda s, d: s * s), "unknown-scores", "mul"),
     "threshold": (score_case(lambda s, d: torch.where(s > 0, s, -INF)), "unknown-scores", "gt"),
     "zeros-hidden": (score_case(lambda s, d: s.masked_fill(s == 0, -INF)), "unknown-scores", "eq"),
@@ -325,6 +326,9 @@ PROVED: dict[str, tuple[Case, str, int | None]] = {
     "post-mask-again": (probability_case(lambda p, d: p.masked_fill(d < 0, 0.0)), "causal", None),
     "row-constant": (score_case(lambda s, d: s + torch.arange(4)[:, None, None]), "causal", None),
     "soft": (score_case(lambda s, d: 20 * torch.tanh(s / 20)), "causal", None),
+    # random scores come nowhere near the cap, as in Gemma 2 (scale 1/16, cap 50)
+    "soft-far": (score_case(lambda s, d: 50 * torch.tanh(s / 16 / 50)), "causal", None),
+    "soft-farther": (score_case(lambda s, d: 3e4 * torch.tanh(s / 100 / 3e4)), "causal", None),
     "statement": (
         lambda q, k, v, i: attend((s := raw(q, k)).masked_fill_(~causal(q), -INF) if True else s, v),
         "causal",
@@ -418,6 +422,7 @@ def test_left_alone_with_a_reason(compiled: tuple[Many, Program], name: str) -> 
     site = matching[0]
     assert site.node is None and not site.proved
     assert (site.kind, bool(re.search(reason, site.reason))) == (kind, True), (site.kind, site.reason)
+    assert (site.heads, site.kv_heads, site.head_dim, site.value_dim) == (HEADS, HEADS, DIM, DIM)
     file, _, line = site.source.rpartition(":")
     assert file == __file__ and int(line) in range(1, 1000)
 
@@ -454,3 +459,36 @@ def test_a_table_of_biases_is_refused() -> None:
     assert program.max_positions == 64
     assert (site.verdict, site.kind) == ("refuse", "full")
     assert "position bias" in site.reason and "arbitrary" in site.reason
+
+
+class Numbered(nn.Module):
+    """Causal attention of four heads over two KV heads, under a mask made from the numbers in ``pad_mask``."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+        self.q, self.kv = nn.Linear(HEADS * DIM, HEADS * DIM), nn.Linear(HEADS * DIM, HEADS * DIM)
+
+    def forward(self, x: Tensor, pad_mask: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+        k, v = (y.unflatten(-1, (2, DIM)).transpose(1, 2).repeat_interleave(2, 1) for y in self.kv(x).chunk(2, -1))
+        return attend(self.change(raw(q, k).masked_fill(~causal(q), -1e4), pad_mask), v)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "reason"),
+    [
+        (
+            lambda s, pad: s.masked_fill(pad[:, None, :, None] != pad[:, None, None, :], -INF),
+            "packed",
+            "the numbers in 'pad_mask' separate packed sequences",
+        ),
+        # OpenAI GPT: a 2 would lift the causal mask; nothing about that is packing
+        (lambda s, pad: s + (1.0 - pad[:, None, None, :]) * -3e4, "unknown-mask", "numbers other than 0 and 1"),
+    ],
+)
+def test_what_numbers_in_a_mask_do_is_named(change: Callable[[Tensor, Tensor], Tensor], kind: str, reason: str) -> None:
+    example = {"x": torch.randn(2, 12, HEADS * DIM), "pad_mask": torch.ones(2, 12, dtype=torch.long)}
+    (site,) = Pipeline([Canonicalize(), ProveAttention()])(capture(Numbered(change).eval(), example)).sites
+    assert (site.verdict, site.kind) == ("refuse", kind) and reason in site.reason
+    assert (site.heads, site.kv_heads, site.head_dim, site.value_dim) == (HEADS, 2, DIM, DIM)
