@@ -122,9 +122,10 @@ def export_onnx(
     from .functions import STANDARD_OPSET, attach_bodies, standard_operators_only
     from .genai import genai_config, genai_obstacles, shares_cache
     from .half import store_in_half, widened
+    from .metadata import Signature
     from .native import lower_attention
     from .quantized import LAYOUTS, QuantizedReport, lower_quantized
-    from .signature import Signature, bind_signature
+    from .signature import bind_signature
     from .simplify import simplify
     from .verify import verify as compare
     from .verify import verify_widened

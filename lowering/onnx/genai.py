@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from .signature import BoundState
+from .metadata import BoundState
 
 # One of genai's names for a plain decoder: which states it carries is read from the model's own inputs.
 MODEL_TYPE = "decoder"

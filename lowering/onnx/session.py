@@ -48,7 +48,7 @@ class OnnxSession:
         import onnxruntime
 
         from ..native import library
-        from .signature import Signature
+        from .metadata import Signature
 
         path = Path(folder)
         path = path / MODEL_FILE if path.is_dir() else path
@@ -56,6 +56,9 @@ class OnnxSession:
             raise ArtefactError(f"no ONNX model at {path}; write one with lincompile export")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.enable_cpu_mem_arena = (
+            False  # it would keep what the longest chunk needed, as long as the session lives
+        )
         if threads is not None:
             options.intra_op_num_threads = threads
         self.native = library.register(options) if library.calls_native_operators(path) else None

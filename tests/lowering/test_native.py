@@ -337,10 +337,11 @@ import sys
 from lincompile.lowering.onnx.session import OnnxSession
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
-import lincompile.lowering.native.library, lincompile.lowering.onnx.signature, onnxruntime  # imported by a session
+import lincompile.lowering.native.library, lincompile.lowering.onnx.metadata, onnxruntime  # imported by a session
 before = anonymous()
 session = OnnxSession(sys.argv[1], threads=1)
 print(session.native, anonymous() - before)
+assert not {"onnx", "onnx_ir", "onnxscript"} & set(sys.modules), "reading a file imports what writes one"
 """
 
 
@@ -348,7 +349,7 @@ print(session.native, anonymous() - before)
 @pytest.mark.parametrize(("layout", "kernels", "most"), [("planes", "", 1.5), ("native", "avx2", 0.95)])
 def test_memory_of_a_loaded_model(built: Path, tmp_path: Path, layout: str, kernels: str, most: float) -> None:
     """Bytes per weight: stock kernels keep copies of their own, ours read the six bits of the file."""
-    from lincompile.lowering.onnx.signature import Signature
+    from lincompile.lowering.onnx.metadata import Signature
 
     size = 4096
     model = ir.serde.deserialize_model(lowered(placeholder_model(weights(size, size, 6), size, size, "a8"), layout))
