@@ -118,28 +118,50 @@ def coloured(text: str, style: str) -> Text:
 
 
 def site_table(sites: list[AttentionSite], verbose: bool) -> Any:
-    """The table of sites; with ``verbose``, also the source line each was traced from."""
+    """The table of sites and, below it, why some aren't rewritten; with ``verbose``, also the lines they stand in."""
+    from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("#", "site", "kind", "heads", "verdict", "max error", "reason"):
+    for title in ("#", "site", "kind", "heads", "verdict", "max error"):
         table.add_column(title, overflow="fold", justify="right" if title in ("#", "max error") else "left")
-    if verbose:
-        table.add_column("source", overflow="fold")
+    remarks: dict[tuple[str, str], list[int]] = {}
     for index, site in enumerate(sites):
-        colour = COLOURS.get(site.verdict, "white")
-        row = [str(index), site.path, kind_of(site), heads_of(site), site.verdict, error_of(site), site.reason]
-        row = [escape(cell) for cell in row]
-        row[4] = f"[{colour}]{row[4]}[/]"
-        table.add_row(*row, *([escape(site.source)] if verbose else []))
-    return table
+        cells = [escape(cell) for cell in (str(index), site.path, kind_of(site), heads_of(site))]
+        table.add_row(*cells, _verdict(site.verdict), error_of(site))
+        if site.verdict != "rewrite":
+            remarks.setdefault((_verdict(site.verdict), site.reason), []).append(index)
+    if verbose:
+        for index, site in enumerate(sites):
+            remarks.setdefault(("source", site.source), []).append(index)
+    below = Table(box=None, pad_edge=False, show_header=False)
+    for _ in range(3):
+        below.add_column(overflow="fold")
+    for (label, text), indices in remarks.items():
+        below.add_row(label, ranges(indices), escape(text))
+    return Group(table, "", below) if remarks else table
+
+
+def _verdict(verdict: str) -> str:
+    return f"[{COLOURS.get(verdict, 'white')}]{verdict}[/]"
+
+
+def ranges(indices: list[int]) -> str:
+    """Rising numbers, neighbours as ranges: ``0-3, 7``."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def kind_of(site: AttentionSite) -> str:
     """``sliding 4096``, ``causal`` …, with the position bias where one was found."""
     kind = f"{site.kind} {site.window}" if site.window else site.kind
-    return kind if site.bias in ("none", "row-constant") else f"{kind} + {site.bias}"
+    return kind if site.bias in ("none", "row-constant", "unknown") else f"{kind} + {site.bias}"
 
 
 def heads_of(site: AttentionSite) -> str:
@@ -187,7 +209,7 @@ def _label(sites: list[AttentionSite]) -> str:
     errors = [item.max_error for item in sites if item.max_error is not None]
     error = f", equal to {max(errors):.1e}" if errors else f": {escape(site.reason)}"
     shape = f" {heads_of(site)}" if site.heads else ""
-    return f" [dim]{escape(kind_of(site))}{shape}[/] [{COLOURS.get(site.verdict, 'white')}]{site.verdict}[/]{error}"
+    return f" [dim]{escape(kind_of(site))}{shape}[/] {_verdict(site.verdict)}{error}"
 
 
 def _grow(tree: Any, branches: dict[str, Any]) -> None:
@@ -251,6 +273,8 @@ def print_explanation(explanation: Explanation) -> None:
     out.print("\n[bold]found by probing the scores[/]")
     if findings is None:
         out.print("not probed: the ops around the softmax already say that it isn't canonical")
+    elif not findings.probed:
+        out.print(f"  kind     {escape(findings.kind)}: nothing else could be found out")
     else:
         facts = {
             "kind": f"{findings.kind} {findings.window}" if findings.window else findings.kind,

@@ -29,7 +29,10 @@ TABLE_LIMIT = 4096  # longest mask table looked at as a whole
 
 @dataclass
 class Findings:
-    """What probing a candidate found. ``kind`` is full, causal, sliding, or the name of what was seen instead."""
+    """What probing a candidate found. ``kind`` is full, causal, sliding, or the name of what was seen instead.
+
+    Where ``probed`` is empty, scores couldn't be looked at and only ``kind`` and ``reason`` say anything.
+    """
 
     kind: str
     reason: str = ""

@@ -153,11 +153,11 @@ def examine(program: Program, candidate: Candidate, site: AttentionSite, toleran
 
 def _fill(site: AttentionSite, findings: Findings) -> None:
     site.kind, site.window = findings.kind, findings.window
-    site.scale = findings.scale
-    site.softcap = findings.softcap or None
-    site.bias, site.slopes = findings.bias, findings.slopes
     site.padding = ", ".join(findings.padding) or None
     site.packing = "by positions" if findings.kind == "packed" else "none"
+    if findings.probed:
+        site.scale, site.softcap = findings.scale, findings.softcap or None
+        site.bias, site.slopes = findings.bias, findings.slopes
 
 
 def signature(candidate: Candidate) -> Any:

@@ -115,7 +115,8 @@ class Reader:
                 expr = value_of(item).node.expr
                 if expr.free_symbols:
                     raise Unstable(
-                        "length-dependent", f"the scores depend on the sequence length itself ('{item.name}')"
+                        "length-dependent",
+                        f"the scores depend on the sequence length (or the batch size) itself ('{item.name}')",
                     )
                 return Form(offsets=(float(expr),))
             return self.forms[item]

@@ -39,7 +39,8 @@ class AttentionSite:
 
     ``kind`` is full, causal or sliding when proved, otherwise a short name of what was seen (``prefix-lm``,
     ``data-dependent`` …). ``max_error`` is the largest absolute difference, outputs and gradients, between the
-    site and the canonical op that replaces it (None where no proof was attempted).
+    site and the canonical op that replaces it (None where no proof was attempted). ``bias`` is what is added to the
+    scores: none, row-constant, alibi, toeplitz, arbitrary, or unknown where the scores couldn't be looked at.
     """
 
     path: str
@@ -53,7 +54,7 @@ class AttentionSite:
     window: int | None = None
     scale: float | None = None
     softcap: float | None = None
-    bias: str = "none"
+    bias: str = "unknown"
     slopes: tuple[float, ...] | None = None
     padding: str | None = None
     packing: str = "none"

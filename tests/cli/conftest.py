@@ -23,7 +23,7 @@ from torch.nn import functional
 class Block(nn.Module):
     def __init__(self, width, heads, backwards=False):
         super().__init__()
-        self.heads, self.backwards = heads, backwards
+        self.heads, self.backwards, self.bias = heads, backwards, None
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.up = nn.Linear(width, 4 * width)
@@ -35,6 +35,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).split(width, -1)
         q, k, v = (y.view(batch, length, self.heads, -1).transpose(1, 2) for y in (q, k, v))
         mask = torch.ones(length, length, dtype=torch.bool).triu() if self.backwards else None
+        mask = mask if self.bias is None else self.bias[:, :length, :length]
         y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + self.out(y.transpose(1, 2).reshape(batch, length, width))
         return x + self.down(functional.gelu(self.up(self.norm2(x))))
@@ -79,6 +80,14 @@ def build():
 def backwards():
     model = build()
     model.blocks[0].backwards = True
+    return model
+
+
+def learned():
+    """Like T5: one bias per head and distance, of the first block, in every block."""
+    model = build()
+    model.blocks[0].bias = nn.Parameter(torch.randn(2, 128, 128))
+    model.blocks[1].bias = model.blocks[0].bias
     return model
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+
+from lincompile.cli.inspect import ranges
 
 from .conftest import Run
 
@@ -34,6 +38,23 @@ def test_explain_a_refused_site(cli: Run) -> None:
     assert "refuse: the mask is anticausal" in result.out
     assert "none: the site stays as it is" in result.out
     assert "· · · · · · · · · · · ■" in result.out
+
+
+def test_neighbouring_sites_are_named_as_ranges() -> None:
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8" and ranges([]) == ""
+
+
+def test_what_isnt_known_about_a_refused_site_isnt_said(cli: Run) -> None:
+    result = cli("inspect", "small_model:learned", "-v")
+    assert result.code == 0, result.err
+    reason = r"refuse  0-1  the parameter 'blocks\.[01]\.bias' changes the scores \(a learned bias or scale\)"
+    assert re.search(reason, result.out) and result.out.count("changes the scores") == 1, result.out
+    assert result.out.count("2/2 × 16") == 2 and result.out.count("small_model.py:") == 1
+    record = cli("inspect", "small_model:learned", "--json").json["sites"][0]
+    assert (record["heads"], record["kv_heads"], record["head_dim"]) == (2, 2, 16)
+    assert (record["kind"], record["scale"], record["bias"]) == ("learned", None, "unknown")
+    explained = cli("inspect", "small_model:learned", "--explain", "1").out
+    assert "kind     learned: nothing else could be found out" in explained and "scale " not in explained
 
 
 def test_diff_lists_what_the_passes_changed(cli: Run) -> None:

@@ -103,7 +103,8 @@ class Spec:
         """Whether it is canonical softmax attention in an ordinary spelling, which must be found."""
         canonical = self.mask is None or self.mask == Leaf("i>=j", 0)
         ordinary = self.form in ("fill", "where", "additive", "written") and self.bias == "none"
-        constant = self.scale_on in ("scores", "divide", "q", "tensor") or self.layout in ("sdpa", "bmm", "grouped")
+        other_rank = self.layout in ("sdpa", "bmm") or (self.layout == "grouped" and self.kv_heads < HEADS)
+        constant = self.scale_on in ("scores", "divide", "q", "tensor") or other_rank
         as_they_are = (self.after in ("none", "nan") and self.softmax != "half") or self.layout == "sdpa"
         return canonical and ordinary and constant and as_they_are and self.scale > 0 and self.pad in ("none", "keys")
 
