@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lawcat_block import guarded, milliseconds
+from gpu_timing import guarded, milliseconds, recorded
 from torch import Tensor, nn
 from torch.nn import functional
 from versions import versions
@@ -212,16 +212,7 @@ def decode(shape: Shape, arm: str, batch: int, context: int, compiled: bool) -> 
     model = Model(shape, arm, batch, context, 1)
     model = model.compiled() if compiled else model
     token = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            model(token)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        token.copy_(model(token))
-    took = milliseconds(graph.replay, BUDGET)
+    took = milliseconds(recorded(lambda: token.copy_(model(token))).replay, BUDGET)
     state = sum(b.numel() * b.element_size() for name, b in model.named_buffers() if "state" in name)
     return {
         "ms": round(took, 4), "tokens_per_second": round(batch / took * 1e3, 1), "state_gib": round(state / 2**30, 4)

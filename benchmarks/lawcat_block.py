@@ -5,8 +5,8 @@
 
 ``--check`` compares values and the gradients of every input and parameter with the plain module in float64, on fresh
 random inputs (the seed is printed and recorded), with NaN in freed memory, two runs bit for bit; beside each error
-stands the plain module's own in the same dtype. ``--time`` gives medians of CUDA events, bfloat16, forward and
-forward + backward, for
+stands the plain module's own in the same dtype. ``--time`` gives forward and forward + backward in bfloat16 (medians,
+as ``gpu_timing.py`` says), for
 
 * ours: the block on fused kernels; plain: the same module on its unfused graph; compiled: that under torch.compile;
 * fla: the same composed from torch ops and flash-linear-attention's ``chunk_gla``, eager and with everything around
@@ -27,13 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_timing import bandwidth, both, guarded
 from torch import Tensor
 from torch.nn import functional
 from versions import versions
@@ -303,59 +303,6 @@ CHECKS: dict[str, Callable[[str, int], dict[str, Any]]] = {
 # ---- times
 
 
-def milliseconds(function: Callable[[], Any], budget: float = 1.0) -> float:
-    """Median of as many calls as fit the budget in seconds, 5 to 30, after warm-up."""
-    for _ in range(2):
-        function()
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    repeat = int(min(30, max(5, budget / max(time.perf_counter() - started, 1e-5))))
-    times = []
-    for _ in range(repeat):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return sorted(times)[len(times) // 2]
-
-
-def both(function: Callable[[], Tensor], leaves: list[Tensor], budget: float) -> dict[str, float]:
-    """First call (compiling and tuning) in s, forward and forward + backward in ms, peak GiB beyond the inputs."""
-    started = time.perf_counter()
-    out = function()
-    grad = torch.randn_like(out)
-    torch.autograd.grad(out, leaves, grad)
-    torch.cuda.synchronize()
-    first = time.perf_counter() - started
-    del out
-
-    def train() -> None:
-        torch.autograd.grad(function(), leaves, grad)
-
-    with torch.no_grad():
-        forward = milliseconds(function, budget)
-    torch.cuda.reset_peak_memory_stats()
-    base = torch.cuda.memory_allocated()
-    total = milliseconds(train, budget)
-    return {
-        "first_call_s": round(first, 2),
-        "forward_ms": round(forward, 4),
-        "forward_backward_ms": round(total, 4),
-        "peak_gib": round((torch.cuda.max_memory_allocated() - base) / 2**30, 3),
-    }
-
-
-def bandwidth() -> float:
-    """Bytes per ms that a copy moves, read and written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    return 2 * source.numel() / milliseconds(lambda: target.copy_(source))
-
-
 def fla_block(m: Lawcat, normalised: bool, compiled: bool) -> Callable[..., Tensor]:
     from fla.ops.gla import chunk_gla
 
@@ -489,18 +436,6 @@ def profile(shape: tuple[int, int, int, int]) -> dict[str, float]:
 
 
 # ---- driver
-
-
-def guarded(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return function()
-    except Exception as error:
-        torch.cuda.empty_cache()
-        return {
-            "ok": False,
-            "error": f"{type(error).__name__}: {error}"[:500],
-            "traceback": traceback.format_exc()[-4000:],
-        }
 
 
 def check_here(name: str, seed: int) -> dict[str, Any]:

@@ -5,8 +5,8 @@
     python benchmarks/linear_attention.py --first-call --json FILE       # with an empty TRITON_CACHE_DIR
     python benchmarks/linear_attention.py --tune --json FILE             # tiles beside those of the rule
 
-Timings are medians of CUDA events after warm-up, bfloat16 inputs (gates too), float32 state, each input set larger
-than the L2 cache. ``floor`` is the time to move every input and output once at the copy bandwidth measured in the
+Timings are those of ``gpu_timing.py``, bfloat16 inputs (gates too), float32 state, each input set larger than the L2
+cache. ``floor`` is the time to move every input and output once at the copy bandwidth measured in the
 same run. Peers need ``flash-linear-attention`` installed; a peer's first call (its autotuning) is timed apart.
 The file is written after every row, and a peer that fails leaves its error there. ``--warm fla`` only compiles FLA's
 kernels (its first call takes minutes), which another process can do while ``--check`` runs.
@@ -15,6 +15,7 @@ kernels (its first call takes minutes), which another process can do while ``--c
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lawcat_block import bandwidth, guarded, milliseconds, poisoned, run_apart
+from gpu_timing import bandwidth, both, graph_milliseconds, guarded
+from lawcat_block import poisoned, run_apart
 from torch import Tensor
 from versions import versions
 
@@ -80,6 +82,7 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
 }
 BUDGET = 0.4  # seconds for each median
 TOLERANCE = {"bfloat16": 1.2e-2, "float32": 1e-4}
+TIMES = ("forward_ms", "forward_backward_ms")
 NAMES = ("o", "state", "dq", "dk", "dv", "dg", "dstate")
 
 
@@ -231,41 +234,6 @@ def check_causality() -> bool:
     return same and not torch.equal(before[:, :, 333:], after[:, :, 333:])
 
 
-def graph_microseconds(function: Callable[[], Any], calls: int = 20) -> float:
-    """Time of one call inside a captured CUDA graph of ``calls``."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            function()
-    return milliseconds(graph.replay) * 1e3 / calls
-
-
-def both(function: Callable[[], Any], leaves: list[Tensor]) -> tuple[float, ...]:
-    """Forward ms, forward + backward ms, peak GiB of the second; without leaves the forward only."""
-    with torch.no_grad():
-        forward = milliseconds(function, BUDGET)
-    if not leaves:
-        return (forward,)
-    out = function()
-    out = out[0] if isinstance(out, tuple) else out
-    grad = torch.randn_like(out)
-
-    def train() -> None:
-        result = function()
-        torch.autograd.grad(result[0] if isinstance(result, tuple) else result, leaves, grad)
-
-    torch.cuda.reset_peak_memory_stats()
-    base = torch.cuda.memory_allocated()
-    total = milliseconds(train, BUDGET)
-    return forward, total, (torch.cuda.max_memory_allocated() - base) / 2**30
-
-
 def first_call(function: Callable[[], Any], leaves: list[Tensor]) -> float:
     """Seconds of the first forward (and backward): compilation and autotuning."""
     started = time.perf_counter()
@@ -284,8 +252,7 @@ def peers(q: Tensor, k: Tensor, v: Tensor, g: Tensor, names: list[str]) -> dict[
     found: dict[str, Callable[[], Any]] = {}
 
     def measured(function: Callable[[], Any], leaves: list[Tensor]) -> dict[str, Any]:
-        first = first_call(function, leaves)
-        return {"first_call_s": first, "ms": both(function, leaves)}
+        return both(function, leaves, BUDGET)
 
     def fla(forward_only: bool) -> dict[str, Any]:
         from fla.ops.gla import chunk_gla
@@ -333,7 +300,7 @@ def time_shape(
         return ops.linear_attention(q, *part, None, dim**-0.5, True, normalize)
 
     def measured(function: Callable[[], Any]) -> dict[str, Any]:
-        return {"first_call_s": first_call(function, [q, k, v, g]), "ms": both(function, [q, k, v, g])}
+        return both(function, [q, k, v, g], BUDGET)
 
     def repeated() -> Any:
         part = (x[:, ::4].repeat_interleave(4, 1) for x in (k, v, g))
@@ -342,9 +309,7 @@ def time_shape(
     def strong() -> dict[str, Any]:
         steep = (g * 100).detach()
         with torch.no_grad():
-            return {"forward_ms": milliseconds(
-                lambda: ops.linear_attention(q, k, v, steep, None, dim**-0.5, True, False), BUDGET
-            )}  # fmt: skip
+            return both(lambda: ops.linear_attention(q, k, v, steep, None, dim**-0.5, True, False), [], BUDGET)
 
     runs: dict[str, Callable[[], Any]] = {
         "ours": lambda: measured(ours),
@@ -359,11 +324,10 @@ def time_shape(
         row[name] = guarded(run)
         print(f"  {shape} {name}: {json.dumps(row[name])[:300]}", flush=True)
         save()
-    mine = row["ours"].get("ms")
+    mine = row["ours"]
     row["÷ ours"] = {
-        name: [round(a / b, 3) for a, b in zip(row[name]["ms"][:2], mine, strict=False)]
+        name: [round(row[name][key] / mine[key], 3) for key in TIMES if key in row[name] and key in mine]
         for name in runs
-        if mine and "ms" in row[name]
     }
     save()
 
@@ -376,7 +340,7 @@ def grow(names: list[str]) -> list[dict[str, Any]]:
         leaves = [x.contiguous().requires_grad_() for x in inputs[:4] if x is not None]
         row: dict[str, Any] = {"length": length}
         row["ours"] = guarded(
-            lambda leaves=leaves: {"ms": both(lambda: ops.linear_attention(*leaves, None, 0.1, True, False), leaves)}  # type: ignore[misc]
+            lambda leaves=leaves: both(lambda: ops.linear_attention(*leaves, None, 0.1, True, False), leaves, BUDGET)  # type: ignore[misc]
         )
         for name, run in peers(*leaves, [name for name in names if name.startswith("fla")]).items():
             row[name] = guarded(run)
@@ -387,6 +351,8 @@ def grow(names: list[str]) -> list[dict[str, Any]]:
 
 def tune(shape: tuple[int, int, int, int], save: Callable[[dict[str, Any]], None]) -> None:
     """Times of the rule's tiles and of each candidate, and how far results move from the rule's."""
+    from lincompile.kernels.compile_ahead import compile_together
+    from lincompile.kernels.linear_attention import triton
     from lincompile.kernels.linear_attention.triton_plan import OVERRIDES
 
     batch, length, heads, dim = shape
@@ -402,8 +368,20 @@ def tune(shape: tuple[int, int, int, int], save: Callable[[dict[str, Any]], None
             out = run()[0]
             return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
-        base = results()
         trials = [("rule", "", {}), *((kernel, str(c), c) for kernel, cs in CANDIDATES.items() for c in cs)]
+
+        def launch(
+            kernel: str, tile: dict[str, int], leaves: list[Tensor] = leaves, normalize: bool = normalize
+        ) -> None:
+            OVERRIDES[kernel] = tile
+            q, k, v, g = (x.detach() for x in leaves)
+            options = (q, k, v, g, None, dim**-0.5, True, normalize)
+            o, state = triton.chunkwise(*options)
+            triton.chunkwise_backward(o, state, o, *options)
+            OVERRIDES.clear()
+
+        compile_together(*(functools.partial(launch, kernel, tile) for kernel, _, tile in trials))
+        base = results()
         for kernel, text, tile in trials:
 
             def attempt(
@@ -417,7 +395,7 @@ def tune(shape: tuple[int, int, int, int], save: Callable[[dict[str, Any]], None
                 OVERRIDES[kernel] = tile
                 found = results()
                 moved = max(float((x - y).norm() / y.norm()) for x, y in zip(found, base, strict=True))
-                return {"ms": both(run, leaves), "moved": moved}
+                return {**both(run, leaves, BUDGET), "moved": moved}
 
             row = {"shape": shape, "value_dim": value_dim, "kernel": kernel, "tile": text, **guarded(attempt)}
             OVERRIDES.clear()
@@ -437,7 +415,7 @@ def time_decode(batch: int, names: list[str], copy: float) -> dict[str, Any]:
     def ours() -> Any:
         return ops.linear_attention(q, k, v, g, pool[next(turn) % len(pool)], 0.1, True, False)
 
-    row["ours"] = guarded(lambda: {"us": graph_microseconds(ours)})
+    row["ours"] = guarded(lambda: {"us": 1e3 * graph_milliseconds(ours, calls=20)})
 
     def fla() -> dict[str, Any]:
         from fla.ops.gla import fused_recurrent_gla
@@ -451,7 +429,7 @@ def time_decode(batch: int, names: list[str], copy: float) -> dict[str, Any]:
                     *flat[:3], gk=flat[3], scale=0.1, initial_state=state, output_final_state=True
                 )
 
-        return {"us": graph_microseconds(theirs)}
+        return {"us": 1e3 * graph_milliseconds(theirs, calls=20)}
 
     if any(name.startswith("fla") for name in names):
         row["fla fused_recurrent_gla"] = guarded(fla)

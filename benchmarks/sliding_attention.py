@@ -11,6 +11,7 @@ that it replaces, and the time to move inputs and outputs once.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lawcat_block import bandwidth, guarded, milliseconds, poisoned, relative
+from gpu_timing import bandwidth, both, guarded
+from lawcat_block import poisoned, relative
 from torch import Tensor
 from versions import versions
 
@@ -156,7 +158,7 @@ def check_captured(seed: int) -> dict[str, Any]:
 def measure(shape: tuple[int, ...], budget: float, copy: float) -> dict[str, Any]:
     batch, heads, kv_heads, length, dim, window = shape
     torch.manual_seed(0)
-    *inputs, grad = make(batch, heads, kv_heads, length, length, dim, dim, B16)
+    inputs = make(batch, heads, kv_heads, length, length, dim, dim, B16)[:3]
     leaves = [x.requires_grad_() for x in inputs]
     options = (None, "sliding", window, SCALE, 0.0)
     moved = 2 * batch * length * dim
@@ -164,19 +166,7 @@ def measure(shape: tuple[int, ...], budget: float, copy: float) -> dict[str, Any
     units = (2 * heads + 2 * kv_heads, 5 * heads + 6 * kv_heads)
     row: dict[str, Any] = {"shape": shape, "floor_ms": [round(unit * moved / copy, 4) for unit in units]}
     for name, function in (("triton", ops.softmax_attention), ("reference", by_reference)):
-
-        def train(function: Callable[..., Tensor] = function) -> None:
-            torch.autograd.grad(function(*leaves, *options), leaves, grad)
-
-        def forward(function: Callable[..., Tensor] = function) -> None:
-            with torch.no_grad():
-                function(*leaves, *options)
-
-        row[name] = {"forward_ms": round(milliseconds(forward, budget), 4)}
-        torch.cuda.reset_peak_memory_stats()
-        base = torch.cuda.memory_allocated()
-        row[name]["forward_backward_ms"] = round(milliseconds(train, budget), 4)
-        row[name]["peak_gib"] = round((torch.cuda.max_memory_allocated() - base) / 2**30, 3)
+        row[name] = both(functools.partial(function, *leaves, *options), leaves, budget)
     return row
 
 

@@ -3,11 +3,12 @@
 Triton 3.4 to 3.7.0 generate wrong code for some kernels on Hopper, and which ones depends on shapes and types. So the
 first call of a kernel for a device, its types and its head sizes is run on the beginning of its own inputs as well, in
 float64 by the reference. Kernels that differ aren't used, and a warning says so. ``LINCOMPILE_KERNEL_CHECK=0`` skips
-the comparison.
+the comparison. The kernels of a first call are compiled together, before any of them runs.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,19 +36,29 @@ def serving(
     layouts: Sequence[str],
     args: Sequence[Any],
     supported: Sequence[Any],
+    later: Function | None = None,
 ) -> ModuleType:
     """The module whose ``function`` serves a call: the kernels where they are there, do and may, else the reference.
 
     Args:
         supported: what ``kernels.supports`` is asked about; and see :func:`trusted`.
+        later: called with the kernels' module; launches what will be needed after this call, to be compiled with it.
     """
     if kernels is None or not kernels.supports(*supported):
         return reference
     pair = getattr(kernels, function), getattr(reference, function)
-    return kernels if trusted(name, *pair, layouts, args) else reference
+    ahead = None if later is None else functools.partial(later, kernels)
+    return kernels if trusted(name, *pair, layouts, args, ahead) else reference
 
 
-def trusted(name: str, kernel: Function, reference: Function, layouts: Sequence[str], args: Sequence[Any]) -> bool:
+def trusted(
+    name: str,
+    kernel: Function,
+    reference: Function,
+    layouts: Sequence[str],
+    args: Sequence[Any],
+    ahead: Callable[[], Any] | None = None,
+) -> bool:
     """Whether a kernel may serve this call.
 
     Args:
@@ -55,6 +66,7 @@ def trusted(name: str, kernel: Function, reference: Function, layouts: Sequence[
         kernel, reference: called with ``args``; one tensor or a sequence of tensors and None.
         layouts: for each tensor among the first arguments, a letter an axis: ``b`` for the batch, ``t`` for tokens, any
             other letter for an axis that is left as it is. Axes beyond a layout are left, too.
+        ahead: launches more kernels, which are compiled together with those of this call.
     """
     if os.environ.get("LINCOMPILE_KERNEL_CHECK", "1") == "0":
         return True
@@ -62,6 +74,8 @@ def trusted(name: str, kernel: Function, reference: Function, layouts: Sequence[
     if key not in _KNOWN:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return True  # nothing may be waited for here; a graph's warm-up has come this way before
+        if any(isinstance(x, Tensor) and x.is_cuda for x in args):
+            _compile(kernel, layouts, args, ahead)
         worst = _difference(kernel, reference, layouts, args)
         if worst is None:
             return True
@@ -75,6 +89,14 @@ def trusted(name: str, kernel: Function, reference: Function, layouts: Sequence[
                 stacklevel=2,
             )
     return _KNOWN[key]
+
+
+def _compile(kernel: Function, layouts: Sequence[str], args: Sequence[Any], ahead: Callable[[], Any] | None) -> None:
+    """Compiles what this call, its comparison and ``ahead`` launch."""
+    from .compile_ahead import compile_together  # Triton isn't everywhere that this module is
+
+    calls = [lambda: kernel(*args), lambda: kernel(*_few(layouts, args))]
+    compile_together(*calls, *([] if ahead is None else [ahead]))
 
 
 def _form(x: Any, layout: str) -> Any:
@@ -94,13 +116,17 @@ def _cut(x: Any, layout: str) -> Any:
     return x
 
 
+def _few(layouts: Sequence[str], args: Sequence[Any]) -> list[Any]:
+    return [_cut(x, layout) for x, layout in zip_longest(args, layouts, fillvalue="")]
+
+
 def _wide(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _difference(kernel: Function, reference: Function, layouts: Sequence[str], args: Sequence[Any]) -> float | None:
     """The largest difference of an output over its tolerance; None where the reference isn't finite."""
-    few = [_cut(x, layout) for x, layout in zip_longest(args, layouts, fillvalue="")]
+    few = _few(layouts, args)
     narrowest = max(
         (x.dtype for x in few if isinstance(x, Tensor) and x.dtype in _TOLERANCE), key=_TOLERANCE.__getitem__
     )

@@ -15,6 +15,9 @@ from torch import Tensor
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Kernels that compile but whose values nobody has checked on a GPU are off there unless this is set.
 UNMEASURED = os.environ.get("LINCOMPILE_UNMEASURED", "0") == "1"
+# Kernel arguments that no address depends on in a way that divisibility by 16 would help: a kernel compiled for one
+# length serves every other.
+COUNTS = ["T", "S", "H", "HKV", "HEADS", "CHUNKS", "SEGMENTS", "PER_SEGMENT", "PER_PROGRAM", "TILES", "N"]
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 

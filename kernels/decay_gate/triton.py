@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_device import INTERPRETED, LOG2E, mask_bytes, processors, shared_memory
+from ..compile_ahead import launcher
+from ..triton_device import COUNTS, INTERPRETED, LOG2E, mask_bytes, processors, shared_memory
 
 ROWS = 64
 WIDEST = 256
@@ -53,7 +54,7 @@ def load_ranks(z, z_t, z_r, first, T, R, BT: tl.constexpr, BR: tl.constexpr, DOT
     return tl.load(pointers, mask=(first + rows < T)[:, None] & (ranks < R)[None, :], other=0.0).to(DOT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gate_forward(
     z, weight, bias, mask, out, z_b, z_t, z_r, T, R, F, HEADS, PER_PROGRAM, rate,
     MASKED: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BR: tl.constexpr,
@@ -77,7 +78,7 @@ def gate_forward(
         tl.store(pointers, value.to(out.dtype.element_ty), mask=(at < T)[:, None] & (cols < F)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gate_backward(
     grad, z, weight, bias, mask, d_z, d_weight, d_bias, g_b, g_h, g_t, z_b, z_t, z_r,
     T, R, F, HEADS, PER_PROGRAM, rate,
@@ -160,7 +161,7 @@ def forward(z: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, kv_hea
     options = _options(z, features, 128 if z.dtype == torch.bfloat16 else 64)
     out = z.new_empty(z.shape[0], kv_heads, z.shape[1], features)
     grid, each = _grid(z, kv_heads, features, options, 16)
-    gate_forward[grid](
+    launcher(gate_forward, grid)(
         z, weight.to(z.dtype).contiguous(), bias.contiguous(), mask_bytes(mask), out, *z.stride(), z.shape[1],
         z.shape[2], features, kv_heads, each, 1.0 / temperature, MASKED=mask is not None, num_warps=4, **options,
     )  # fmt: skip
@@ -187,7 +188,7 @@ def backward(
     d_z = z.new_empty((kv_heads * grid[2], batch, length, rank), dtype=torch.float32)
     d_weight = z.new_empty((grid[1], batch, *weight.shape), dtype=torch.float32)
     d_bias = z.new_empty((grid[1], batch, *bias.shape), dtype=torch.float32)
-    gate_backward[grid](
+    launcher(gate_backward, grid)(
         grad, z, weight.to(z.dtype).contiguous(), bias.contiguous(), mask_bytes(mask), d_z, d_weight, d_bias,
         *grad.stride()[:3], *z.stride(), length, rank, features, kv_heads, each, 1.0 / temperature,
         MASKED=mask is not None, **tuning, **options,

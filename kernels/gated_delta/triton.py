@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_device import INTERPRETED, shared_memory
+from ..compile_ahead import launcher
+from ..triton_device import COUNTS, INTERPRETED, shared_memory
 
 SHARED_MEMORY = 200 * 1024
 
@@ -32,7 +33,7 @@ def store_tile(base, tile, rows, cols, height, width):
     tl.store(base + rows[:, None] * width + cols[None, :], tile, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_scan(
     start, u_local, w, k_out, whole, states, u, N, C, D, DV,
     BC: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
@@ -52,7 +53,7 @@ def forward_scan(
     store_tile(states + (problem * (N + 1) + N) * D * DV, state, keys, cols, D, DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_scan(
     d_end, d_u_local, d_before, w, k_out, whole, d_u, after, d_start, N, C, D, DV,
     BC: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
@@ -104,7 +105,7 @@ def scan_forward(state: Tensor, u_local: Tensor, w: Tensor, k_out: Tensor, whole
     states = state.new_empty(batch, groups, chunks + 1, width, columns)
     u = state.new_empty(u_local.shape)
     blocks = _blocks(w, columns)
-    forward_scan[(triton.cdiv(columns, blocks["BV"]), batch * groups)](
+    launcher(forward_scan, (triton.cdiv(columns, blocks["BV"]), batch * groups))(
         state.contiguous(), u_local.contiguous(), w.contiguous(), k_out.contiguous(), whole.contiguous(), states, u,
         chunks, size, width, columns, **blocks,
     )  # fmt: skip
@@ -119,7 +120,7 @@ def scan_backward(
     columns = d_u_local.shape[-1]
     d_u, after, d_start = (d_state.new_empty(x.shape) for x in (d_u_local, d_before, d_state))
     blocks = _blocks(w, columns)
-    backward_scan[(triton.cdiv(columns, blocks["BV"]), batch * groups)](
+    launcher(backward_scan, (triton.cdiv(columns, blocks["BV"]), batch * groups))(
         d_state.contiguous(), d_u_local.contiguous(), d_before.contiguous(), w.contiguous(), k_out.contiguous(),
         whole.contiguous(), d_u, after, d_start, chunks, size, width, columns, **blocks,
     )  # fmt: skip

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compile_ahead import launcher
 from ..short_conv.triton import MAX_TAPS, convolved, head_gradients, padded_rows, store_final
-from ..triton_device import INTERPRETED, LOG2E, mask_bytes, processors, shared_memory
+from ..triton_device import COUNTS, INTERPRETED, LOG2E, mask_bytes, processors, shared_memory
 
 ROWS = 64
 SHARED_MEMORY = 160 * 1024
@@ -51,7 +52,7 @@ def both_softmaxes(y, cols, D: tl.constexpr, BD: tl.constexpr):
     return high * (1.0 / tl.sum(high, 1))[:, None], low * (1.0 / tl.sum(low, 1))[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def features_forward(
     x, conv, initial, weight, bias, mask, out, final, x_b, x_h, x_t, x_d, T, H, GROUPS, PER_PROGRAM,
     D: tl.constexpr, W: tl.constexpr, CONV: tl.constexpr, HAS_INITIAL: tl.constexpr, MASKED: tl.constexpr,
@@ -95,7 +96,7 @@ def features_forward(
             store_final(base, start, keep_base, end, x_t, x_d, cols, D, T, W, HAS_INITIAL, MASKED, BW)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def features_backward(
     grad, x, conv, initial, weight, bias, mask, d_mixed, d_weight, d_bias,
     g_b, g_h, g_t, x_b, x_h, x_t, x_d, d_b, d_h, d_t, T, H, GROUPS, PER_PROGRAM,
@@ -211,7 +212,7 @@ def forward(
     features = x.new_empty(batch, heads, length, 2 * dim)
     state = x.new_empty(batch, heads * dim, options["W"] - 1)
     parts, each = _parts(x, options["BT"], 16)
-    features_forward[(batch * heads, parts)](
+    launcher(features_forward, (batch * heads, parts))(
         x, None if conv_weight is None else conv_weight.t().contiguous(),
         initial_state.contiguous() if initial_state is not None and options["HAS_INITIAL"] else None,
         weight.to(x.dtype).contiguous(), bias.contiguous(), mask_bytes(mask), features, state, *x.stride(), length,
@@ -240,7 +241,7 @@ def backward(
     parts, each = _parts(x, options["BT"], 8)
     d_weight = x.new_empty((parts, batch, maps, heads // maps, dim, dim), dtype=torch.float32)
     d_bias = x.new_empty((parts, batch, maps, heads // maps, dim), dtype=torch.float32)
-    features_backward[(batch * heads, parts)](
+    launcher(features_backward, (batch * heads, parts))(
         grad, x, None if conv_weight is None else conv_weight.t().contiguous(),
         initial_state.contiguous() if initial_state is not None and options["HAS_INITIAL"] else None,
         weight.to(x.dtype).contiguous(), bias.contiguous(), keep, d_mixed, d_weight, d_bias,

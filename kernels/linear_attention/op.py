@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.library import custom_op
 
@@ -72,9 +74,20 @@ def linear_attention(
     check_linear("linear_attention", q, k, v, log_decay, initial_state, causal, normalize)
     args = (q, k, v, log_decay, initial_state, scale, causal, normalize)
     kernels, asked = backend("linear_attention", q), (*args[:5], causal)
-    run = serving("linear_attention", kernels, reference, "chunkwise", _layouts(causal), args, asked)
+    later = (
+        functools.partial(_launch_backward, args) if any(x is not None and x.requires_grad for x in args[:5]) else None
+    )
+    run = serving("linear_attention", kernels, reference, "chunkwise", _layouts(causal), args, asked, later)
     o, state = run.chunkwise(*args)
     return o, state
+
+
+def _launch_backward(args: tuple[Any, ...], kernels: Any) -> None:
+    """The backward pass of a call, of outputs that hold nothing: for its kernels to be compiled with the forward's."""
+    q, k, v, *_, normalize = args
+    o = v.new_empty(*q.shape[:3], v.shape[3])
+    state = v.new_empty(*k.shape[:2], k.shape[3], v.shape[3] + int(normalize), dtype=torch.float32)
+    kernels.chunkwise_backward(o, state, o if normalize else None, *args)
 
 
 @linear_attention.register_fake

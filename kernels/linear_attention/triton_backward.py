@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_device import COUNTS
 from .triton_blocks import (
     EPS,
     anti_causal,
@@ -31,7 +32,7 @@ from .triton_blocks import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def normaliser(
     q, k, g, o, grad, chunk_sums, wide, weight, table,
     q_b, q_h, q_t, k_b, k_h, k_t, g_b, g_h, g_t, o_b, o_h, o_t, do_b, do_h, do_t,
@@ -88,7 +89,7 @@ def normaliser(
             tl.store(weight + at, z, mask=rows < last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def value_gradients(
     q, k, g, grad, weight, wide, state_slopes, dv, partial, table,
     q_b, q_h, q_t, k_b, k_h, k_t, g_b, g_h, g_t, do_b, do_h, do_t, T, scale, D, DV, HKV, CHUNKS,
@@ -145,7 +146,7 @@ def value_gradients(
     store_rows(dv + problem * T * DV, DV, first, last, DV, d_v, BT, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def key_gradients(
     q, k, v, g, grad, weight, wide, chunk_states, chunk_sums, state_slopes, sum_slopes, dq, dk, dg, table,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, do_b, do_h, do_t,

@@ -13,14 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_device import processors
+from ..compile_ahead import launcher
+from ..triton_device import COUNTS, processors
 from .triton_blocks import EPS, INTERPRETED, load_rows, store_rows
 from .triton_plan import CHUNK, Options, prepare, strides, unit_columns
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def summed(
     x, y, weight, out, x_b, x_h, x_t, y_b, y_h, y_t, T, scale, D, DV, HKV, TILES, PER_SEGMENT,
     GROUP: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHTED: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr,
@@ -62,7 +63,7 @@ def summed(
         tl.store(base + keys * E + DV, sums, mask=keys < tl.where(column == 0, D, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def product(
     x, state, weight, out, x_b, x_h, x_t, o_b, o_h, o_t, T, scale, D, DV, HKV,
     GROUP: tl.constexpr, TRANSPOSED: tl.constexpr, NORMALIZE: tl.constexpr, DIVIDE: tl.constexpr,
@@ -140,7 +141,7 @@ def _sum(
     each = triton.cdiv(tiles, segments)
     segments = triton.cdiv(tiles, each)
     parts = x.new_empty((segments, batch, kv_heads, width, columns + int(normalize)), dtype=torch.float32)
-    summed[(blocks, segments, problems)](
+    launcher(summed, (blocks, segments, problems))(
         x, y, weight, parts, *strides(x), *strides(y), length, scale, width, columns, kv_heads, tiles, each,
         WEIGHTED=weight is not None, **options,
     )  # fmt: skip
@@ -163,7 +164,7 @@ def _multiply(
     kv_heads, width, columns = state.shape[1], state.shape[2], state.shape[3] - int(normalize)
     options = _options(x, heads // kv_heads, normalize)
     grid = (triton.cdiv(length, CHUNK), batch * heads, triton.cdiv(out.shape[3], options["BLOCK"]))
-    product[grid](
+    launcher(product, grid)(
         x, state, weight, out, *strides(x), *strides(out), length, scale, width, columns, kv_heads,
         TRANSPOSED=transposed, DIVIDE=divide, WEIGHTED=weight is not None, **options,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_device import LOG2E
+from ..triton_device import COUNTS, LOG2E
 from .triton_blocks import (
     EPS,
     bounded,
@@ -31,7 +31,7 @@ from .triton_blocks import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def chunk_decays(
     g, first_half, second_half, wide, table, g_b, g_h, g_t, T, D, HKV, CHUNKS, LIMIT,
     PER_KEY: tl.constexpr, VARLEN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
@@ -66,7 +66,7 @@ def store_state(base, state, D, DV, E, BK: tl.constexpr, BV: tl.constexpr):
     tl.store(base + cols[None, :] * E + rows[:, None], state, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def states(
     x, y, g, weight, first_half, second_half, wide, start, chunk_states, chunk_sums, end, total, table, runs,
     x_b, x_h, x_t, y_b, y_h, y_t, g_b, g_h, g_t, T, scale, D, DV, HKV, CHUNKS, SEGMENTS, PER_SEGMENT,
@@ -160,7 +160,7 @@ def states(
         tl.store(total + (problem * SEGMENTS + segment) * BK + column + keys, whole)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def scan(
     added, total, initial, carried, final, runs, D, E, SEGMENTS,
     REVERSE: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, VARLEN: tl.constexpr,
@@ -191,7 +191,7 @@ def scan(
     tl.store(final + own + tile, state, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def output(
     q, k, v, g, first_half, second_half, wide, start, o, end, partial, partial_sums, table, runs,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, o_b, o_h, o_t,
@@ -296,7 +296,7 @@ def output(
             tl.store(target + keys * E + DV, sums, mask=keys < tl.where(block == 0, D, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def decode(
     q, k, v, g, initial, o, final, q_b, q_h, k_b, k_h, v_b, v_h, g_b, g_h, scale, D, DV, HKV,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, NORMALIZE: tl.constexpr,

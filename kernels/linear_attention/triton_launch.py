@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..compile_ahead import launcher
 from .triton_backward import key_gradients, normaliser, value_gradients
 from .triton_forward import chunk_decays, decode, output, scan, states
 from .triton_plan import CHUNK, Plan, in_pieces, prepare, strides, unit_columns
@@ -33,7 +34,7 @@ def _decays(plan: Plan) -> Decays:
     shape = (plan.problems, plan.chunks, plan.blocks[0])
     halves = torch.empty((2, *shape), dtype=torch.float32, device=g.device)
     if plan.chunks:
-        chunk_decays[(plan.chunks, plan.problems)](
+        launcher(chunk_decays, (plan.chunks, plan.problems))(
             g, halves[0], halves[1], wide, plan.tables[0], *strides(g), length, width, k.shape[1], plan.chunks, LIMIT,
             PER_KEY=g.shape[-1] > 1, VARLEN=plan.lengths is not None, BT=CHUNK, BK=plan.blocks[0], num_warps=1,
         )  # fmt: skip
@@ -73,7 +74,7 @@ def _run_states(
     def launch(start: Tensor | None, keep: bool, total: Tensor | None) -> None:
         for variant in variants:
             tuning = plan.tuning("states", variant)
-            states[(plan.segments, plan.problems, block_k // tuning["SLICE"])](
+            launcher(states, (plan.segments, plan.problems, block_k // tuning["SLICE"]))(
                 x, y, g, weight, first, second, wide, start, chunk_states, chunk_sums, end, total, *plan.tables,
                 *strides(x), *strides(y), *strides(g), length, plan.scale if reverse else 1.0, width, columns,
                 k.shape[1], plan.chunks, plan.segments, plan.segment_chunks,
@@ -87,7 +88,7 @@ def _run_states(
         launch(None, False, total)
         start, final = plan.state(plan.segments), plan.state(plan.sequences)
         rows = min(16, block_k)
-        scan[(triton.cdiv(width, rows), plan.problems, plan.sequences)](
+        launcher(scan, (triton.cdiv(width, rows), plan.problems, plan.sequences))(
             end, total, initial, start, final, plan.tables[1], width, end.shape[-1], plan.segments,
             REVERSE=reverse, DECAY=g is not None, HAS_INITIAL=initial is not None, VARLEN=plan.lengths is not None,
             BK=block_k, ROWS=rows, BE=triton.next_power_of_2(end.shape[-1]), num_warps=4,
@@ -174,7 +175,7 @@ def _forward_piece(
     options = plan.options() | {"ADD": add, "FINISH": finish, "ENDS": plan.lengths is not None and not plan.chained}
     for variant in variants:
         tuned = options | plan.tuning("output", variant)
-        output[(triton.cdiv(columns, tuned["BV"]), plan.segments, plan.problems)](
+        launcher(output, (triton.cdiv(columns, tuned["BV"]), plan.segments, plan.problems))(
             q, k, v, g, first, second, wide, start, out, last, partial, sums, *plan.tables,
             *strides(q), *strides(k), *strides(v), *strides(g), *strides(out),
             length, plan.scale, width, columns, k.shape[1], plan.chunks, plan.segments, plan.segment_chunks,
@@ -188,7 +189,7 @@ def _step(plan: Plan, initial: Tensor | None, out: Tensor) -> Tensor:
     _, width, columns = plan.sizes
     final = plan.state()
     block = min(plan.blocks[1], 32)
-    decode[(triton.cdiv(columns, block), plan.problems)](
+    launcher(decode, (triton.cdiv(columns, block), plan.problems))(
         q, k, v, g, initial, out, final, *strides(q)[:2], *strides(k)[:2], *strides(v)[:2], *strides(g)[:2],
         plan.scale, width, columns, k.shape[1],
         GROUP=plan.group, DECAY=g is not None, PER_KEY=g is not None and g.shape[-1] > 1,
@@ -250,13 +251,13 @@ def backward(
             own_g = slice_g[..., keys] if per_key else slice_g[sum(slices[:number]) :]
         own_v = d_v if number == len(plans) - 1 or partial is None else partial
         for variant in variants if plan.chunks else ():
-            value_gradients[(plan.chunks, plan.problems)](
+            launcher(value_gradients, (plan.chunks, plan.problems))(
                 q, k, g, grad, weight, wide, state_slopes, own_v, partial, plan.tables[0],
                 *strides(q), *strides(k), *strides(g), *strides(grad),
                 length, scale, width, columns, k.shape[1], plan.chunks,
                 WIDE=variant, ADD=number > 0, **plan.tuning("values", variant), **plan.options(),
             )  # fmt: skip
-            key_gradients[(slices[number], plan.chunks, plan.problems)](
+            launcher(key_gradients, (slices[number], plan.chunks, plan.problems))(
                 q, k, v, g, grad, weight, wide, chunk_states, chunk_sums, state_slopes, sum_slopes,
                 d_q[..., keys], d_k[..., keys], own_g, plan.tables[0],
                 *strides(q), *strides(k), *strides(v), *strides(g), *strides(grad),
@@ -285,7 +286,7 @@ def _run_normaliser(
     length, width, columns = plan.sizes
     options = {key: value for key, value in plan.options().items() if key != "NORMALIZE"}
     for variant in variants if plan.chunks else ():
-        normaliser[(plan.chunks, plan.problems)](
+        launcher(normaliser, (plan.chunks, plan.problems))(
             q, k, g, o, grad, chunk_sums, wide, weight, plan.tables[0],
             *strides(q), *strides(k), *strides(g), *strides(o), *strides(grad),
             length, plan.scale, width, columns, k.shape[1], plan.chunks,

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_device import processors
+from ..compile_ahead import launcher
+from ..triton_device import COUNTS, processors
 
 MAX_TAPS = 8
 ROWS = 64
@@ -70,7 +71,7 @@ def store_final(
     tl.store(final + cols[None, :] * (W - 1) + rows[:, None], tile.to(final.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def conv_forward(
     x, weight, initial, y, final, x_b, x_t, x_d, T, width, W: tl.constexpr,
     HAS_INITIAL: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
@@ -107,7 +108,7 @@ def store_sums(target, tap: tl.constexpr, tile, row, channels, cols, width, W: t
         tl.store(target + tap * channels, tl.sum(tile, 0) + row, mask=cols < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def conv_backward(
     grad, grad_state, x, weight, initial, mask, d_x, d_initial, partial,
     g_b, g_h, g_t, g_d, x_b, x_h, x_t, x_d, d_b, d_h, d_t, d_d, T, width, HEADS, PER_SEGMENT,
@@ -217,7 +218,7 @@ def forward(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> tuple[Te
     y, final = x.new_empty(x.shape), x.new_empty(batch, channels, taps - 1)
     initial = None if initial_state is None or taps == 1 else initial_state.contiguous()
     rows, block = _tile(length, channels)
-    conv_forward[(triton.cdiv(length, rows), triton.cdiv(channels, block), batch)](
+    launcher(conv_forward, (triton.cdiv(length, rows), triton.cdiv(channels, block), batch))(
         x, weight.t().contiguous(), initial, y, final, *x.stride(), length, channels,
         W=taps, HAS_INITIAL=initial is not None, BT=rows, BC=block, BW=triton.next_power_of_2(taps), num_warps=4,
     )  # fmt: skip
@@ -260,7 +261,7 @@ def head_gradients(
     per_segment = triton.cdiv(tiles, segments)
     segments = triton.cdiv(tiles, per_segment)
     partial = x.new_empty((segments, batch, taps, heads * width), dtype=torch.float32)
-    conv_backward[(segments, columns, batch)](
+    launcher(conv_backward, (segments, columns, batch))(
         grad, grad_state.contiguous(), x, weight.t().contiguous(), initial, mask, d_x, d_initial, partial,
         *grad.stride(), *x.stride(), *d_x.stride(), length, width, heads, per_segment,
         W=taps, HAS_INITIAL=initial is not None, MASKED=mask is not None,

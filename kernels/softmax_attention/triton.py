@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..compile_ahead import launcher
 from ..linear_attention.triton_blocks import load_rows, store_rows
-from ..triton_device import INTERPRETED, LOG2E, mask_bytes, shared_memory
+from ..triton_device import COUNTS, INTERPRETED, LOG2E, mask_bytes, shared_memory
 
 # Heads are padded to blocks of 64 or 128 and tiles have 64 rows: the widths of Hopper's matrix unit that are used
 # everywhere here. Loops are not pipelined: they have two or three turns, and other programs fill the waits.
@@ -90,7 +91,7 @@ def attend(
     return out / divisor[:, None], tl.where(total > 0, top + tl.log2(divisor), float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sliding_forward(
     q, k, v, padding, out, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, H, T, S, GROUP, WINDOW, D, E, scale, softcap,
     PADDED: tl.constexpr, CAPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
@@ -110,7 +111,7 @@ def sliding_forward(
     store_rows(out + problem * T * E, E, first, T, E, o, BM, BE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def query_gradients(
     grad, q, k, v, padding, d_q, sums, deltas, g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     H, T, S, GROUP, WINDOW, D, E, scale, softcap,
@@ -155,7 +156,7 @@ def query_gradients(
     store_rows(d_q + problem * T * D, D, first, T, D, total * scale, BM, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def key_gradients(
     grad, q, k, v, padding, sums, deltas, d_k, d_v, g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     HKV, T, S, GROUP, WINDOW, D, E, scale, softcap,
@@ -255,7 +256,7 @@ def forward(
     numbers, options = _options(q, k, v, key_padding, window, scale, softcap)
     q, k, v = _rows(q), _rows(k), _rows(v)
     out = v.new_empty(batch, heads, length, v.shape[3])
-    sliding_forward[(batch * heads, triton.cdiv(length, options["BM"]))](
+    launcher(sliding_forward, (batch * heads, triton.cdiv(length, options["BM"])))(
         q, k, v, mask_bytes(key_padding), out, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, *numbers,
         **options,
     )  # fmt: skip
@@ -280,10 +281,10 @@ def backward(
     strides = [step for x in (grad, q, k, v) for step in x.stride()[:3]]
     d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
     sums, deltas = (q.new_empty(batch, heads, length, dtype=torch.float32) for _ in range(2))
-    query_gradients[(batch * heads, triton.cdiv(length, options["BM"]))](
+    launcher(query_gradients, (batch * heads, triton.cdiv(length, options["BM"])))(
         grad, q, k, v, mask, d_q, sums, deltas, *strides, heads, *numbers, **options
     )
-    key_gradients[(batch * kv_heads, triton.cdiv(keys, options["BN"]))](
+    launcher(key_gradients, (batch * kv_heads, triton.cdiv(keys, options["BN"])))(
         grad, q, k, v, mask, sums, deltas, d_k, d_v, *strides, kv_heads, *numbers, **options
     )
     return d_q, d_k, d_v
