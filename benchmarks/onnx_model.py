@@ -1,10 +1,10 @@
-"""Whole models under onnxruntime: size, memory, equality with torch, decode speed at a given context.
+"""Whole models under onnxruntime: size, memory, equality with torch, decoding after a context, reading a prompt.
 
-    python benchmarks/onnx_model.py DIR [DIR …] [--context 8192] [--embeddings int6] [--output FILE]
+    python benchmarks/onnx_model.py DIR [DIR …] [--context 8192] [--prefill 8192] [--embeddings int6] [--output FILE]
 
-Each DIR is an artefact folder; give a linear one and one compiled with ``--attn softmax`` to compare them. Softmax
-layers decode with past and present in one preallocated buffer. The models take turns in one process, and each time is
-the best of its repetitions.
+Each DIR is an artefact folder; speeds are compared with the first, so give one compiled with ``--attn softmax`` first.
+Its layers have past and present in one preallocated buffer. The models take turns in one process, and each time is the
+best of its repetitions, by wall clock and by processor time.
 """
 
 from __future__ import annotations
@@ -25,76 +25,113 @@ import onnxruntime as ort
 import torch
 
 from lincompile.lowering.generate import generate
+from lincompile.lowering.native import library
 from lincompile.lowering.onnx.export import MODEL_FILE, export_onnx
+from lincompile.lowering.onnx.metadata import Signature
 from lincompile.lowering.onnx.session import OnnxSession
-from lincompile.lowering.onnx.signature import Signature
 from lincompile.lowering.package import open_artefact
 
 _MEMORY = """
-import sys, torch
+import json, sys, onnxruntime, torch
 from lincompile.lowering.onnx.session import OnnxSession
-def resident():
+def sizes():
     fields = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
-    return int(fields["VmRSS"].split()[0]) * 1024
-before = resident()
-session = OnnxSession(sys.argv[1], threads=2)
-one = torch.ones(1, 1, dtype=torch.int64)
-session(one, one, one == 1, session.initial_states(1))
-print(resident() - before)
+    return {name: int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon", "VmHWM")}
+def growth():
+    return {name: size - before[name] for name, size in sizes().items()}
+def call(tokens):
+    ids = torch.ones(1, tokens, dtype=torch.int64)
+    session(ids, torch.arange(tokens)[None], ids == 1, session.initial_states(1))
+before = sizes()
+session = OnnxSession(sys.argv[1], threads=1)
+found = {"loaded": growth()}
+call(1)
+found["one_token"] = growth()
+call(512)
+call(1)
+found["512_tokens_and_one"] = growth()
+print(json.dumps(found | {"kernels": session.native}))
 """
 
 
-def memory_bytes(folder: Path) -> int:
-    """What a process grows by when it loads the model and runs one token."""
+def memory(folder: Path) -> dict[str, Any]:
+    """Bytes that a process grows by, onnxruntime imported before: once loaded, after a token, after a prefill."""
     shown = subprocess.run([sys.executable, "-c", _MEMORY, str(folder)], capture_output=True, text=True, check=True)
-    return int(shown.stdout)
+    found: dict[str, Any] = json.loads(shown.stdout)
+    return found
 
 
-class Decoder:
-    """One token after ``context − 1`` tokens, states bound once (growing ones as shared buffers)."""
+class Runner:
+    """One model with its states bound once, growing ones as shared buffers of ``context`` tokens."""
 
     def __init__(self, folder: Path, context: int, threads: int) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        path = str(folder / MODEL_FILE)
-        self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        states = Signature.read(dict(self.session.get_modelmeta().custom_metadata_map)).states
+        path = folder / MODEL_FILE
+        if library.calls_native_operators(path):
+            library.register(options)
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.names = {item.name for item in self.session.get_inputs()}
+        self.states = Signature.read(dict(self.session.get_modelmeta().custom_metadata_map)).states
         rng = np.random.default_rng(0)
-        self.binding = self.session.io_binding()
-        self.kept: list[Any] = []  # the binding holds pointers, not references
-        feeds = {
-            "input_ids": np.ones((1, 1), np.int64),
-            "position_ids": np.full((1, 1), context - 1, np.int64),
-            "attention_mask": np.ones((1, context), np.int64),
-        }
-        names = {item.name for item in self.session.get_inputs()}
-        for name, value in feeds.items():
-            if name in names:
-                self.kept.append(value)
-                self.binding.bind_cpu_input(name, value)
-        self.binding.bind_output("logits", "cpu")
-        for state in states:
+        self.buffers = {}
+        for state in self.states:
             shape = [1, *(context if size is None else size for size in state.shape)]
-            buffer = ort.OrtValue.ortvalue_from_numpy(rng.standard_normal(shape).astype(np.float32) * 0.1)
-            self.kept.append(buffer)
-            self.binding.bind_ortvalue_input(state.past, buffer)
-            if state.role in ("key", "value"):
-                self.binding.bind_ortvalue_output(state.present, buffer)
-            else:
-                self.binding.bind_output(state.present, "cpu")
+            values = rng.standard_normal(shape).astype(np.float32) * 0.1
+            self.buffers[state.past] = ort.OrtValue.ortvalue_from_numpy(values)
 
-    def milliseconds(self) -> tuple[float, float]:
-        """Of one token: wall clock, and processor time, which other work on the machine doesn't lengthen."""
+    def bind(self, first: int, count: int) -> ort.IOBinding:
+        """Tokens ``first … first + count − 1``, which attend to all before them."""
+        binding = self.session.io_binding()
+        binding.kept = {  # the binding holds pointers, not references
+            "input_ids": np.arange(count)[None] % 4096,
+            "position_ids": np.arange(first, first + count)[None],
+            "attention_mask": np.ones((1, first + count), np.int64),
+        }
+        for name in binding.kept.keys() & self.names:
+            binding.bind_cpu_input(name, binding.kept[name])
+        binding.bind_output("logits", "cpu")
+        for state in self.states:
+            buffer = self.buffers[state.past]
+            binding.bind_ortvalue_input(state.past, buffer)
+            if state.role in ("key", "value"):
+                binding.bind_ortvalue_output(state.present, buffer)
+            else:
+                binding.bind_output(state.present, "cpu")
+        return binding
+
+    def milliseconds(self, *bindings: ort.IOBinding) -> tuple[float, float]:
+        """Wall clock, and processor time of all threads, which other work on the machine lengthens less."""
         wall, processor = time.perf_counter(), time.process_time()
-        self.session.run_with_iobinding(self.binding)
+        for binding in bindings:
+            self.session.run_with_iobinding(binding)
         return (time.perf_counter() - wall) * 1e3, (time.process_time() - processor) * 1e3
+
+
+def in_turns(jobs: dict[str, tuple[Runner, list[ort.IOBinding]]], seconds: float, least: int) -> dict[str, Any]:
+    """Best milliseconds of each job and how many times faster than the first it is, by both clocks."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or any(len(taken) < least for taken in times.values()):
+        for name, (runner, bindings) in jobs.items():
+            times[name].append(runner.milliseconds(*bindings))
+    best = {name: [round(min(column), 2) for column in zip(*taken, strict=True)] for name, taken in times.items()}
+    first = best[next(iter(best))]
+    row: dict[str, Any] = {"repetitions": min(map(len, times.values())), "load_average": os.getloadavg()[0]}
+    for index, clock in enumerate(("wall", "processor")):
+        row[f"{clock}_milliseconds"] = {name: found[index] for name, found in best.items()}
+        row[f"{clock}_speedup"] = {name: round(first[index] / found[index], 2) for name, found in best.items()}
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artefacts", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("--context", type=int, nargs="+", default=[512, 8192])
+    parser.add_argument("--prefill", type=int, nargs="*", default=[8192], help="tokens of a prompt")
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens of the prompt read at once")
+    parser.add_argument("--repetitions", type=int, default=2, help="of each prefill")
     parser.add_argument("--layout", nargs="+", default=["planes", "int8"])
     parser.add_argument("--embeddings", choices=["float", "int6"], default="float")
     parser.add_argument("--tokens", type=int, default=64, help="greedy tokens to compare with torch (0: don't)")
@@ -126,7 +163,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
             report_record = json.loads(record.read_text())
             row = {key: report_record[key] for key in ("bytes", "parameters", "seconds", "verified", "quantized")}
             row |= {"model": name, "bytes_per_parameter": row["bytes"] / row["parameters"]}
-            row["memory_bytes"] = memory_bytes(folder)
+            row["memory"] = memory(folder)
             if options.tokens and options.embeddings == "float":
                 prompt = [list(range(100, 140))]
                 wanted = generate(artefact.session, prompt, options.tokens).tokens[0]
@@ -136,19 +173,20 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
             rows.append(row)
             folders[name] = folder
             print(json.dumps(row), flush=True)
-    decode = []
+    decode, prefill = [], []
     for context in options.context:
-        decoders = {name: Decoder(folder, context, options.threads) for name, folder in folders.items()}
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
-        stop = time.perf_counter() + options.seconds
-        while time.perf_counter() < stop or not all(len(taken) >= 4 for taken in times.values()):
-            for name, decoder in decoders.items():
-                times[name].append(decoder.milliseconds())
-        best = {name: [min(column) for column in zip(*taken, strict=True)] for name, taken in times.items()}
-        row = {"context": context, "milliseconds_per_token": {name: wall for name, (wall, _) in best.items()}}
-        row["processor_milliseconds_per_token"] = {name: processor for name, (_, processor) in best.items()}
-        decode.append(row)
+        runners = {name: Runner(folder, context, options.threads) for name, folder in folders.items()}
+        jobs = {name: (runner, [runner.bind(context - 1, 1)]) for name, runner in runners.items()}
+        decode.append({"context": context, **in_turns(jobs, options.seconds, 4)})
         print(json.dumps(decode[-1]), flush=True)
+    for length in options.prefill:
+        runners = {name: Runner(folder, length, options.threads) for name, folder in folders.items()}
+        jobs = {
+            name: (runner, [runner.bind(start, options.chunk) for start in range(0, length, options.chunk)])
+            for name, runner in runners.items()
+        }
+        prefill.append({"tokens": length, "chunk": options.chunk, **in_turns(jobs, 0, options.repetitions)})
+        print(json.dumps(prefill[-1]), flush=True)
     return {
         "benchmark": "onnx_model",
         "machine": {
@@ -159,6 +197,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "versions": {"onnxruntime": ort.__version__, "torch": torch.__version__},
         "models": rows,
         "decode": decode,
+        "prefill": prefill,
     }
 
 

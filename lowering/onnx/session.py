@@ -17,6 +17,7 @@ from .extra import require
 
 _GROWING_ROLES = ("key", "value")
 _MINIMUM_RUNTIME = (1, 32)
+_LONG_CHUNK = 64  # tokens of a batch that are worth handing freed memory back for
 
 
 class OnnxSession:
@@ -127,6 +128,8 @@ class OnnxSession:
             feed[bound.past] = state.detach().contiguous().numpy()
         feed = {name: value for name, value in feed.items() if name in self._inputs}
         logits, *present = (torch.from_numpy(value) for value in self._session.run(self._outputs, feed))
+        if tokens.numel() >= _LONG_CHUNK:
+            _return_freed_memory()
         new = zip(self.states, self._limits, ([seen] if self._grows else []) + present, strict=True)
         return logits, [trimmed(spec.role, limit, state) for spec, limit, state in new]
 
@@ -161,7 +164,7 @@ class OnnxSession:
 
 
 def _return_freed_memory() -> None:
-    """Loading a model frees as much as it keeps: the file's bytes, constants before folding. Glibc holds on to it."""
+    """Hand back what glibc holds on to: a file's bytes and constants before folding, what a long chunk needed."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have no such function
     if trim is not None:
         trim(0)

@@ -350,6 +350,31 @@ def test_importing_the_exporter_is_cheap() -> None:
     assert shown.stdout == "[]\n"
 
 
+_GROWTH = """
+import sys, torch
+from lincompile.lowering.onnx.session import OnnxSession
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+def call(tokens):
+    ids = torch.ones(1, tokens, dtype=torch.int64)
+    session(ids, torch.arange(tokens)[None], ids == 1, session.initial_states(1))
+session = OnnxSession(sys.argv[1], threads=1)
+call(1)
+before = anonymous()
+call(16000)
+call(1)
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_a_session_gives_back_what_a_long_chunk_needed(exported: Callable[[str], Exported]) -> None:
+    """onnxruntime's arena and glibc would keep 150 MB of these 16,000 tokens (236 MB of 512 tokens of SmolLM2)."""
+    command = [sys.executable, "-c", _GROWTH, str(exported("window").folder)]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert grown < 25e6
+
+
 def test_the_loop_in_the_documentation(exported: Callable[[str], Exported]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "onnx.md").read_text(encoding="utf-8")
     code = page.split("```python\n")[1].split("```")[0]
