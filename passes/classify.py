@@ -191,7 +191,7 @@ def find_response(probe: Probe, record: Evaluation, length: int) -> Response:
     base = probe.scores(view, torch.zeros(shape), record)
     allowed = base > MASKED
     difference = probe.scores(view, x) - base
-    if difference.numel() != x.numel():
+    if difference.numel() != x.numel() or difference.shape[-2:] != x.shape[-2:]:
         raise Unstable("unknown-scores", "the scores change shape between q·k and softmax")
     values, inputs = difference[allowed], x.reshape(difference.shape)[allowed]
     plain = Response((values / inputs).median().item(), 0.0)
@@ -304,10 +304,13 @@ def bias_kind(observations: list[Observation], linear: bool = False) -> tuple[st
     order = ("none", "row-constant", "alibi", "toeplitz", "arbitrary")
     worst = max(kinds, key=lambda item: order.index(item[0]))
     if worst[0] == "alibi":
-        slopes = [s for k, s in kinds if k == "alibi" and s is not None]
-        if any(not torch.allclose(torch.tensor(s), torch.tensor(slopes[-1]), rtol=1e-3, atol=1e-6) for s in slopes):
-            return "arbitrary", None
-        return "alibi", slopes[-1]
+        slopes = sorted((s for k, s in kinds if k == "alibi" and s is not None), key=len)
+        fewest = slopes[0]  # batch and heads in one axis: every row of the batch repeats them
+        for more in slopes:
+            repeated = torch.tensor(fewest).repeat(len(more) // len(fewest))
+            if len(more) % len(fewest) or not torch.allclose(torch.tensor(more), repeated, rtol=1e-3, atol=1e-6):
+                return "arbitrary", None
+        return "alibi", fewest
     return worst
 
 

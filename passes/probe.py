@@ -244,8 +244,9 @@ def check_weights(
     if candidate.softmax is None or candidate.weights is candidate.softmax:
         return
     shape = view.sizes.shape(tensor_of(candidate.softmax))
-    p = torch.rand(shape, generator=torch.Generator().manual_seed(5)) * 0.8 + 0.1
-    p = p * allowed.expand(shape)
+    generator = torch.Generator().manual_seed(5)
+    p = torch.pow(10.0, -30 * torch.rand(shape, generator=generator) ** 2)  # a clamp may act on small ones alone
+    p = p.where(torch.rand(shape, generator=generator) > 0.1, 1.0) * allowed.expand(shape)
     seen = probe.weights(view, p, record)
     if seen.numel() == p.numel():
         seen = seen.float().reshape(p.shape)

@@ -476,6 +476,11 @@ FOUND = {
         PLAIN,
         Spec("bmm", 2, "expand", None, "fill", 0.5, "tensor", "alibi", "log", "none"),
     ],
+    # crashed: four slopes were seen at one length, eight of two batch rows at another
+    "ALiBi over batch and heads in one axis, with a hole": [
+        PLAIN,
+        Spec("bmm", 1, "tile", Leaf("i-j!=c", 300), "additive", 0.5, "scores", "alibi", "plain", "nan", "queries"),
+    ],
     "heads mixed after the softmax weren't reported": [replace(PLAIN, after="talk"), PLAIN],
     "the exponential written twice": [replace(PLAIN, softmax="no-maximum"), PLAIN],
 }
