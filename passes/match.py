@@ -75,6 +75,7 @@ ELEMENTWISE = frozenset(
         aten.square.default,
         aten.pow.Tensor_Scalar,
         aten.exp.default,
+        aten.exp2.default,
         aten.softplus.default,
         aten.silu.default,
         aten.gelu.default,
@@ -98,11 +99,13 @@ NONLINEAR = frozenset(
         aten.square.default,
         aten.pow.Tensor_Scalar,
         aten.exp.default,
+        aten.exp2.default,
         aten.silu.default,
         aten.gelu.default,
         aten.softplus.default,
     }
 )
+BESIDE_SOFTMAX = LAYOUT | ELEMENTWISE | {aten.cat.default, aten.tril.default, aten.triu.default}
 MAX_CHAIN = 24
 
 
@@ -201,8 +204,14 @@ def _out_of_reach(softmax: Node, data: set[Node]) -> Candidate | None:
     if softmax.args[1] not in (-1, rank - 1) or not symbols_in(tensor_of(softmax).shape[-1]):
         return None
     above, below = (find(softmax, data, CONTRACTIONS) for find in (path_to_scores, path_to_values))
-    if above is None or below is None:
+    if below is None:
         return None
+    v = operands(below[-1])[1] if target_of(below[-1]) in CONTRACTIONS else below[-1]
+    if above is None:
+        if not _pairs_of_positions(softmax) or softmax not in data:
+            return None  # pooling, or weights that no input decides
+        problem = ("unknown-scores", "the scores come from data, but not from a product q·k that can be followed")
+        return Candidate("softmax", below[-1], softmax, softmax, v, softmax=softmax, problem=problem)
     q, k = operands(above[-1])
     known = LAYOUT | ELEMENTWISE | MIXING | {aten.slice.Tensor, aten.permute.default, aten.transpose.int}
     kind, what, path = "unknown-scores", "the scores go through", above[:-1]
@@ -210,7 +219,13 @@ def _out_of_reach(softmax: Node, data: set[Node]) -> Candidate | None:
         kind, what, path = "post-softmax", "the probabilities go through", below[1:-1]
     strange = next((node for node in path if target_of(node) not in known), below[-1])
     problem = (kind, f"{what} '{strange.name}' ({strange.target}), which isn't followed")
-    return Candidate("softmax", below[-1], q, k, operands(below[-1])[1], above[-1], softmax, problem=problem)
+    return Candidate("softmax", below[-1], q, k, v, above[-1], softmax, problem=problem)
+
+
+def _pairs_of_positions(node: Node) -> bool:
+    """Whether a value's last two axes run over one sequence, as those of self-attention's probabilities do."""
+    shape = tensor_of(node).shape
+    return len(shape) >= 3 and bool(symbols_in(shape[-1]) & symbols_in(shape[-2]))
 
 
 def _sdpa(node: Node) -> Candidate:
@@ -407,7 +422,7 @@ def _without_softmax(product: Node, data: set[Node]) -> Candidate | None:
         target = target_of(node)
         if target in CONTRACTIONS:
             break
-        if target in SOFTMAX or not (target in LAYOUT or target in ELEMENTWISE or target in (aten.cat.default,)):
+        if target in SOFTMAX or target not in BESIDE_SOFTMAX:
             return None
         chain.append(node)
         inputs = [

@@ -201,7 +201,10 @@ class Reader:
             or (len(scored) > 1 and target not in SUMS)
             or target in (aten.slice.Tensor, aten.select.int)
         ):
-            raise Unstable("unknown-scores", f"the scores go through '{node.name}' ({target}) on their way to softmax")
+            raise Unstable(
+                "unknown-scores",
+                f"the scores or probabilities go through '{node.name}' ({target}), no scale, cap, mask or bias",
+            )
         if target in LAYOUTS:
             return LAYOUTS[target](self, node)
         factors = [self.of(item) for item in _operands(node) if item not in scored]

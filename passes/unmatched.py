@@ -46,14 +46,14 @@ def path_to_scores(softmax: Node, data: set[Node], contractions: frozenset[objec
 
 
 def path_to_values(softmax: Node, data: set[Node], contractions: frozenset[object]) -> Path | None:
-    """From a softmax down, through any op that keeps probabilities, to a product with data."""
+    """From a softmax down, through any op that keeps probabilities, to a product with data (or its terms, summed)."""
 
     def users(node: Node) -> Iterable[Node]:
         if _new_features(node):
             return ()
         return (x for x in node.users if isinstance(value_of(x), Tensor) and not is_symbolic(value_of(x)))
 
-    return _search(softmax, users, lambda node: _product(node, data, contractions))
+    return _search(softmax, users, lambda node: _product(node, data, contractions) or _summed_product(node, data))
 
 
 def _new_features(node: Node) -> bool:
@@ -66,6 +66,15 @@ def _product(node: Node, data: set[Node], contractions: frozenset[object]) -> bo
     """A product of two tensors of data. With a constant (a mixture of heads, say) scores are still scores."""
     factors = [x for x in node.all_input_nodes if x in data and isinstance(value_of(x), Tensor)]
     return target_of(node) in contractions and len(factors) >= 2
+
+
+def _summed_product(node: Node, data: set[Node]) -> bool:
+    """``(p · v).sum(axis)``: a product that is written with broadcasting."""
+    terms = node.args[0] if target_of(node) is aten.sum.dim_IntList else None
+    if not isinstance(terms, Node) or target_of(terms) is not aten.mul.Tensor:
+        return False
+    factors = [x for x in terms.args if isinstance(x, Node) and x in data]
+    return len(factors) == 2 and factors[0] is not factors[1]
 
 
 def _search(start: Node, following: Callable[[Node], Iterable[Node]], found: Callable[[Node], bool]) -> Path | None:

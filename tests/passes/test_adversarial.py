@@ -159,6 +159,52 @@ def keys_written_in_parts(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tens
     return attend(q, both, v)
 
 
+def scores_summed(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    scores = (q[:, :, :, None] * k[:, :, None]).sum(-1)
+    return scores.masked_fill(distance(q) < 0, -INF).softmax(-1) @ v
+
+
+def values_summed(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    return (masked_scores(q, k).softmax(-1)[..., None] * v[:, :, None]).sum(-2)
+
+
+def euclidean(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    return (-((q[:, :, :, None] - k[:, :, None]) ** 2).sum(-1)).masked_fill(distance(q) < 0, -INF).softmax(-1) @ v
+
+
+def powers_of_two(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    p = torch.exp2(masked_scores(q, k))
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+def exponentials_cut(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    p = torch.exp(q @ k.transpose(-2, -1)).tril()
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+def over_all_pairs(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1)
+    return scores.flatten(-2).softmax(-1).view(scores.shape) @ v
+
+
+def bytes_that_wrap(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    return attend(q, k, v, distance(q).to(torch.uint8) < 200)
+
+
+def gradient_doubled(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    p = masked_scores(q, k).softmax(-1)
+    return (2 * p - p.detach()) @ v
+
+
+def mask_by_products(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    seen = (distance(q) >= 0).float() * (distance(q) < 5000).float()
+    return (q @ k.transpose(-2, -1) * seen - 1e9 * (1 - seen)).softmax(-1) @ v
+
+
+def keys_rolled_over_heads(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    return attend(q, k.roll(1, 1), v.flip(1))
+
+
 REFUSED: dict[Case, tuple[str, str]] = {
     hole_in_a_table: ("unprovable", "past the probed lengths"),
     hole_in_a_counter: ("unprovable", "past the probed lengths"),
@@ -172,6 +218,14 @@ REFUSED: dict[Case, tuple[str, str]] = {
     flipped_probabilities: ("post-softmax", "the probabilities go through 'flip"),
     inside_autocast: ("nested", "wrap_with_autocast"),
     partly_inside_autocast: ("nested", "wrap_with_autocast"),
+    scores_summed: ("unknown-scores", "not from a product q·k"),
+    values_summed: ("post-softmax", "the probabilities go through 'sum"),
+    euclidean: ("unknown-scores", "not from a product q·k"),
+    powers_of_two: ("not-softmax", "exp2, not softmax"),
+    exponentials_cut: ("not-softmax", "exp, not softmax"),
+    over_all_pairs: ("unknown-scores", "change shape"),
+    bytes_that_wrap: ("unprovable", "past the probed lengths"),
+    gradient_doubled: ("causal", "not canonical softmax attention"),
     written_through_another_name: ("unprovable", "masked_fill_"),
     written_through_swapped_axes: ("causal", "changed in place"),
 }
@@ -187,6 +241,8 @@ PROVED: dict[Case, str] = {
     einsum_values_turned: "causal",
     attention_of_attention: "causal",
     keys_written_in_parts: "causal",
+    mask_by_products: "sliding",
+    keys_rolled_over_heads: "causal",
 }
 CASES = [*REFUSED, *PROVED]
 

@@ -289,6 +289,9 @@ REFUSED: dict[str, tuple[Case, str, str]] = {
     "post-mask": (probability_case(lambda p, d: p * (d < 3)), "post-softmax", "changed between softmax"),
     "far-post-mask": (probability_case(lambda p, d: p * (d < 4096)), "post-softmax", "changed between softmax"),
     "post-bias": (probability_case(lambda p, d: p + 0.01), "post-softmax", "changed between softmax"),
+    "post-floor": (probability_case(lambda p, d: p.clamp(min=1e-7)), "post-softmax", "changed between softmax"),
+    "post-ceiling": (probability_case(lambda p, d: p.clamp(max=0.95)), "post-softmax", "changed between softmax"),
+    "post-crumb": (probability_case(lambda p, d: p + 1e-8), "post-softmax", "changed between softmax"),
     "post-scale": (probability_case(lambda p, d: p * 1.25), "post-softmax", "changed between softmax"),
     "post-square": (probability_case(lambda p, d: p**2), "unknown-scores", "pow"),
     "written-mask": (written_mask, "full", "changed in place|position bias|arbitrary"),
@@ -323,6 +326,7 @@ PROVED: dict[str, tuple[Case, str, int | None]] = {
     "window-computed": (computed_window, "sliding", 4096),
     "window-beyond-reach": (mask_case(lambda d: (d >= 0) & (d < 1 << 40)), "causal", None),
     "doubly-causal": (mask_case(lambda d: (d >= 0) & (d > -3)), "causal", None),
+    "post-bounds": (probability_case(lambda p, d: p.clamp(0, 1)), "causal", None),
     "post-mask-again": (probability_case(lambda p, d: p.masked_fill(d < 0, 0.0)), "causal", None),
     "row-constant": (score_case(lambda s, d: s + torch.arange(4)[:, None, None]), "causal", None),
     "soft": (score_case(lambda s, d: 20 * torch.tanh(s / 20)), "causal", None),
@@ -483,8 +487,12 @@ class Numbered(nn.Module):
             "packed",
             "the numbers in 'pad_mask' separate packed sequences",
         ),
-        # OpenAI GPT: a 2 would lift the causal mask; nothing about that is packing
-        (lambda s, pad: s + (1.0 - pad[:, None, None, :]) * -3e4, "unknown-mask", "numbers other than 0 and 1"),
+        # keys marked 2 are seen from everywhere; nothing about that is packing
+        (
+            lambda s, pad: s.where(pad[:, None, None, :] != 2, 0.0).masked_fill(pad[:, None, None, :] == 0, -INF),
+            "unknown-mask",
+            "numbers other than 0 and 1",
+        ),
     ],
 )
 def test_what_numbers_in_a_mask_do_is_named(change: Callable[[Tensor, Tensor], Tensor], kind: str, reason: str) -> None:
@@ -492,3 +500,17 @@ def test_what_numbers_in_a_mask_do_is_named(change: Callable[[Tensor, Tensor], T
     (site,) = Pipeline([Canonicalize(), ProveAttention()])(capture(Numbered(change).eval(), example)).sites
     assert (site.verdict, site.kind) == ("refuse", kind) and reason in site.reason
     assert (site.heads, site.kv_heads, site.head_dim, site.value_dim) == (HEADS, 2, DIM, DIM)
+
+
+def test_a_mask_for_0_and_1_alone_is_padding() -> None:
+    """OpenAI GPT and BERT as they were: ``(1 − mask)·min`` on top of a causal mask that is a number, too."""
+    lowest = torch.finfo(torch.float32).min
+    module = Numbered(lambda s, pad: s + (1.0 - pad[:, None, None, :]) * lowest).eval()
+    example = {"x": torch.randn(2, 12, HEADS * DIM), "pad_mask": torch.ones(2, 12, dtype=torch.long)}
+    program = Pipeline([Canonicalize(), ProveAttention()])(capture(module, example))
+    (site,) = program.sites
+    assert (site.verdict, site.kind, site.padding) == ("rewrite", "causal", "pad_mask"), site.reason
+    x, pad = torch.randn(3, 30, HEADS * DIM), torch.ones(3, 30, dtype=torch.long)
+    pad[0, 25:], pad[1, 10:] = 0, 0
+    real = pad.bool()[:, None, :, None]
+    torch.testing.assert_close(program(x, pad).where(real, 0.0), module(x, pad).where(real, 0.0), rtol=1e-4, atol=1e-5)
