@@ -279,7 +279,8 @@ def _describe(observation: tuple[Tensor, Tensor, Tensor]) -> str:
     if torch.equal(allowed, distance > 0) or not bool(allowed.diagonal()[1:].any()):
         return "no-self"
     width = int(distance[allowed].abs().max()) + 1
-    if torch.equal(allowed, distance.abs() < width):
+    cut = bool((distance >= width).any()) and bool((distance <= -width).any())
+    if cut and torch.equal(allowed, distance.abs() < width):
         return f"bidirectional-window-{width}"
     causal = distance >= 0
     for size in range(2, min(int(rows.max()), NAMED_LIMIT) + 1):

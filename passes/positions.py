@@ -167,12 +167,10 @@ class Reader:
             return self.comparison(node)
         if target in SUMS or target in PRODUCTS or target in QUOTIENTS:
             return self.arithmetic(node)
-        if target in POINTWISE:
-            return self.pointwise(node)
         if target is aten.abs.default:
             return self.magnitude(node)
-        if target in OPAQUE_POINTWISE:
-            return self.opaque(node)
+        if target in POINTWISE or target in OPAQUE_POINTWISE:
+            return self.pointwise(node)
         raise Unstable(
             "unprovable",
             f"the mask goes through '{node.name}' ({target}), which isn't known to be the same at every length",

@@ -201,6 +201,10 @@ def mask_by_products(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -
     return (q @ k.transpose(-2, -1) * seen - 1e9 * (1 - seen)).softmax(-1) @ v
 
 
+def logarithm_of_a_mask(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) + ((distance(q) >= 0) & (distance(q) < 5000)).float().log()).softmax(-1) @ v
+
+
 def keys_rolled_over_heads(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
     return attend(q, k.roll(1, 1), v.flip(1))
 
@@ -242,6 +246,7 @@ PROVED: dict[Case, str] = {
     attention_of_attention: "causal",
     keys_written_in_parts: "causal",
     mask_by_products: "sliding",
+    logarithm_of_a_mask: "sliding",
     keys_rolled_over_heads: "causal",
 }
 CASES = [*REFUSED, *PROVED]

@@ -216,6 +216,12 @@ def top_left_dense(q: Tensor, k: Tensor, v: Tensor, i: Inputs) -> Tensor:
     return masked(q, key, key, allowed)
 
 
+def bottom_right(q: Tensor, k: Tensor, v: Tensor, i: Inputs) -> Tensor:
+    key, value = (torch.cat([x, x], 2) for x in (k, v))
+    seen = torch.arange(key.shape[2]) <= torch.arange(q.shape[2])[:, None] + q.shape[2]
+    return masked(q, key, value, seen)
+
+
 def far_cross(q: Tensor, k: Tensor, v: Tensor, i: Inputs) -> Tensor:
     key = i.memory.unflatten(-1, (HEADS, DIM)).transpose(1, 2)
     return masked(q, key, key, (torch.arange(key.shape[2]) < 5000)[None, :])
@@ -257,6 +263,7 @@ REFUSED: dict[str, tuple[Case, str, str]] = {
     "dropout": (dropout, "dropout", "dropout is active"),
     "sdpa-dropout": (sdpa_dropout, "dropout", "dropout 0.25 is active"),
     "top-left": (top_left, "causal-top-left", "different lengths"),
+    "bottom-right": (bottom_right, "arbitrary", "not full, causal or sliding"),
     "top-left-dense": (top_left_dense, "arbitrary", "not full, causal or sliding"),
     "negative-scale": (score_case(lambda s, d: -s), "negative-scale", "isn't positive"),
     "clamped": (score_case(lambda s, d: s.clamp(min=-50.0)), "unknown-scores", "something other than a scale"),
