@@ -134,7 +134,7 @@ def _values_first(module: GraphModule, node: Node) -> bool:
 def _keys_first(module: GraphModule, node: Node) -> bool:
     """``(k·qᵀ)ᵀ`` → ``q·kᵀ``, where nobody reads the product itself."""
     users = list(node.users)
-    if len(users) != 1 or _swapped_last(users[0]) is not node:
+    if len(users) != 1 or _swapped_last(users[0]) is not node or _probabilities(node.args[0]):
         return False
     if value_of(node.args[0]).dim() != value_of(node.args[1]).dim():
         return False

@@ -153,7 +153,8 @@ def wrap_model(model: nn.Module) -> tuple[wrap.Wrapper, str]:
     takes = set(inspect.signature(model.forward).parameters)
     config: Any = model.config
     name = type(model).__name__
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes and "ForConditional" in name:
+    translates = "ForConditional" in name or name.endswith("MTModel")
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes and translates:
         return wrap.EncoderDecoder(model), "unknown"
     if "input_ids" in takes and "attention_mask" in takes and "pixel_values" not in takes:
         if name.endswith(("ForCausalLM", "LMHeadModel")):

@@ -205,6 +205,11 @@ def logarithm_of_a_mask(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor
     return (q @ k.transpose(-2, -1) + ((distance(q) >= 0) & (distance(q) < 5000)).float().log()).softmax(-1) @ v
 
 
+def output_turned(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    # SqueezeBERT: channels before positions, which looks like keys before queries
+    return attend(q, k, v).transpose(-1, -2).tanh().permute(0, 1, 3, 2)
+
+
 def keys_rolled_over_heads(site: Site, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
     return attend(q, k.roll(1, 1), v.flip(1))
 
@@ -247,6 +252,7 @@ PROVED: dict[Case, str] = {
     keys_written_in_parts: "causal",
     mask_by_products: "sliding",
     logarithm_of_a_mask: "sliding",
+    output_turned: "causal",
     keys_rolled_over_heads: "causal",
 }
 CASES = [*REFUSED, *PROVED]
