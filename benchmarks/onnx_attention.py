@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import helper
+from versions import machine, versions
 
 HEADS, KV_HEADS, SIZE = 9, 3, 64
 FEATURES, COLUMNS = 128, 65
@@ -128,17 +128,18 @@ def bind_softmax(run: ort.InferenceSession, time_steps: int, context: int, seed:
     return binding
 
 
-def best_of(jobs: dict[str, tuple[ort.InferenceSession, ort.IOBinding]], seconds: float) -> dict[str, float]:
-    """Milliseconds of each job: the best of repetitions taken in turns over ``seconds``."""
-    best = dict.fromkeys(jobs, float("inf"))
+def best_of(jobs: dict[str, tuple[ort.InferenceSession, ort.IOBinding]], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each job, by wall clock and by processor time: the best of repetitions taken in turns."""
+    best = {name: [float("inf")] * 2 for name in jobs}
     for run, binding in jobs.values():
         run.run_with_iobinding(binding)
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop:
         for name, (run, binding) in jobs.items():
-            started = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             run.run_with_iobinding(binding)
-            best[name] = min(best[name], (time.perf_counter() - started) * 1e3)
+            taken = (time.perf_counter() - wall) * 1e3, (time.process_time() - processor) * 1e3
+            best[name] = [min(pair) for pair in zip(best[name], taken, strict=True)]
     return best
 
 
@@ -157,21 +158,17 @@ def main() -> None:
             "softmax": (softmax, bind_softmax(softmax, steps, context)),
         }
         best = best_of(jobs, options.seconds if steps == 1 else 4 * options.seconds)
-        row = {"phase": phase, "context": context, "linear_ms": best["linear"], "softmax_ms": best["softmax"]}
-        row["speedup"] = best["softmax"] / best["linear"]
+        row: dict[str, Any] = {"phase": phase, "context": context}
+        for index, clock in enumerate(("wall", "processor")):
+            row |= {f"{name}_{clock}_ms": round(taken[index], 4) for name, taken in best.items()}
+            row[f"{clock}_speedup"] = round(best["softmax"][index] / best["linear"][index], 1)
         rows.append(row)
-        print(
-            f"{phase:8} context {context:6}: LinearAttention {best['linear']:9.3f} ms, "
-            f"GroupQueryAttention {best['softmax']:9.3f} ms, {row['speedup']:.1f}x"
-        )
+        print(json.dumps(row), flush=True)
     result = {
         "benchmark": "onnx_attention",
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "threads": options.threads,
-            "load_average": os.getloadavg()[0],
-        },
-        "versions": {"onnxruntime": ort.__version__},
+        "command": " ".join(sys.argv),
+        "machine": machine(options.threads),
+        "versions": versions(),
         "state_bytes": KV_HEADS * FEATURES * COLUMNS * 4,
         "cache_bytes_per_token": 2 * KV_HEADS * SIZE * 4,
         "rows": rows,

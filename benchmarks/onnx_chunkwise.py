@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import onnx
 import onnxruntime as ort
 from onnx import parser
 from onnx_attention import COLUMNS, FEATURES, HEADS, KV_HEADS, linear_session
+from versions import machine, versions
 
 GROUP = HEADS // KV_HEADS
 CHUNKS = (16, 32, 64)
@@ -141,8 +142,9 @@ def main() -> None:
             print(rows[-1], flush=True)
     result = {
         "benchmark": "onnx_chunkwise",
-        "machine": {"cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
-        "versions": {"onnxruntime": ort.__version__},
+        "command": " ".join(sys.argv),
+        "machine": machine(),
+        "versions": versions(),
         "rows": rows,
     }
     if options.output:

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
 from onnx_native import HIDDEN, KV_WIDTH, WIDTH, linears
+from versions import machine, versions
 
 _PROCESS = f"""
 import ctypes, sys
@@ -68,8 +67,9 @@ def main() -> None:
             print(row, flush=True)
     result = {
         "benchmark": "onnx_memory",
-        "machine": {"load_average": os.getloadavg()[0]},
-        "versions": {"onnxruntime": ort.__version__},
+        "command": " ".join(sys.argv),
+        "machine": machine(1),
+        "versions": versions(),
         "rows": rows,
     }
     if options.output:

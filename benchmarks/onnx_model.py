@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
+from versions import machine, versions
 
 from lincompile.lowering.generate import generate
 from lincompile.lowering.native import library
@@ -189,12 +189,9 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         print(json.dumps(prefill[-1]), flush=True)
     return {
         "benchmark": "onnx_model",
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "threads": options.threads,
-            "load_average": os.getloadavg()[0],
-        },
-        "versions": {"onnxruntime": ort.__version__, "torch": torch.__version__},
+        "command": " ".join(sys.argv),
+        "machine": machine(options.threads),
+        "versions": versions(),
         "models": rows,
         "decode": decode,
         "prefill": prefill,

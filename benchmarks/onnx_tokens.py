@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import sys
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
 import torch
+from versions import machine, versions
 
 from lincompile.lowering.generate import generate
 from lincompile.lowering.onnx.session import OnnxSession
@@ -74,9 +74,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = [row for directory in options.artefacts for row in compare(directory, options.tokens, options.threads)]
     if options.output:
-        machine = {"threads": options.threads, "load_average": os.getloadavg()[0]}
-        versions = {"onnxruntime": ort.__version__, "torch": torch.__version__}
-        result = {"benchmark": "onnx_tokens", "machine": machine, "versions": versions, "rows": rows}
+        result = {
+            "benchmark": "onnx_tokens",
+            "command": " ".join(sys.argv),
+            "machine": machine(options.threads),
+            "versions": versions(),
+            "rows": rows,
+        }
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 

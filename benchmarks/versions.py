@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "fla")
+PACKAGES = ("torch", "triton", "transformers", "fla", "onnxruntime")
 
 
 def versions() -> dict[str, str]:
@@ -25,3 +28,21 @@ def versions() -> dict[str, str]:
     if git.returncode == 0:
         found["commit"] = git.stdout.strip()
     return found
+
+
+def machine(threads: int | None = None) -> dict[str, Any]:
+    """The processor, its cores, what else it is busy with, and the threads that were used of it."""
+    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    flags = next((line.split() for line in _cpuinfo() if line.startswith("flags")), [])
+    found: dict[str, Any] = {
+        "processor": names[0] if names else platform.machine(),
+        "vectors": [name for name in ("avx2", "avx512f", "avx512_vnni") if name in flags],
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+    return found if threads is None else found | {"threads": threads}
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")  # Linux only
+    return path.read_text().splitlines() if path.exists() else []
