@@ -16,6 +16,7 @@ from refusals import Payload, refusal
 from safetensors.torch import load_file, save_file
 
 from lincompile.passes.capture import capture
+from lincompile.passes.formats import wrap
 from lincompile.passes.formats.load import load_model
 
 transformers = pytest.importorskip("transformers")
@@ -208,6 +209,15 @@ def test_a_live_model_is_wrapped(tmp_path: Path) -> None:
     loaded = load_model(model)
     assert (loaded.format, loaded.task, loaded.source) == ("module", "causal-lm", "LlamaForCausalLM")
     assert loaded.module.get_submodule("model") is model
+
+
+def test_marian_is_an_encoder_and_a_decoder() -> None:
+    """Its class is called after translation, not after conditional generation."""
+    sizes = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32}
+    config = transformers.MarianConfig(vocab_size=40, encoder_layers=1, decoder_layers=1, pad_token_id=0, **sizes)
+    config.decoder_start_token_id, config.encoder_ffn_dim, config.decoder_ffn_dim = 1, 16, 16
+    loaded = load_model(transformers.MarianMTModel(config))
+    assert isinstance(loaded.module, wrap.EncoderDecoder) and "decoder_input_ids" in loaded.example
 
 
 def test_a_pickled_live_model_needs_trust(tmp_path: Path) -> None:
