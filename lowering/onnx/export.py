@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import tempfile
@@ -113,8 +114,8 @@ def export_onnx(
             isn't installed).
 
     Raises:
-        LincompileError: a package is missing, an option is unknown, an op has no ONNX form (the message names it), or
-            the file's logits aren't the program's.
+        LincompileError: a package is missing, an option is unknown, ``folder`` is a file, an op has no ONNX form (the
+            message names it), or the file's logits aren't the program's.
     """
     require("onnx", "onnxscript")
     from ..verify import holding
@@ -139,6 +140,9 @@ def export_onnx(
         raise LincompileError(f"unknown int6 layout '{layout}' (choose from: {', '.join(LAYOUTS)})")
     if embeddings not in EMBEDDINGS:
         raise LincompileError(f"unknown embeddings '{embeddings}' (choose from: {', '.join(EMBEDDINGS)})")
+    destination = Path(folder)
+    if destination.exists() and not destination.is_dir():
+        raise LincompileError(f"{destination} is a file: name a folder to write (-o)")
     started = time.perf_counter()
     given, (step, halves) = step, widened(step)
     model = _translate(step, int(version))
@@ -185,7 +189,6 @@ def export_onnx(
             "from torch's at near ties, as torch's own do between two orders of summation (w6a16 doesn't have this)"
         )
     notes += [f"onnxruntime-genai can't load this model: {reason}" for reason in obstacles]
-    destination = Path(folder)
     destination.mkdir(parents=True, exist_ok=True)
     measured: dict[str, Any] = {}
 
@@ -228,7 +231,10 @@ def _translate(step: StepProgram, opset: int) -> ir.Model:
     module = step.graph_module
     _require_float32(module)
     example, axes = example_inputs(step.states)
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
     try:
+        exporter.setLevel(logging.ERROR)  # it warns that torchvision's operators are missing
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside the exporter itself
             program = torch.export.export(
@@ -252,6 +258,8 @@ def _translate(step: StepProgram, opset: int) -> ir.Model:
             raise own from error
         reason = _unsupported(module, error) or _reason(error)
         raise LincompileError(f"the step program can't be exported to ONNX: {reason}") from error
+    finally:
+        exporter.setLevel(level)
     assert exported is not None
     model = exported.model
     _inline_and_fold(model)

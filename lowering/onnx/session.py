@@ -56,7 +56,7 @@ class OnnxSession:
         if not path.is_file():
             raise ArtefactError(f"no ONNX model at {path}; write one with lincompile export")
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what it would print as errors is raised, in one line
         options.enable_cpu_mem_arena = (
             False  # it would keep what the longest chunk needed, as long as the session lives
         )
@@ -112,7 +112,8 @@ class OnnxSession:
             logits float32 ``[B, t, V]`` and the new states.
 
         Raises:
-            LincompileError: shapes that don't belong together, naming the input or state.
+            LincompileError: shapes that don't belong together, naming the input or state; token ids or positions that
+                the model doesn't have.
         """
         states = list(states)
         self._check(tokens, positions, mask, states)
@@ -127,7 +128,11 @@ class OnnxSession:
         for bound, state in zip(self._bound, states, strict=True):
             feed[bound.past] = state.detach().contiguous().numpy()
         feed = {name: value for name, value in feed.items() if name in self._inputs}
-        logits, *present = (torch.from_numpy(value) for value in self._session.run(self._outputs, feed))
+        try:
+            results = self._session.run(self._outputs, feed)
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise LincompileError(f"onnxruntime can't run this call: {_reason(error)}") from error
+        logits, *present = (torch.from_numpy(value) for value in results)
         if tokens.numel() >= _LONG_CHUNK:
             _return_freed_memory()
         new = zip(self.states, self._limits, ([seen] if self._grows else []) + present, strict=True)
@@ -146,6 +151,9 @@ class OnnxSession:
                 raise LincompileError(
                     f"{name} must have the tokens' shape {list(tokens.shape)}, got {list(value.shape)}"
                 )
+        for name, value in (("tokens", tokens), ("positions", positions)):
+            if value.numel() and int(value.min()) < 0:  # ONNX counts such an index from the end of its table
+                raise LincompileError(f"{name} must be 0 or more, got {int(value.min())}")
         if len(states) != len(self.states):
             raise LincompileError(
                 f"the model carries {len(self.states)} states, got {len(states)}; start from initial_states()"
@@ -171,7 +179,7 @@ def _return_freed_memory() -> None:
 
 
 def _advice(error: Exception, version: str) -> str:
-    text = " ".join(str(error).split())
+    text = str(error)
     parts = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if parts < _MINIMUM_RUNTIME:
         needed = ".".join(map(str, _MINIMUM_RUNTIME))
@@ -179,7 +187,13 @@ def _advice(error: Exception, version: str) -> str:
             f"onnxruntime {version} is older than {needed}, whose operators the file uses: pip install -U onnxruntime"
         )
     if "external" in text.lower() or "model.onnx.data" in text:
-        return f"its external data is missing or cut short (model.onnx.data must lie beside it): {text[:200]}"
+        return "its weights are missing or cut short: the whole model.onnx.data must lie beside it; or export it again"
     if "protobuf" in text.lower() or "INVALID_PROTOBUF" in text:
         return "the file is truncated or not an ONNX model; export it again"
-    return text[:300]
+    return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    """Onnxruntime's message in one line, from what went wrong on: the code and the function come before it."""
+    text = " ".join(str(error).split())
+    return text.rpartition("Status Message: ")[2][:300]

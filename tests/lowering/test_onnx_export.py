@@ -239,7 +239,7 @@ def tiny_step(middle: Callable[[Tensor], Tensor] = torch.tanh, dtype: torch.dtyp
     return StepProgram(module, [StateSpec("state", "attention", "recurrent", (1, 8, 8), torch.float32)])
 
 
-def test_strong_decay_and_external_data(tmp_path: Path) -> None:
+def test_strong_decay_and_external_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """log σ at ±40 stays finite (Log(Sigmoid) would not), and weights beside the graph load back."""
     step = tiny_step()
     step.graph_module.embed.weight.data = torch.randn(500, 8)  # type: ignore[union-attr]
@@ -263,9 +263,17 @@ def test_strong_decay_and_external_data(tmp_path: Path) -> None:
     with pytest.raises(LincompileError, match="tokens must be int64, got float32"):
         session(tokens.float(), tokens, mask, session.initial_states(2))
 
-    (tmp_path / DATA_FILE).unlink()
-    with pytest.raises(ArtefactError, match="external data is missing or cut short"):
-        OnnxSession(tmp_path)
+    for name, ids in (("tokens", (tokens - 1, tokens)), ("positions", (tokens, tokens - 1))):
+        with pytest.raises(LincompileError, match=f"{name} must be 0 or more, got -1"):
+            session(*ids, mask, session.initial_states(2))
+    with pytest.raises(LincompileError, match=r"can't run this call: indices element out of data bounds, idx=500 "):
+        session(tokens + 500, tokens, mask, session.initial_states(2))
+
+    for damage in (lambda file: file.write_bytes(file.read_bytes()[:4000]), Path.unlink):
+        damage(tmp_path / DATA_FILE)
+        with pytest.raises(ArtefactError, match="weights are missing or cut short"):
+            OnnxSession(tmp_path)
+    assert capfd.readouterr().err == ""  # onnxruntime prints nothing of its own
 
 
 def test_six_bit_embeddings_are_verified_against_the_rounded_program(tmp_path: Path) -> None:
@@ -321,6 +329,9 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
         export_onnx(step, tmp_path / "a")
     with pytest.raises(LincompileError, match="opset 9 is not supported"):
         export_onnx(tiny_step(), tmp_path / "a", opset=9)
+    (tmp_path / "file").touch()
+    with pytest.raises(LincompileError, match=r"file is a file: name a folder to write \(-o\)"):
+        export_onnx(tiny_step(), tmp_path / "file")
     with pytest.raises(LincompileError, match="unknown int6 layout 'int4'"):
         export_onnx(tiny_step(), tmp_path / "a", layout="int4")
     assert not (tmp_path / "a").exists() or not any((tmp_path / "a").iterdir())
