@@ -175,6 +175,23 @@ def _traceable(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
+def _trace(module: nn.Module, inputs: dict[str, Tensor], shapes: dict[str, dict[int, Any]]) -> ExportedProgram:
+    """``torch.export``, without gradients where flex_attention asks for that: on the CPU it has no backward."""
+    try:
+        return export(module, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+    except NotImplementedError as error:
+        if "FlexAttention does not support backward" not in str(error):
+            raise
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        return export(module, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
 def _export(
     module: nn.Module, inputs: dict[str, Tensor], axes: dict[str, dict[int, str]], explicit: bool
 ) -> tuple[ExportedProgram, dict[str, dict[int, str]], list[str]]:
@@ -195,7 +212,7 @@ def _export(
             }
         try:
             with _traceable(module):
-                exported = export(module, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+                exported = _trace(module, inputs, shapes)
         except LincompileError:
             raise
         except Exception as error:  # whatever the model's own code raises; reported below, never dropped

@@ -137,6 +137,8 @@ class Reader:
             return self.attribute(node)
         if is_symbolic(value_of(node)):
             return Form()
+        if isinstance(value_of(node), (int, float)):  # the size of an axis that is fixed
+            return Form(offsets=(float(value_of(node)),))
         target = target_of(node)
         if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) and target is not aten.dropout.default:
             raise Unstable("random", f"the scores are changed by random numbers ('{node.name}')")

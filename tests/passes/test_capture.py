@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lincompile.passes.capture import capture
 from lincompile.passes.errors import CaptureError, LincompileError
 from lincompile.passes.graph import symbols_in, tensor_of
+from lincompile.passes.pipeline import Pipeline
 
 
 class Small(nn.Module):
@@ -178,6 +179,33 @@ def test_buffers_that_the_model_writes_are_left_as_they_were() -> None:
     program = capture(module, torch.randn(2, 5, 16))
     assert module.calls == 0
     torch.testing.assert_close(program(torch.ones(1, 3, 16)), torch.ones(1, 3, 16))
+
+
+def test_flex_attention_is_captured_with_trainable_weights() -> None:
+    """On the CPU it has no backward and says so; the module itself keeps its gradients. The fourth head differs far."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def three_causal(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return torch.where((i >= j) & ((h < 3) | (i - j < 6000)), s, -float("inf"))
+
+    class Flex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
+        def forward(self, x: Tensor) -> Any:
+            q, k, v = (y.unflatten(-1, (4, 4)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+            causal = flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: torch.where(i >= j, s, -float("inf")))
+            return causal, flex_attention(q, k, v, score_mod=three_causal)
+
+    module = Flex().eval()
+    program = Pipeline("canonicalize,prove")(capture(module, torch.randn(2, 5, 16)))
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert [(s.verdict, s.kind) for s in program.sites] == [("rewrite", "causal"), ("refuse", "per-head")]
+    x = torch.randn(3, 30, 16)
+    with torch.no_grad():
+        for got, wanted in zip(program(x), module(x), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 class Tenth(torch.autograd.Function):
