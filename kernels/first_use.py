@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 Function = Callable[..., Any]
+Also = Callable[[Sequence[Any]], Sequence[Any]]
 
 ROWS, TOKENS = 2, 150  # of a call's inputs: more than two chunks, and no multiple of one
 # Root mean square of the difference, relative to the reference's. What is rounded stays far below, a wrong block of
@@ -37,6 +38,7 @@ def serving(
     args: Sequence[Any],
     supported: Sequence[Any],
     later: Function | None = None,
+    also: Also | None = None,
 ) -> ModuleType:
     """The module whose ``function`` serves a call: the kernels where they are there, do and may, else the reference.
 
@@ -48,7 +50,7 @@ def serving(
         return reference
     pair = getattr(kernels, function), getattr(reference, function)
     ahead = None if later is None else functools.partial(later, kernels)
-    return kernels if trusted(name, *pair, layouts, args, ahead) else reference
+    return kernels if trusted(name, *pair, layouts, args, ahead, also) else reference
 
 
 def trusted(
@@ -58,6 +60,7 @@ def trusted(
     layouts: Sequence[str],
     args: Sequence[Any],
     ahead: Callable[[], Any] | None = None,
+    also: Also | None = None,
 ) -> bool:
     """Whether a kernel may serve this call.
 
@@ -67,6 +70,7 @@ def trusted(
         layouts: for each tensor among the first arguments, a letter an axis: ``b`` for the batch, ``t`` for tokens, any
             other letter for an axis that is left as it is. Axes beyond a layout are left, too.
         ahead: launches more kernels, which are compiled together with those of this call.
+        also: makes of the first comparison's arguments those of a second, for a kernel that has two ways to compute.
     """
     if os.environ.get("LINCOMPILE_KERNEL_CHECK", "1") == "0":
         return True
@@ -76,7 +80,7 @@ def trusted(
             return True  # nothing may be waited for here; a graph's warm-up has come this way before
         if any(isinstance(x, Tensor) and x.is_cuda for x in args):
             _compile(kernel, layouts, args, ahead)
-        worst = _difference(kernel, reference, layouts, args)
+        worst = _difference(kernel, reference, layouts, args, also)
         if worst is None:
             return True
         _KNOWN[key] = worst <= 1
@@ -124,9 +128,18 @@ def _wide(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def _difference(kernel: Function, reference: Function, layouts: Sequence[str], args: Sequence[Any]) -> float | None:
+def _difference(
+    kernel: Function, reference: Function, layouts: Sequence[str], args: Sequence[Any], also: Also | None
+) -> float | None:
     """The largest difference of an output over its tolerance; None where the reference isn't finite."""
     few = _few(layouts, args)
+    worst = _worst(kernel, reference, few)
+    if worst is None or also is None:
+        return worst
+    return max(worst, _worst(kernel, reference, also(few)) or 0.0)
+
+
+def _worst(kernel: Function, reference: Function, few: Sequence[Any]) -> float | None:
     narrowest = max(
         (x.dtype for x in few if isinstance(x, Tensor) and x.dtype in _TOLERANCE), key=_TOLERANCE.__getitem__
     )

@@ -34,7 +34,7 @@ from .triton_blocks import (
 
 @triton.jit(do_not_specialize=COUNTS)
 def normaliser(
-    q, k, g, o, grad, chunk_sums, wide, weight, table,
+    q, k, g, o, grad, chunk_sums, wide, depths, weight, table,
     q_b, q_h, q_t, k_b, k_h, k_t, g_b, g_h, g_t, o_b, o_h, o_t, do_b, do_h, do_t,
     T, scale, D, DV, HKV, CHUNKS,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr,
@@ -58,6 +58,7 @@ def normaliser(
         tile = load_decay(g + batch * g_b + kv_head * g_h, g_t, first, last, D, PER_KEY, BT, BK)
         if WIDE:
             tile = bounded(tile)
+            depth = tl.load(depths + problem * CHUNKS + chunk)
             factor = tl.exp2(from_start(tile, BT))
         else:
             middle = from_middle(tile, BT)
@@ -71,7 +72,7 @@ def normaliser(
         if DECAY:
             left = scaled * factor
         if DECAY and WIDE:
-            scores = halved_scores(scaled.to(ks.dtype), ks, tile, LEVELS, BT, PRECISION)
+            scores = halved_scores(scaled.to(ks.dtype), ks, tile, depth, LEVELS, BT, PRECISION)
         else:
             scores = causal(tl.dot(left.to(ks.dtype), tl.trans(right), input_precision=PRECISION), BT)
         z = tl.sum(scores, 1) + tl.sum(left * sums[None, :], 1)
@@ -91,7 +92,7 @@ def normaliser(
 
 @triton.jit(do_not_specialize=COUNTS)
 def value_gradients(
-    q, k, g, grad, weight, wide, state_slopes, dv, partial, table,
+    q, k, g, grad, weight, wide, depths, state_slopes, dv, partial, table,
     q_b, q_h, q_t, k_b, k_h, k_t, g_b, g_h, g_t, do_b, do_h, do_t, T, scale, D, DV, HKV, CHUNKS,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr, NORMALIZE: tl.constexpr,
     ADD: tl.constexpr, VARLEN: tl.constexpr, BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -123,8 +124,9 @@ def value_gradients(
                 tile = load_decay(gates, g_t, first, last, width, PER_KEY, BT, SLICE)
                 if WIDE:
                     tile = bounded(tile)
+                    depth = tl.load(depths + slot)
                     written = (ks.to(tl.float32) * tl.exp2(to_end(tile, BT))).to(ks.dtype)
-                    kq += halved_scores_transposed(read.to(ks.dtype), ks, tile, LEVELS, BT, PRECISION)
+                    kq += halved_scores_transposed(read.to(ks.dtype), ks, tile, depth, LEVELS, BT, PRECISION)
                 else:
                     middle = from_middle(tile, BT)
                     read = read * tl.exp2(middle)
@@ -148,7 +150,7 @@ def value_gradients(
 
 @triton.jit(do_not_specialize=COUNTS)
 def key_gradients(
-    q, k, v, g, grad, weight, wide, chunk_states, chunk_sums, state_slopes, sum_slopes, dq, dk, dg, table,
+    q, k, v, g, grad, weight, wide, depths, chunk_states, chunk_sums, state_slopes, sum_slopes, dq, dk, dg, table,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, do_b, do_h, do_t,
     first_half, second_half, T, scale, D, ROW, DV, HKV, CHUNKS,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -179,6 +181,7 @@ def key_gradients(
         tile = load_decay(gates, g_t, first, last, width, PER_KEY, BT, SLICE)
         if WIDE:
             tile = bounded(tile)
+            depth = tl.load(depths + slot)
             read_factor, write_factor = tl.exp2(from_start(tile, BT)), tl.exp2(to_end(tile, BT))
         else:
             middle = from_middle(tile, BT)
@@ -235,23 +238,18 @@ def key_gradients(
         if DECAY and WIDE:
             moved += read.to(tl.float32) * d_read
             d_q = d_read * read_factor
-            i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-            kf, qf = ks.to(tl.float32), scaled.to(ks.dtype).to(tl.float32)
-            own = tl.sum(tl.where(i == j, dv_scores.to(tl.float32), 0.0), 1)[:, None]
-            d_q += own * kf
-            d_plain += own * qf
-            for shift in range(1, LEVELS + 1):
-                factor, late = halving(tile, shift, BT)
+            qb = scaled.to(ks.dtype)
+            for shift in range(LEVELS - depth, LEVELS + 1):
+                left_factor, right_factor = halving(tile, shift, shift == LEVELS - depth, BT)
                 same = same_block(shift, BT)
-                left = tl.where(late, qf * factor, 0.0).to(ks.dtype)
-                right = tl.where(late, 0.0, kf * factor).to(ks.dtype)
+                left = (qb.to(tl.float32) * left_factor).to(ks.dtype)
+                right = (ks.to(tl.float32) * right_factor).to(ks.dtype)
                 d_left = tl.dot(tl.where(same, dv_scores, 0.0).to(ks.dtype), right, input_precision=PRECISION)
-                d_left = tl.where(late, d_left, 0.0)
                 d_right = tl.dot(tl.where(same, vd, 0.0).to(ks.dtype), left, input_precision=PRECISION)
-                d_right = tl.where(late, 0.0, d_right)
+                # Rows that don't meet any have factors of 0.
                 moved += left.to(tl.float32) * d_left - right.to(tl.float32) * d_right
-                d_q += d_left * factor
-                d_plain += d_right * factor
+                d_q += d_left * left_factor
+                d_plain += d_right * right_factor
         else:
             d_q = tl.dot(dv_scores, written, acc=d_read, input_precision=PRECISION)
             if DECAY:

@@ -8,8 +8,9 @@ Two ways to spread a decay over the two factors of a score (names as in ``refere
 
 * anchored: both factors are taken about the chunk's middle, ``q e^Δ`` and ``k e^-Δ``. One product per chunk; used
   where no half chunk decays by more than ``e^-LIMIT``. Masked entries may overflow: they are selected away.
-* halved: the chunk is cut in two again and again, every factor is ``exp`` of a non-positive sum. Right for any decay
-  down to ``-inf``, at one product per halving.
+* halved: the chunk is cut in two again and again. A score between the halves of a block has factors that are ``exp``
+  of non-positive sums, so any decay down to ``-inf`` is right, at one product per halving; blocks that decay little
+  enough are anchored about their own middles and cut no further. How often a chunk is cut is its ``depth``.
 """
 
 from __future__ import annotations
@@ -120,16 +121,19 @@ def to_end(g, BT: tl.constexpr):
 
 
 @triton.jit
-def halving(g, shift, BT: tl.constexpr):
-    """Factors ≤ 1 towards the middle of each block of ``2**shift`` rows, and which rows are late.
+def halving(g, shift, innermost, BT: tl.constexpr):
+    """Factors ``[BT, BK]`` for the rows of q and of k about the middle of each block of ``2**shift`` rows.
 
-    Late rows decay from the middle, early rows to it.
+    Late rows decay from the middle, early rows to it: late rows of q meet early rows of k. In the ``innermost`` blocks
+    every row of the one meets every row of the other, anchored about the middle.
     """
     i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    middle = ((i >> shift) << shift) + (1 << (shift - 1))
+    middle = ((i >> shift) << shift) + tl.maximum((1 << shift) >> 1, 1)
     late = i >= middle
     inside = (late & (j <= i) & (j >= middle)) | ((i < middle) & (j > i) & (j < middle))
-    return tl.exp2(mix(inside.to(tl.float32), g, True) * LOG2E), late
+    decay = mix(inside.to(tl.float32), g, True) * LOG2E
+    other = tl.where(innermost, -decay, float("-inf"))
+    return tl.exp2(tl.where(late, decay, other)), tl.exp2(tl.where(late, other, decay))
 
 
 @triton.jit
@@ -154,30 +158,26 @@ def anti_causal(scores, BT: tl.constexpr):
 
 
 @triton.jit
-def halved_scores(q, k, g, LEVELS: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
+def halved_scores(q, k, g, depth, LEVELS: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
     """Causal scores ``[BT, BT]`` with decay, rows q (scaled) and columns k, for BT = 2**LEVELS."""
-    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    qf, kf = q.to(tl.float32), k.to(tl.float32)
-    scores = tl.where(i == j, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
-    for shift in range(1, LEVELS + 1):
-        factor, late = halving(g, shift, BT)
-        left = tl.where(late, qf * factor, 0.0).to(k.dtype)
-        right = tl.where(late, 0.0, kf * factor).to(k.dtype)
+    scores = tl.zeros([BT, BT], tl.float32)
+    for shift in range(LEVELS - depth, LEVELS + 1):
+        left, right = halving(g, shift, shift == LEVELS - depth, BT)
+        left = (q.to(tl.float32) * left).to(k.dtype)
+        right = (k.to(tl.float32) * right).to(k.dtype)
         part = tl.dot(left, tl.trans(right), input_precision=PRECISION)
-        scores += tl.where(same_block(shift, BT), part, 0.0)
+        scores += tl.where(same_block(shift, BT), causal(part, BT), 0.0)
     return scores
 
 
 @triton.jit
-def halved_scores_transposed(q, k, g, LEVELS: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
+def halved_scores_transposed(q, k, g, depth, LEVELS: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
     """The transpose of ``halved_scores``, built as products: a transposed accumulator must not become an operand."""
-    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    qf, kf = q.to(tl.float32), k.to(tl.float32)
-    scores = tl.where(i == j, tl.dot(k, tl.trans(q), input_precision=PRECISION), 0.0)
-    for shift in range(1, LEVELS + 1):
-        factor, late = halving(g, shift, BT)
-        left = tl.where(late, qf * factor, 0.0).to(k.dtype)
-        right = tl.where(late, 0.0, kf * factor).to(k.dtype)
+    scores = tl.zeros([BT, BT], tl.float32)
+    for shift in range(LEVELS - depth, LEVELS + 1):
+        left, right = halving(g, shift, shift == LEVELS - depth, BT)
+        left = (q.to(tl.float32) * left).to(k.dtype)
+        right = (k.to(tl.float32) * right).to(k.dtype)
         part = tl.dot(right, tl.trans(left), input_precision=PRECISION)
-        scores += tl.where(same_block(shift, BT), part, 0.0)
+        scores += tl.where(same_block(shift, BT), anti_causal(part, BT), 0.0)
     return scores

@@ -50,6 +50,28 @@ def chunk_decays(
         tl.atomic_max(wide + problem, 1)
 
 
+@triton.jit(do_not_specialize=COUNTS)
+def chunk_depths(
+    g, wide, depths, table, g_b, g_h, g_t, T, D, HKV, CHUNKS, LIMIT,
+    PER_KEY: tl.constexpr, VARLEN: tl.constexpr, BT: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """``depths [BH, CHUNKS]``: how often a chunk of a wide problem is halved until no half block decays by more than
+    LIMIT. (A kernel of its own: it takes registers that ``chunk_decays`` is fast without.)
+    """
+    chunk, problem = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if tl.load(wide + problem) == 0:
+        return
+    base = g + problem // HKV * g_b + problem % HKV * g_h
+    first, last = chunk_rows(table, chunk, T, BT, VARLEN)
+    rows = load_decay(base, g_t, first, last, D, PER_KEY, BT, BK).to(tl.float32)
+    depth = 0
+    for level in tl.static_range(LEVELS):
+        # Rows are sums over 2**level tokens: the half blocks of blocks of 2**(level + 1).
+        depth = tl.where(tl.min(rows) >= -LIMIT, depth, tl.maximum(depth, LEVELS - level))  # NaN is not above
+        rows = tl.sum(tl.reshape(rows, [BT >> (level + 1), 2, BK]), 1)
+    tl.store(depths + problem * CHUNKS + chunk, depth)
+
+
 @triton.jit
 def load_state(base, D, DV, E, BK: tl.constexpr, BV: tl.constexpr):
     """A ``[D, E]`` state as its transpose ``[BV, BK]``."""
@@ -193,7 +215,7 @@ def scan(
 
 @triton.jit(do_not_specialize=COUNTS)
 def output(
-    q, k, v, g, first_half, second_half, wide, start, o, end, partial, partial_sums, table, runs,
+    q, k, v, g, first_half, second_half, wide, depths, start, o, end, partial, partial_sums, table, runs,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, o_b, o_h, o_t,
     T, scale, D, DV, HKV, CHUNKS, SEGMENTS, PER_SEGMENT,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, WIDE: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -236,6 +258,7 @@ def output(
             tile = load_decay(g + batch * g_b + kv_head * g_h, g_t, first, last, D, PER_KEY, BT, BK)
             if WIDE:
                 tile = bounded(tile)
+                depth = tl.load(depths + problem * CHUNKS + chunk)
                 factor = tl.exp2(from_start(tile, BT))
                 right = (ks.to(tl.float32) * tl.exp2(to_end(tile, BT))).to(ks.dtype)
             else:
@@ -260,7 +283,7 @@ def output(
                 # Before the products: the float32 factor needn't outlive them.
                 carried = tl.sum(left * sums[None, :], 1)
             if DECAY and WIDE:
-                scores = halved_scores(scaled.to(ks.dtype), ks, tile, LEVELS, BT, PRECISION)
+                scores = halved_scores(scaled.to(ks.dtype), ks, tile, depth, LEVELS, BT, PRECISION)
             else:
                 scores = causal(tl.dot(left.to(ks.dtype), tl.trans(right), input_precision=PRECISION), BT)
             out = tl.dot(left.to(vs.dtype), read, input_precision=PRECISION)

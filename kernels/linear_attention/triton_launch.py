@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..compile_ahead import launcher
 from .triton_backward import key_gradients, normaliser, value_gradients
-from .triton_forward import chunk_decays, decode, output, scan, states
-from .triton_plan import CHUNK, Plan, in_pieces, prepare, strides, unit_columns
+from .triton_forward import chunk_decays, chunk_depths, decode, output, scan, states
+from .triton_plan import CHUNK, LEVELS, Plan, in_pieces, prepare, strides, unit_columns
 
 # Largest |log decay| of half a chunk that the anchored factors are used for. Between the middles of two chunks lie two
 # halves, and exp(-2 · LIMIT), times a state and features that may be small themselves, must stay far above the smallest
@@ -21,24 +21,26 @@ from .triton_plan import CHUNK, Plan, in_pieces, prepare, strides, unit_columns
 LIMIT = 32.0
 
 Lengths = tuple[int, ...] | None
-Decays = tuple[Tensor | None, Tensor | None, Tensor, tuple[bool, ...]]
+Decays = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, tuple[bool, ...]]
 Grads = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def _decays(plan: Plan) -> Decays:
-    """Half-chunk decays, the wide flags, and which kernel variants to launch."""
+    """Half-chunk decays, the wide flags, how often each chunk is halved, and which kernel variants to launch."""
     g, k, (length, width, _) = plan.tensors[3], plan.tensors[1], plan.sizes
     wide = torch.zeros(plan.problems, dtype=torch.int32, device=k.device)
     if g is None:
-        return None, None, wide, (False,)
+        return None, None, wide, None, (False,)
     shape = (plan.problems, plan.chunks, plan.blocks[0])
     halves = torch.empty((2, *shape), dtype=torch.float32, device=g.device)
+    depths = torch.empty(shape[:2], dtype=torch.int32, device=g.device)
     if plan.chunks:
-        launcher(chunk_decays, (plan.chunks, plan.problems))(
-            g, halves[0], halves[1], wide, plan.tables[0], *strides(g), length, width, k.shape[1], plan.chunks, LIMIT,
-            PER_KEY=g.shape[-1] > 1, VARLEN=plan.lengths is not None, BT=CHUNK, BK=plan.blocks[0], num_warps=1,
-        )  # fmt: skip
-    return halves[0], halves[1], wide, (False, True)
+        where = (plan.tables[0], *strides(g), length, width, k.shape[1], plan.chunks, LIMIT)
+        form = {"PER_KEY": g.shape[-1] > 1, "VARLEN": plan.lengths is not None, "BT": CHUNK, "BK": plan.blocks[0]}
+        grid = (plan.chunks, plan.problems)
+        launcher(chunk_decays, grid)(g, halves[0], halves[1], wide, *where, **form, num_warps=1)
+        launcher(chunk_depths, grid)(g, wide, depths, *where, LEVELS=LEVELS, **form, num_warps=4)
+    return halves[0], halves[1], wide, depths, (False, True)
 
 
 def _run_states(
@@ -56,7 +58,7 @@ def _run_states(
     q, k, v, g = plan.tensors
     reverse = grad is not None
     x, y = (q, grad) if grad is not None else (k, v)
-    first, second, wide, variants = decays
+    first, second, wide, _, variants = decays
     if reverse:
         first, second = second, first
     (length, width, columns), (block_k, block_v) = plan.sizes, plan.blocks
@@ -164,7 +166,7 @@ def _forward_piece(
     """One piece of the keys: writes ``out``, returns its rows of the final state."""
     q, k, v, g = plan.tensors
     decays = _decays(plan)
-    first, second, wide, variants = decays
+    first, second, wide, depths, variants = decays
     start: Tensor | None = initial
     final: Tensor | None = None
     if plan.chained:
@@ -176,7 +178,7 @@ def _forward_piece(
     for variant in variants:
         tuned = options | plan.tuning("output", variant)
         launcher(output, (triton.cdiv(columns, tuned["BV"]), plan.segments, plan.problems))(
-            q, k, v, g, first, second, wide, start, out, last, partial, sums, *plan.tables,
+            q, k, v, g, first, second, wide, depths, start, out, last, partial, sums, *plan.tables,
             *strides(q), *strides(k), *strides(v), *strides(g), *strides(out),
             length, plan.scale, width, columns, k.shape[1], plan.chunks, plan.segments, plan.segment_chunks,
             HAS_START=start is not None, WIDE=variant, **tuned,
@@ -241,7 +243,7 @@ def backward(
     d_initials = []
     for number, ((keys, plan), (decays, chunk_states, chunk_sums)) in enumerate(zip(plans, runs, strict=True)):
         q, k, v, g = plan.tensors
-        first, second, wide, variants = decays
+        first, second, wide, depths, variants = decays
         length, width, columns = plan.sizes
         slopes = _start_of(plan, grad_state, keys)
         _, d_initial, state_slopes, sum_slopes = _run_states(plan, decays, slopes, grad, weight, store=True)
@@ -252,13 +254,13 @@ def backward(
         own_v = d_v if number == len(plans) - 1 or partial is None else partial
         for variant in variants if plan.chunks else ():
             launcher(value_gradients, (plan.chunks, plan.problems))(
-                q, k, g, grad, weight, wide, state_slopes, own_v, partial, plan.tables[0],
+                q, k, g, grad, weight, wide, depths, state_slopes, own_v, partial, plan.tables[0],
                 *strides(q), *strides(k), *strides(g), *strides(grad),
                 length, scale, width, columns, k.shape[1], plan.chunks,
                 WIDE=variant, ADD=number > 0, **plan.tuning("values", variant), **plan.options(),
             )  # fmt: skip
             launcher(key_gradients, (slices[number], plan.chunks, plan.problems))(
-                q, k, v, g, grad, weight, wide, chunk_states, chunk_sums, state_slopes, sum_slopes,
+                q, k, v, g, grad, weight, wide, depths, chunk_states, chunk_sums, state_slopes, sum_slopes,
                 d_q[..., keys], d_k[..., keys], own_g, plan.tables[0],
                 *strides(q), *strides(k), *strides(v), *strides(g), *strides(grad),
                 first, second, length, scale, width, d_k.shape[-1], columns, k.shape[1], plan.chunks,
@@ -282,12 +284,12 @@ def _run_normaliser(
 ) -> None:
     """Adds piece ``number``'s normaliser to ``weight``; the last turns the sum into the gradient's two rows."""
     q, k, _, g = plan.tensors
-    _, _, wide, variants = decays
+    _, _, wide, depths, variants = decays
     length, width, columns = plan.sizes
     options = {key: value for key, value in plan.options().items() if key != "NORMALIZE"}
     for variant in variants if plan.chunks else ():
         launcher(normaliser, (plan.chunks, plan.problems))(
-            q, k, g, o, grad, chunk_sums, wide, weight, plan.tables[0],
+            q, k, g, o, grad, chunk_sums, wide, depths, weight, plan.tables[0],
             *strides(q), *strides(k), *strides(g), *strides(o), *strides(grad),
             length, plan.scale, width, columns, k.shape[1], plan.chunks,
             WIDE=variant, ADD=number > 0, FINISH=number == pieces - 1, **plan.tuning("normaliser", variant), **options,

@@ -17,6 +17,7 @@ from ..triton_device import processors, shared_memory
 from .triton_blocks import INTERPRETED
 
 CHUNK = 64
+LEVELS = CHUNK.bit_length() - 1
 SLICE = 64
 MIN_SEGMENT_CHUNKS = 8
 # Bytes of shared memory per block of threads that 128 columns take (A100 has 163 KiB, consumer chips 99, Hopper 227).
@@ -147,7 +148,7 @@ class Plan:
             "NORMALIZE": self.normalize,
             "VARLEN": self.lengths is not None,
             "BT": CHUNK,
-            "LEVELS": CHUNK.bit_length() - 1,
+            "LEVELS": LEVELS,
             "BK": self.blocks[0],
             "BV": self.blocks[1],
             "PRECISION": self.precision,
@@ -168,16 +169,20 @@ class Plan:
 def tiles(kernel: str, blocks: tuple[int, int], group: int, narrow: bool, wide: bool, room: bool) -> Options:
     """The rule. ``narrow``: bfloat16; ``wide``: the kernel's form for strong decays; ``room``: a chip like Hopper."""
     deep = 2 if group == 1 and narrow and room else 1
+    # Halving a chunk takes many registers, and few heads decay so strongly: their programs have the chip to themselves.
+    warps = 8 if wide and narrow else 4
     if kernel == "states":
-        return {"num_warps": 4, "STAGES": deep, "SLICE": min(blocks[0], SLICE)}
+        return {"num_warps": 4, "STAGES": 3 if deep > 1 else 1, "SLICE": min(blocks[0], SLICE)}
     if kernel == "output":
-        return {"num_warps": 4, "STAGES": deep}
+        # Scores are computed for every block of value columns: cheap where one product gives them.
+        columns = SLICE if group == 1 and not wide else blocks[1]
+        return {"num_warps": warps, "STAGES": 1, "BV": min(blocks[1], columns)}
     if kernel == "values":
-        return {"num_warps": 4, "STAGES": deep, "SLICE": min(blocks[0], SLICE)}
+        return {"num_warps": warps, "STAGES": deep, "SLICE": min(blocks[0], SLICE)}
     if kernel == "keys":
-        return {"num_warps": 4, "SLICE": min(blocks[0], SLICE)}
+        return {"num_warps": warps, "SLICE": min(blocks[0], SLICE)}
     assert kernel == "normaliser", kernel
-    return {"num_warps": 4}
+    return {"num_warps": warps}
 
 
 def roomy(device: torch.device) -> bool:
