@@ -129,7 +129,7 @@ def site_table(sites: list[AttentionSite], verbose: bool) -> Any:
     remarks: dict[tuple[str, str], list[int]] = {}
     for index, site in enumerate(sites):
         cells = [escape(cell) for cell in (str(index), site.path, kind_of(site), heads_of(site))]
-        table.add_row(*cells, _verdict(site.verdict), error_of(site))
+        table.add_row(*cells, _verdict(site.verdict, site.method), error_of(site))
         if site.verdict != "rewrite":
             remarks.setdefault((_verdict(site.verdict), site.reason), []).append(index)
     if verbose:
@@ -143,8 +143,9 @@ def site_table(sites: list[AttentionSite], verbose: bool) -> Any:
     return Group(table, "", below) if remarks else table
 
 
-def _verdict(verdict: str) -> str:
-    return f"[{COLOURS.get(verdict, 'white')}]{verdict}[/]"
+def _verdict(verdict: str, method: str = "softmax") -> str:
+    """The verdict in its colour, and the method of a site that is softmax attention no more."""
+    return f"[{COLOURS.get(verdict, 'white')}]{verdict}[/]" + ("" if method == "softmax" else f" as {method}")
 
 
 def ranges(indices: list[int]) -> str:
@@ -197,7 +198,7 @@ def site_tree(sites: list[AttentionSite], title: str) -> Any:
         for part in site.path.split("."):
             branch = branch.setdefault(part, {})
         branch[""] = [site]
-    tree = Tree(f"[bold]{escape(title)}[/]", guide_style="dim")
+    tree = Tree(f"[bold]{escape(title.rstrip('/').rpartition('/')[2])}[/]", guide_style="dim")
     _grow(tree, branches)
     return tree
 
@@ -209,7 +210,7 @@ def _label(sites: list[AttentionSite]) -> str:
     errors = [item.max_error for item in sites if item.max_error is not None]
     error = f", equal to {max(errors):.1e}" if errors else f": {escape(site.reason)}"
     shape = f" {heads_of(site)}" if site.heads else ""
-    return f" [dim]{escape(kind_of(site))}{shape}[/] {_verdict(site.verdict)}{error}"
+    return f" [dim]{escape(kind_of(site))}{shape}[/] {_verdict(site.verdict, site.method)}{error}"
 
 
 def _grow(tree: Any, branches: dict[str, Any]) -> None:

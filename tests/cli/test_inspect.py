@@ -44,6 +44,17 @@ def test_neighbouring_sites_are_named_as_ranges() -> None:
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8" and ranges([]) == ""
 
 
+def test_the_table_says_what_a_site_became(cli: Run) -> None:
+    shown = cli("inspect", "small_model:build", "--passes", "linearize{attn=gla,keep=1}").out
+    assert (
+        re.search(r"blocks\.0  causal  2/2 × 16  rewrite as gla +\d", shown)
+        and "keep  1  kept softmax on request" in shown
+    )
+    assert (
+        cli("inspect", "small_model:build", "--passes", "linearize{attn=gla,keep=0}", "--tree").out.count("as gla") == 1
+    )
+
+
 def test_what_isnt_known_about_a_refused_site_isnt_said(cli: Run) -> None:
     result = cli("inspect", "small_model:learned", "-v")
     assert result.code == 0, result.err
