@@ -180,12 +180,14 @@ def train(run: Run, measures: Measures) -> Program:
         say(f"transfer: relative error {before:.3f} -> {after:.3f}")
         run.save(student, ".transfer.safetensors")
         measures.perplexities("after_transfer", lambda: instead(run.teacher, student))
-        if automatic:
-            windows = data.measure(8)
-            chosen = run.results.once("choice", lambda: asdict(choose(run.teacher, student, windows, automatic)))
-            say(f"kept softmax: {chosen['kept']}; KL {chosen['linear']:.3f} -> {chosen['chosen']:.3f}")
-            run.kept = ",".join(map(str, chosen["kept"])) + ","
-            student = with_branches_of(student, run.fresh())
+    if automatic:
+        stage = recipe.transfer or recipe.logits
+        assert stage is not None, "a row that chooses layers trains something"
+        windows = run.data(stage, seed).measure(8)
+        chosen = run.results.once("choice", lambda: asdict(choose(run.teacher, student, windows, automatic)))
+        say(f"kept softmax: {chosen['kept']}; KL {chosen['linear']:.3f} -> {chosen['chosen']:.3f}")
+        run.kept = ",".join(map(str, chosen["kept"])) + ","
+        student = with_branches_of(student, run.fresh())
     for index, (name, stage) in enumerate((("logits", recipe.logits), ("extension", recipe.extension))):
         if stage is None:
             continue

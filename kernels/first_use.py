@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 Function = Callable[..., Any]
-Also = Callable[[Sequence[Any]], Sequence[Any]]
+Forms = Callable[[Sequence[Any]], Sequence[Sequence[Any]]]
 
 ROWS, TOKENS = 2, 150  # of a call's inputs: more than two chunks, and no multiple of one
 # Root mean square of the difference, relative to the reference's. What is rounded stays far below, a wrong block of
@@ -38,7 +38,7 @@ def serving(
     args: Sequence[Any],
     supported: Sequence[Any],
     later: Function | None = None,
-    also: Also | None = None,
+    forms: Forms | None = None,
 ) -> ModuleType:
     """The module whose ``function`` serves a call: the kernels where they are there, do and may, else the reference.
 
@@ -50,7 +50,7 @@ def serving(
         return reference
     pair = getattr(kernels, function), getattr(reference, function)
     ahead = None if later is None else functools.partial(later, kernels)
-    return kernels if trusted(name, *pair, layouts, args, ahead, also) else reference
+    return kernels if trusted(name, *pair, layouts, args, ahead, forms) else reference
 
 
 def trusted(
@@ -60,7 +60,7 @@ def trusted(
     layouts: Sequence[str],
     args: Sequence[Any],
     ahead: Callable[[], Any] | None = None,
-    also: Also | None = None,
+    forms: Forms | None = None,
 ) -> bool:
     """Whether a kernel may serve this call.
 
@@ -70,7 +70,8 @@ def trusted(
         layouts: for each tensor among the first arguments, a letter an axis: ``b`` for the batch, ``t`` for tokens, any
             other letter for an axis that is left as it is. Axes beyond a layout are left, too.
         ahead: launches more kernels, which are compiled together with those of this call.
-        also: makes of the first comparison's arguments those of a second, for a kernel that has two ways to compute.
+        forms: makes of the beginning of the inputs what is compared, instead of that itself: one list of arguments for
+            each way that the kernel has to compute, none of them ill-conditioned.
     """
     if os.environ.get("LINCOMPILE_KERNEL_CHECK", "1") == "0":
         return True
@@ -80,7 +81,7 @@ def trusted(
             return True  # nothing may be waited for here; a graph's warm-up has come this way before
         if any(isinstance(x, Tensor) and x.is_cuda for x in args):
             _compile(kernel, layouts, args, ahead)
-        worst = _difference(kernel, reference, layouts, args, also)
+        worst = _difference(kernel, reference, layouts, args, forms)
         if worst is None:
             return True
         _KNOWN[key] = worst <= 1
@@ -129,14 +130,12 @@ def _wide(x: Any) -> Any:
 
 
 def _difference(
-    kernel: Function, reference: Function, layouts: Sequence[str], args: Sequence[Any], also: Also | None
+    kernel: Function, reference: Function, layouts: Sequence[str], args: Sequence[Any], forms: Forms | None
 ) -> float | None:
     """The largest difference of an output over its tolerance; None where the reference isn't finite."""
     few = _few(layouts, args)
-    worst = _worst(kernel, reference, few)
-    if worst is None or also is None:
-        return worst
-    return max(worst, _worst(kernel, reference, also(few)) or 0.0)
+    found = [_worst(kernel, reference, compared) for compared in ([few] if forms is None else forms(few))]
+    return max((worst for worst in found if worst is not None), default=None)
 
 
 def _worst(kernel: Function, reference: Function, few: Sequence[Any]) -> float | None:

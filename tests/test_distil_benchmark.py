@@ -65,7 +65,7 @@ def test_a_row_is_made_cut_off_taken_up_and_measured(
     def cut_off(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    plain = script.distil_logits
+    plain, choose = script.distil_logits, script.choose
     monkeypatch.setattr(script, "distil_logits", cut_off)
     with pytest.raises(KeyboardInterrupt):
         distil(variant, *options)
@@ -104,6 +104,15 @@ def test_a_row_is_made_cut_off_taken_up_and_measured(
     script.main()
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 4 and "held ÷ control" in table[0] and "held, int6" in table[0]
+
+    # A row may begin from another's transfer, and still chooses its layers.
+    monkeypatch.setattr(script, "choose", choose)
+    started = distil(variant, *options, "--measures", "", "--start", f"out/{variant}.transfer.safetensors")
+    assert (
+        started["choice"]["kept"] == done["choice"]["kept"]
+        and "transfer" not in started
+        and started["logits"]["steps"] == 3
+    )
 
 
 def test_passkey_rows_are_kept_cell_by_cell(

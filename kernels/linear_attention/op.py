@@ -77,25 +77,29 @@ def linear_attention(
     later = (
         functools.partial(_launch_backward, args) if any(x is not None and x.requires_grad for x in args[:5]) else None
     )
-    run = serving("linear_attention", kernels, reference, "chunkwise", _layouts(causal), args, asked, later, _steeper)
+    run = serving("linear_attention", kernels, reference, "chunkwise", _layouts(causal), args, asked, later, _forms)
     o, state = run.chunkwise(*args)
     return o, state
 
 
-def _steeper(args: Sequence[Any]) -> Sequence[Any]:
-    """The same call with decays so strong that the kernels take their other way (``triton_blocks.py``)."""
-    changed = list(args)
-    if args[3] is not None:
-        changed[3] = args[3] * 64 - 0.5
-    return changed
+def _forms(args: Sequence[Any]) -> list[Sequence[Any]]:
+    """What a first use compares: the call as it is, and with decays so strong that the kernels take their other way
+    (``triton_blocks.py``). A normalised call gets the signs of features: a normaliser near zero would blow up what
+    rounding does, in the reference as well.
+    """
+    q, k, v, log_decay, state, scale, causal, normalize = args
+    if normalize:
+        q, k = q.abs(), k.abs()
+        state = None if state is None else torch.cat((state[..., :-1], state[..., -1:].abs()), -1)
+    forms = [log_decay] if log_decay is None else [log_decay, log_decay * 64 - 0.5]
+    return [(q, k, v, form, state, scale, causal, normalize) for form in forms]
 
 
-def _steeper_backward(args: Sequence[Any]) -> Sequence[Any]:
+def _backward_forms(args: Sequence[Any]) -> list[Sequence[Any]]:
     grad_o, grad_state, o, *inputs = args
-    changed = _steeper(inputs)
-    if o is not None:
-        o = reference.chunkwise(*changed)[0]
-    return (grad_o, grad_state, o, *changed)
+    return [
+        (grad_o, grad_state, None if o is None else reference.chunkwise(*form)[0], *form) for form in _forms(inputs)
+    ]
 
 
 def _launch_backward(args: tuple[Any, ...], kernels: Any) -> None:
@@ -158,7 +162,7 @@ def linear_attention_backward(
             plain,
             _layouts(causal, "b.t.", "b...", "b.t."),
             args,
-            also=_steeper_backward,
+            forms=_backward_forms,
         )
     ):
         grads = kernels.chunkwise_backward(*args)

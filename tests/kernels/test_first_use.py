@@ -156,6 +156,30 @@ def test_right_kernels_are_used(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert all(first_use._KNOWN.values()) and name in {key[0] for key in first_use._KNOWN}
 
 
+def test_a_kernel_that_is_wrong_only_where_decays_are_strong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = kernels_of(linear_reference, "chunkwise", 1.0)
+    right = kernels.chunkwise
+
+    def run(*args: Any) -> Any:
+        o, state = right(*args)
+        return (o * 1.5 if float(args[3].min()) < -20 else o), state
+
+    kernels.chunkwise = run
+    monkeypatch.setattr(linear_op, "backend", lambda *_: kernels)
+    with pytest.warns(UserWarning, match="the kernels of linear_attention differ"):
+        linear()
+
+
+def test_a_normaliser_near_zero_is_not_held_against_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (random(2, 4, 150, 32, seed=seed).detach() for seed in range(3))
+    kernels = kernels_of(linear_reference, "chunkwise", 1.0)
+    right = kernels.chunkwise
+    kernels.chunkwise = lambda q, k, v, *rest: right(q.half().float(), k.half().float(), v, *rest)
+    monkeypatch.setattr(linear_op, "backend", lambda *_: kernels)
+    with warnings.catch_warnings(action="error"):
+        ops.linear_attention(q, k, v, None, None, 1.0, True, True)
+
+
 def test_other_types_sizes_and_single_tokens_are_compared_anew() -> None:
     seen: list[tuple[int, ...]] = []
 
