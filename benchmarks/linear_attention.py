@@ -145,7 +145,10 @@ def verdict(
     }
     same = all(torch.equal(x, y) for x, y in zip(have, again, strict=True))
     finite = all(bool(torch.isfinite(x).all()) for x in have)
-    return {"errors": errors, "deterministic": same, "ok": finite and same and max(errors.values()) < TOLERANCE[dtype]}
+    # q's gradient of a normalised head holds differences of values and outputs: where few keys count, the rounding of
+    # the outputs is most of its error.
+    near = all(error < TOLERANCE[dtype] * (2 if name == "dq" else 1) for name, error in errors.items())
+    return {"errors": errors, "deterministic": same, "ok": finite and same and near}
 
 
 def names_of(inputs: list[Tensor | None]) -> list[str]:

@@ -84,14 +84,19 @@ def linear_attention(
 
 def _forms(args: Sequence[Any]) -> list[Sequence[Any]]:
     """What a first use compares: the call as it is, and with decays so strong that the kernels take their other way
-    (``triton_blocks.py``). A normalised call gets the signs of features: a normaliser near zero would blow up what
-    rounding does, in the reference as well.
+    (``triton_blocks.py``), in chunks halved once and in one halved to the end.
+
+    Rounding must not decide: a normalised call gets the signs of features, since a normaliser near zero would blow it
+    up, and strong decays stop where an output becomes its own token's value and q's gradient nothing.
     """
     q, k, v, log_decay, state, scale, causal, normalize = args
     if normalize:
         q, k = q.abs(), k.abs()
         state = None if state is None else torch.cat((state[..., :-1], state[..., -1:].abs()), -1)
-    forms = [log_decay] if log_decay is None else [log_decay, log_decay * 64 - 0.5]
+    forms = [log_decay]
+    if log_decay is not None:
+        forms.append(torch.full_like(log_decay, -1.1))
+        forms[-1][:, :, 70::101] = -40.0
     return [(q, k, v, form, state, scale, causal, normalize) for form in forms]
 
 
