@@ -52,6 +52,9 @@ CHECKS = {
     "even 1.3": (1, 9, 3, 2048, 128, 64, "even", 1.3, True, True, "bfloat16"),
     "even 1.8": (1, 9, 3, 2048, 128, 64, "even", 1.8, True, True, "bfloat16"),
     "float32 even 1.8": (1, 9, 3, 2048, 128, 64, "even", 1.8, True, True, "float32"),
+    "carry": (1, 9, 3, 2048, 128, 64, "carry", 15.0, True, True, "bfloat16"),
+    "carry 128": (2, 4, 2, 1500, 128, 128, "carry", 15.0, False, True, "bfloat16"),
+    "float32 carry": (1, 9, 3, 1100, 128, 64, "carry", 15.0, True, True, "float32"),
     "forget": (1, 4, 4, 200, 64, 64, "-inf", 0.1, False, True, "bfloat16"),
     "one token": (3, 8, 2, 1, 128, 128, "key", 0.5, True, True, "bfloat16"),
     "odd sizes": (1, 4, 2, 77, 40, 24, "key", 0.1, True, True, "bfloat16"),
@@ -109,6 +112,8 @@ def make(
         g = -strongest * rand(batch, kv_heads, length, 1 if decay == "head" else head_dim)
         if decay == "even":
             g.fill_(-strongest)
+        if decay == "carry":  # as trained gates: some channels forget at once, others never
+            g = g * torch.logspace(-4, 0, g.shape[-1], device="cuda") * (rand(batch, kv_heads, length, 1) < 0.3)
         if decay == "-inf":
             g[:, :, ::50] = float("-inf")
         g = g.to(narrow)

@@ -84,7 +84,8 @@ def linear_attention(
 
 def _forms(args: Sequence[Any]) -> list[Sequence[Any]]:
     """What a first use compares: the call as it is, and with decays so strong that the kernels take their other way
-    (``triton_blocks.py``), in chunks halved once and in one halved to the end.
+    (``triton_blocks.py``), in chunks halved once and in one halved to the end, while other channels (or chunks, where a
+    head's channels decay alike) decay as they did and carry their state across chunks.
 
     Rounding must not decide: a normalised call gets the signs of features, since a normaliser near zero would blow it
     up, and strong decays stop where an output becomes its own token's value and q's gradient nothing.
@@ -95,8 +96,11 @@ def _forms(args: Sequence[Any]) -> list[Sequence[Any]]:
         state = None if state is None else torch.cat((state[..., :-1], state[..., -1:].abs()), -1)
     forms = [log_decay]
     if log_decay is not None:
-        forms.append(torch.full_like(log_decay, -1.1))
-        forms[-1][:, :, 70::101] = -40.0
+        steep = log_decay.clone()
+        channels = steep[..., ::2] if log_decay.shape[-1] > 1 else steep[:, :, 64:128]
+        channels.fill_(-1.1)
+        channels[:, :, 70::101] = -40.0
+        forms.append(steep)
     return [(q, k, v, form, state, scale, causal, normalize) for form in forms]
 
 
