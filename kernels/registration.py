@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 Grads = tuple[Tensor | None, ...]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @functools.cache
@@ -25,6 +29,20 @@ def triton_module(folder: str) -> ModuleType | None:
 def backend(folder: str, x: Tensor) -> ModuleType | None:
     """The Triton kernels for CUDA tensors; None means: run the reference."""
     return triton_module(folder) if x.is_cuda else None
+
+
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """An op computes in its inputs' types: autocast decides on those, not on the sums inside."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def present(grads: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..first_use import serving
-from ..registration import Grads, backend, gradient_fake, present, selected
+from ..registration import Grads, backend, gradient_fake, present, selected, without_autocast
 from ..shapes import require, require_rank, require_same_device, require_shape
 from . import reference
 
@@ -38,6 +38,7 @@ def _check_gate(
 
 
 @custom_op("lincompile::decay_gate", mutates_args=(), schema=f"({_GATE_ARGS}) -> Tensor")
+@without_autocast
 def decay_gate(
     z: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, kv_heads: int, temperature: float
 ) -> Tensor:

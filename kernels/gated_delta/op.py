@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..first_use import trusted
-from ..registration import Grads, backend, gradient_fake, present, selected
+from ..registration import Grads, backend, gradient_fake, present, selected, without_autocast
 from ..shapes import accumulator_dtype, require_qkv, require_same_device, require_shape
 from . import reference
 
@@ -52,6 +52,7 @@ def _scans(function: Any, *args: Any) -> reference.Scans:
 
 
 @custom_op("lincompile::gated_delta", mutates_args=(), schema=f"({_DELTA_ARGS}) -> (Tensor o, Tensor final_state)")
+@without_autocast
 def gated_delta(
     q: Tensor,
     k: Tensor,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..first_use import serving
-from ..registration import Grads, backend, selected
+from ..registration import Grads, backend, selected, without_autocast
 from ..shapes import require, require_rank, require_same_device, require_shape
 from . import reference
 
@@ -62,6 +62,7 @@ def _layout(x: Tensor) -> Tensor:
 @custom_op(
     "lincompile::hedgehog_features", mutates_args=(), schema=f"({_FEATURE_ARGS}) -> (Tensor features, Tensor state)"
 )
+@without_autocast
 def hedgehog_features(
     x: Tensor,
     conv_weight: Tensor | None,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..first_use import serving, trusted
-from ..registration import Grads, backend, gradient_fake, present, selected
+from ..registration import Grads, backend, gradient_fake, present, selected, without_autocast
 from ..shapes import accumulator_dtype, require, require_qkv, require_rank, require_same_device, require_shape
 from . import reference
 
@@ -60,6 +60,7 @@ def check_linear(
 @custom_op(
     "lincompile::linear_attention", mutates_args=(), schema=f"({_LINEAR_ARGS}) -> (Tensor o, Tensor final_state)"
 )
+@without_autocast
 def linear_attention(
     q: Tensor,
     k: Tensor,

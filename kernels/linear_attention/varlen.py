@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..registration import backend, gradient_fake, present
+from ..registration import backend, gradient_fake, present, without_autocast
 from ..shapes import accumulator_dtype, require
 from . import varlen_reference
 from .op import check_linear, register_gradient
@@ -61,6 +61,7 @@ def _short(bounds: list[int]) -> str:
 
 
 @custom_op(f"lincompile::{_OP}", mutates_args=(), schema=f"({_ARGS}) -> (Tensor o, Tensor final_states)")
+@without_autocast
 def linear_attention_varlen(
     q: Tensor,
     k: Tensor,

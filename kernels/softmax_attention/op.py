@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..first_use import serving
-from ..registration import Grads, backend, gradient_fake, present, selected
+from ..registration import Grads, backend, gradient_fake, present, selected, without_autocast
 from ..shapes import require, require_qkv, require_rank, require_same_device, require_shape
 from . import reference
 
@@ -41,6 +41,7 @@ def _kernels(*args: Any, function: str) -> ModuleType:
 @custom_op(
     "lincompile::softmax_attention", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> Tensor"
 )
+@without_autocast
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -166,6 +167,7 @@ def _step_padding(key_padding: Tensor | None, keys: int) -> Tensor | None:
     schema=f"(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, {_OPTIONS})"
     " -> (Tensor o, Tensor k_cache, Tensor v_cache)",
 )
+@without_autocast
 def softmax_attention_step(
     q: Tensor,
     k: Tensor,

@@ -157,3 +157,13 @@ def test_compiles_as_one_graph_with_gradients() -> None:
     want = torch.autograd.grad(sum(x.square().sum() for x in module(*inputs)), leaves)
     for x, y in zip(have, want, strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_autocast_does_not_reach_the_sums_inside_an_op() -> None:
+    """Under autocast, matrix products in a float32 op were bfloat16, and softmax windows failed."""
+    for op, arguments in samples(tensors()):
+        plain = op(*arguments)  # type: ignore[operator]
+        with torch.autocast("cpu", torch.bfloat16):
+            under = op(*arguments)  # type: ignore[operator]
+        for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (plain, under)), strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b), op
