@@ -98,7 +98,7 @@ def _forms(args: Sequence[Any]) -> list[Sequence[Any]]:
     forms = [log_decay]
     if log_decay is not None:
         steep = log_decay.clone()
-        channels = steep[..., ::2] if log_decay.shape[-1] > 1 else steep[:, :, 64:128]
+        channels = steep[..., ::2] if log_decay.shape[-1] > 1 else steep[:, :, 64:192]
         channels.fill_(-1.1)
         channels[:, :, 70::101] = -40.0
         forms.append(steep)
