@@ -105,11 +105,15 @@ def _compile(kernel: Function, layouts: Sequence[str], args: Sequence[Any], ahea
 
 
 def _form(x: Any, layout: str) -> Any:
-    """What decides which code runs: type, device, sizes other than the batch's, and whether there is one token."""
+    """What decides which code runs: type, device, sizes other than the batch's; one token, some or many."""
     if not isinstance(x, Tensor):
         return x
     axes = layout.ljust(x.dim())
-    sizes = [size == 1 if axis == "t" else size for axis, size in zip(axes, x.shape, strict=True) if axis != "b"]
+    sizes = [
+        (size == 1, size < TOKENS) if axis == "t" else size
+        for axis, size in zip(axes, x.shape, strict=True)
+        if axis != "b"
+    ]
     return (x.dtype, x.device, *sizes)
 
 
