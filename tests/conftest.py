@@ -19,6 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     gpu = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    # The pages of the documentation take minutes each: begun last, they would leave one process waiting for the other.
+    items.sort(key=lambda item: item.nodeid.split("[")[0] != "tests/test_docs.py::test_page_runs")
     for item in items:
         if "slow" in item.keywords and not config.getoption("--run-slow"):
             item.add_marker(pytest.mark.skip(reason="slow: give --run-slow"))
