@@ -52,13 +52,13 @@ LONG_CASES = [
     ("head 1.8", False, True, 130, 16, 16),
     ("key", True, True, 200, 16, 16),
     ("key strong", False, True, 130, 16, 16),
-    # chunks halved twice, three … six times, and each differently
-    ("key 2.5", True, True, 70, 16, 16),
-    ("key 5.5", False, True, 70, 16, 16),
-    ("key 12.0", True, False, 70, 16, 16),
-    ("key 25.0", False, True, 70, 16, 16),
-    ("key 50.0", True, True, 70, 16, 16),
-    ("key mixed", True, True, 420, 16, 16),
+    # chunks halved twice, four and six times, and each differently
+    ("key 2.5", True, True, 64, 16, 16),
+    ("key 12.0", False, True, 64, 16, 16),
+    ("key 50.0", True, True, 64, 16, 16),
+    ("key mixed", True, True, 200, 16, 16),
+    # channels that forget at once beside channels that carry from segment to segment
+    ("key beside", True, True, 640, 16, 16),
 ]
 
 
@@ -81,7 +81,11 @@ def make(decay: str, normalize: bool, state: bool, length: int, head_dim: int, v
         elif decay.endswith("-inf"):
             g[:, :, ::3] = float("-inf")
         elif decay.endswith("mixed"):
-            g = g * torch.logspace(0, 3, 7, device=DEVICE).repeat_interleave(64)[:length, None]
+            g = g * torch.logspace(0, 3, 7, device=DEVICE).repeat_interleave(32)[:length, None]
+        elif decay.endswith("beside"):
+            g[..., ::2] = -1.1
+            g[:, :, 70::101, ::2] = -40.0
+            g[..., 1::2] *= 1e-3
         elif decay[-1].isdigit():
             g = torch.full_like(g, -float(decay.split()[1]))
     initial = torch.rand(1, 2, head_dim, value_dim + int(normalize), device=DEVICE)
