@@ -271,14 +271,11 @@ def peers(q: Tensor, k: Tensor, v: Tensor, g: Tensor, names: list[str]) -> dict[
     scale = q.shape[-1] ** -0.5
     found: dict[str, Callable[[], Any]] = {}
 
-    def measured(function: Callable[[], Any], leaves: list[Tensor]) -> dict[str, Any]:
-        return both(function, leaves, BUDGET)
-
     def fla(forward_only: bool) -> dict[str, Any]:
         from fla.ops.gla import chunk_gla
 
         flat = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v, g)]
-        return measured(lambda: chunk_gla(*flat, scale=scale), [] if forward_only else flat)
+        return both(lambda: chunk_gla(*flat, scale=scale), [] if forward_only else flat, BUDGET)
 
     def sdpa(backend: str) -> dict[str, Any]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -289,7 +286,7 @@ def peers(q: Tensor, k: Tensor, v: Tensor, g: Tensor, names: list[str]) -> dict[
             with sdpa_kernel(getattr(SDPBackend, backend)):
                 return torch.nn.functional.scaled_dot_product_attention(*dense, is_causal=True)
 
-        return measured(attend, dense)
+        return both(attend, dense, BUDGET)
 
     if "fla" in names or "fla forward" in names:
         found["fla chunk_gla"] = lambda: fla("fla" not in names)

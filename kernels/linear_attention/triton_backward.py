@@ -21,7 +21,6 @@ from .triton_blocks import (
     from_middle,
     from_start,
     halved_scores,
-    halved_scores_transposed,
     halving,
     load_decay,
     load_rows,
@@ -72,7 +71,7 @@ def normaliser(
         if DECAY:
             left = scaled * factor
         if DECAY and WIDE:
-            scores = halved_scores(scaled.to(ks.dtype), ks, tile, depth, LEVELS, BT, PRECISION)
+            scores = halved_scores(scaled.to(ks.dtype), ks, tile, depth, False, LEVELS, BT, PRECISION)
         else:
             scores = causal(tl.dot(left.to(ks.dtype), tl.trans(right), input_precision=PRECISION), BT)
         z = tl.sum(scores, 1) + tl.sum(left * sums[None, :], 1)
@@ -126,7 +125,7 @@ def value_gradients(
                     tile = bounded(tile)
                     depth = tl.load(depths + slot)
                     written = (ks.to(tl.float32) * tl.exp2(to_end(tile, BT))).to(ks.dtype)
-                    kq += halved_scores_transposed(read.to(ks.dtype), ks, tile, depth, LEVELS, BT, PRECISION)
+                    kq += halved_scores(read.to(ks.dtype), ks, tile, depth, True, LEVELS, BT, PRECISION)
                 else:
                     middle = from_middle(tile, BT)
                     read = read * tl.exp2(middle)

@@ -158,26 +158,21 @@ def anti_causal(scores, BT: tl.constexpr):
 
 
 @triton.jit
-def halved_scores(q, k, g, depth, LEVELS: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
-    """Causal scores ``[BT, BT]`` with decay, rows q (scaled) and columns k, for BT = 2**LEVELS."""
+def halved_scores(
+    q, k, g, depth, TRANSPOSED: tl.constexpr, LEVELS: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Causal scores ``[BT, BT]`` with decay, rows q (scaled) and columns k, for BT = 2**LEVELS.
+
+    TRANSPOSED: rows k and columns q, built as products: a transposed accumulator must not become an operand.
+    """
     scores = tl.zeros([BT, BT], tl.float32)
     for shift in range(LEVELS - depth, LEVELS + 1):
         left, right = halving(g, shift, shift == LEVELS - depth, BT)
         left = (q.to(tl.float32) * left).to(k.dtype)
         right = (k.to(tl.float32) * right).to(k.dtype)
-        part = tl.dot(left, tl.trans(right), input_precision=PRECISION)
-        scores += tl.where(same_block(shift, BT), causal(part, BT), 0.0)
-    return scores
-
-
-@triton.jit
-def halved_scores_transposed(q, k, g, depth, LEVELS: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
-    """The transpose of ``halved_scores``, built as products: a transposed accumulator must not become an operand."""
-    scores = tl.zeros([BT, BT], tl.float32)
-    for shift in range(LEVELS - depth, LEVELS + 1):
-        left, right = halving(g, shift, shift == LEVELS - depth, BT)
-        left = (q.to(tl.float32) * left).to(k.dtype)
-        right = (k.to(tl.float32) * right).to(k.dtype)
-        part = tl.dot(right, tl.trans(left), input_precision=PRECISION)
-        scores += tl.where(same_block(shift, BT), anti_causal(part, BT), 0.0)
+        if TRANSPOSED:
+            part = anti_causal(tl.dot(right, tl.trans(left), input_precision=PRECISION), BT)
+        else:
+            part = causal(tl.dot(left, tl.trans(right), input_precision=PRECISION), BT)
+        scores += tl.where(same_block(shift, BT), part, 0.0)
     return scores

@@ -283,7 +283,7 @@ def output(
                 # Before the products: the float32 factor needn't outlive them.
                 carried = tl.sum(left * sums[None, :], 1)
             if DECAY and WIDE:
-                scores = halved_scores(scaled.to(ks.dtype), ks, tile, depth, LEVELS, BT, PRECISION)
+                scores = halved_scores(scaled.to(ks.dtype), ks, tile, depth, False, LEVELS, BT, PRECISION)
             else:
                 scores = causal(tl.dot(left.to(ks.dtype), tl.trans(right), input_precision=PRECISION), BT)
             out = tl.dot(left.to(vs.dtype), read, input_precision=PRECISION)

@@ -57,9 +57,8 @@ class OnnxSession:
             raise ArtefactError(f"no ONNX model at {path}; write one with lincompile export")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what it would print as errors is raised, in one line
-        options.enable_cpu_mem_arena = (
-            False  # it would keep what the longest chunk needed, as long as the session lives
-        )
+        # The arena would keep what the longest chunk needed, as long as the session lives.
+        options.enable_cpu_mem_arena = False
         if threads is not None:
             options.intra_op_num_threads = threads
         self.native = library.register(options) if library.calls_native_operators(path) else None
