@@ -46,6 +46,7 @@ SHAPES = [
     Shape("SmolLM2-135M", 30, 576, 9, 3, 64, 1536, 49152, True),
     Shape("Llama-3-8B", 32, 4096, 32, 8, 128, 14336, 128256, False),
 ]
+DRY = {"SHAPES": [Shape("tiny", 2, 128, 4, 2, 32, 256, 128, False)]}
 
 
 class Block(nn.Module):

@@ -9,12 +9,12 @@ stands the plain module's own in the same dtype. ``--time`` gives forward and fo
 as ``gpu_timing.py`` says), for
 
 * ours: the block on fused kernels; plain: the same module on its unfused graph; compiled: that under torch.compile;
-* fla: the same composed from torch ops and flash-linear-attention's ``chunk_gla``, eager and with everything around
-  ``chunk_gla`` under torch.compile; the normaliser is a column of ones beside v, as there (its first call tunes
-  itself for minutes; ``fla, no normaliser`` leaves that column out);
+* fla: the same block written with flash-linear-attention (``lawcat_fla.py``: four variants); ``differs`` says how far
+  its output is from ours;
 * sdpa: softmax attention (FlashAttention) on the same q, k and v, without the projections of the gate.
 
 Every part stands alone: one that fails leaves its traceback in the JSON, which is written anew after each part.
+``--warm`` only compiles the kernels of FLA's variants, for a process beside others (set FLA_CACHE_RESULTS=0 there).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import lawcat_fla
 import torch
 from gpu_timing import bandwidth, both, guarded
 from torch import Tensor
@@ -120,22 +121,6 @@ def fused(m: Lawcat, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | 
     log_decay = ops.decay_gate(z, m.gate.up, m.gate.bias, mask, m.shape.kv_heads, GATE_TEMPERATURE)
     out: Tensor = ops.linear_attention(features_q, features_k, v, log_decay, None, 1.0, True, True)[0]
     return out
-
-
-def stages(m: Lawcat, q: Tensor, k: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Features and log-decays from plain torch ops, laid out ``[B, T, H, ·]`` as FLA takes them."""
-
-    def features(y: Tensor, taps: Tensor) -> Tensor:
-        batch, heads, length, dim = y.shape
-        flat = y.transpose(1, 2).reshape(batch, length, heads * dim).transpose(1, 2)
-        mixed = functional.conv1d(functional.pad(flat, (taps.shape[1] - 1, 0)), taps[:, None], groups=taps.shape[0])
-        y = mixed.transpose(1, 2).unflatten(-1, (heads, dim)).transpose(1, 2)
-        y = y @ m.map.weight.to(y.dtype) + m.map.bias.to(y.dtype)
-        return torch.cat((torch.softmax(y, -1), torch.softmax(-y, -1)), -1).transpose(1, 2).contiguous()
-
-    gate = functional.linear(functional.linear(x, m.gate.down), m.gate.up, m.gate.bias)
-    log_decay = (functional.logsigmoid(gate.float()) / GATE_TEMPERATURE).to(x.dtype)
-    return features(q, m.conv_q.weight), features(k, m.conv_k.weight), log_decay.unflatten(-1, (m.shape.kv_heads, -1))
 
 
 def make(batch: int, length: int, heads: int, kv_heads: int, dim: int, padded: bool, dtype: torch.dtype) -> list[Any]:
@@ -303,35 +288,10 @@ CHECKS: dict[str, Callable[[str, int], dict[str, Any]]] = {
 # ---- times
 
 
-def fla_block(m: Lawcat, normalised: bool, compiled: bool) -> Callable[..., Tensor]:
-    from fla.ops.gla import chunk_gla
-
-    before = torch.compile(stages, dynamic=False) if compiled else stages
-
-    def widen(v: Tensor) -> Tensor:
-        ones = torch.ones_like(v[..., :1])
-        return torch.cat((v, ones, torch.zeros_like(v[..., :15])), -1)
-
-    def divide(out: Tensor, dim: int) -> Tensor:
-        return out[..., :dim] / (out[..., dim : dim + 1] + 1e-10)
-
-    if compiled:
-        widen, divide = torch.compile(widen, dynamic=False), torch.compile(divide, dynamic=False)
-
-    def run(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        features_q, features_k, log_decay = before(m, q, k, x)
-        values = v.transpose(1, 2).contiguous()
-        if not normalised:
-            result: Tensor = chunk_gla(features_q, features_k, values, log_decay, scale=1.0)[0]
-            return result
-        return divide(chunk_gla(features_q, features_k, widen(values), log_decay, scale=1.0)[0], v.shape[-1])
-
-    return run
-
-
 def time_shape(shape: tuple[int, int, int, int], names: list[str], budget: float, copy: float, save: Any) -> Any:
     batch, length, heads, dim = shape
     torch.manual_seed(0)
+    torch._dynamo.reset()  # past its limit of recompilations a function runs eagerly
     module = block_module(heads, heads, dim).bfloat16()
     q, k, v, x = (t.requires_grad_() for t in make(batch, length, heads, heads, dim, False, torch.bfloat16)[:4])
     leaves = [q, k, v, x, *module.parameters()]
@@ -347,14 +307,14 @@ def time_shape(shape: tuple[int, int, int, int], names: list[str], budget: float
         whole = torch.compile(module, dynamic=False)
         runs["compiled"] = lambda: both(lambda: whole(q, k, v, x), leaves, budget)
 
-    def peer(normalised: bool, compiled: bool) -> dict[str, float]:
-        run = fla_block(module, normalised, compiled)
-        return both(lambda: run(q, k, v, x), leaves, budget)
+    def peer(variant: str) -> dict[str, Any]:
+        run = lawcat_fla.block(module, variant)
+        found = both(lambda: run(q, k, v, x), leaves, budget)
+        with torch.no_grad():
+            return found | {"differs": relative(run(q, k, v, x).transpose(1, 2), fused(module, q, k, v, x))}
 
     if "fla" in names:
-        runs["fla"] = lambda: peer(True, False)
-        runs["fla compiled"] = lambda: peer(True, True)
-        runs["fla, no normaliser"] = lambda: peer(False, True)
+        runs |= {variant: lambda variant=variant: peer(variant) for variant in lawcat_fla.VARIANTS}  # type: ignore[misc]
     if "sdpa" in names and length <= 32768:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -370,6 +330,25 @@ def time_shape(shape: tuple[int, int, int, int], names: list[str], budget: float
         torch.cuda.empty_cache()
         print(f"  {shape} {name}: {json.dumps(row[name])[:300]}", flush=True)
     return row
+
+
+def warm(shape: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Seconds in which FLA's kernels of a shape's head size are compiled, on 1,024 tokens."""
+    _, _, heads, dim = shape
+    module = block_module(heads, heads, dim).bfloat16()
+    q, k, v, x = (t.requires_grad_() for t in make(2, 1024, heads, heads, dim, False, torch.bfloat16)[:4])
+    leaves = [q, k, v, x, *module.parameters()]
+
+    def once(variant: str) -> dict[str, Any]:
+        started = time.perf_counter()
+        with lawcat_fla.compiling():
+            out = lawcat_fla.block(module, variant)(q, k, v, x)
+            torch.autograd.grad(out, leaves, torch.ones_like(out))
+        torch.cuda.synchronize()
+        return {"s": round(time.perf_counter() - started, 1)}
+
+    # Eager and compiled variants share their kernels.
+    return {variant: guarded(lambda variant=variant: once(variant)) for variant in ("fla", "fla, hgrn")}  # type: ignore[misc]
 
 
 def time_stages(shape: tuple[int, int, int, int], budget: float, copy: float) -> dict[str, Any]:
@@ -501,6 +480,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes that run checks at the same time")
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--stages", action="store_true", help="time each stage alone")
+    parser.add_argument("--warm", action="store_true", help="compile FLA's kernels, only")
     parser.add_argument("--profile", action="store_true", help="kernel times of the fused block")
     parser.add_argument("--quick", action="store_true", help="some checks and one shape")
     parser.add_argument("--peers", default="", help="comma-separated: compiled, fla, sdpa")
@@ -521,6 +501,11 @@ def main() -> int:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(result, indent=1) + "\n")
 
+    if options.warm:
+        result["warm"] = {str(shape): guarded(lambda shape=shape: warm(shape)) for shape in shapes}  # type: ignore[misc]
+        print(json.dumps(result["warm"]), flush=True)
+        write()
+        return 0
     if options.check or options.quick or options.only:
         checks = result["checks"] = {}
         wanted = [options.only] if options.only else list(QUICK if options.quick else CHECKS)

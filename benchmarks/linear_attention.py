@@ -8,7 +8,7 @@
 Timings are those of ``gpu_timing.py``, bfloat16 inputs (gates too), float32 state, each input set larger than the L2
 cache. ``floor`` is the time to move every input and output once at the copy bandwidth measured in the
 same run. Peers need ``flash-linear-attention`` installed; a peer's first call (its autotuning) is timed apart.
-The file is written after every row, and a peer that fails leaves its error there. ``--warm fla`` only compiles FLA's
+The file is written after every row, and a peer that fails leaves its error there. ``--warm`` only compiles FLA's
 kernels (its first call takes minutes), which another process can do while ``--check`` runs: set FLA_CACHE_RESULTS=0
 there, so that it tunes itself when it is timed.
 """
@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import bandwidth, both, graph_milliseconds, guarded
+from gpu_timing import bandwidth, both, graph_milliseconds, guarded, milliseconds
 from lawcat_block import poisoned, run_apart
+from lawcat_fla import compiling
 from torch import Tensor
 from versions import versions
 
@@ -232,17 +233,6 @@ def check(wanted: list[str], seed: int, jobs: int, save: Callable[[str, dict[str
             save(name, row)
 
 
-def compile_only() -> None:
-    """Makes Triton's autotuner run each of its configurations once: compiled, but not measured."""
-    from triton.runtime import driver
-
-    def once(function: Callable[[], Any], quantiles: Any = None, **options: Any) -> list[float]:
-        function()
-        return [1.0, 1.0, 1.0]
-
-    driver.active.get_benchmarker = lambda: once
-
-
 def check_causality() -> bool:
     inputs = make(1, 4, 2, 700, 64, 64, "key", 0.1, True, False, "bfloat16")
     before, _ = ops.linear_attention(*inputs, 0.125, True, True)
@@ -264,6 +254,19 @@ def first_call(function: Callable[[], Any], leaves: list[Tensor]) -> float:
         torch.autograd.grad(out, leaves, torch.randn_like(out))
     torch.cuda.synchronize()
     return round(time.perf_counter() - started, 2)
+
+
+def warm(leaves: list[Tensor]) -> float:
+    """Seconds in which FLA's kernels for these inputs are compiled."""
+    from fla.ops.gla import chunk_gla
+
+    flat = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in leaves]
+    started = time.perf_counter()
+    with compiling():
+        out = chunk_gla(*flat, scale=0.1)[0]
+        torch.autograd.grad(out, flat, torch.ones_like(out))
+    torch.cuda.synchronize()
+    return round(time.perf_counter() - started, 1)
 
 
 def peers(q: Tensor, k: Tensor, v: Tensor, g: Tensor, names: list[str]) -> dict[str, Callable[[], Any]]:
@@ -354,21 +357,24 @@ def time_shape(
     save()
 
 
-def grow(names: list[str]) -> list[dict[str, Any]]:
-    """One sequence, from 2K to 128K tokens: forward and forward + backward ms, peak GiB."""
-    rows = []
+def grow(names: list[str], copy: float, rows: list[dict[str, Any]], save: Save) -> None:
+    """One sequence, from 2K to 128K tokens: forward and forward + backward ms, peak GiB, and the floor."""
     for length in LENGTHS:
         inputs = make(1, 16, 16, length, 128, 128, "key", 0.1, False, False, "bfloat16")
         leaves = [x.contiguous().requires_grad_() for x in inputs[:4] if x is not None]
-        row: dict[str, Any] = {"length": length}
-        row["ours"] = guarded(
-            lambda leaves=leaves: both(lambda: ops.linear_attention(*leaves, None, 0.1, True, False), leaves, BUDGET)  # type: ignore[misc]
-        )
-        for name, run in peers(*leaves, [name for name in names if name.startswith("fla")]).items():
-            row[name] = guarded(run)
+        moved = sum(x.numel() * x.element_size() for x in leaves)
+        row: dict[str, Any] = {"length": length, "floor_ms": [moved * 1.25 / copy, moved * 3.5 / copy]}
         rows.append(row)
+        runs = {
+            "ours": lambda leaves=leaves: both(  # type: ignore[misc]
+                lambda: ops.linear_attention(*leaves, None, 0.1, True, False), leaves, BUDGET
+            ),
+            **peers(*leaves, names),
+        }
+        for name, run in runs.items():
+            row[name] = guarded(run)
+            save()
         print(json.dumps(row), flush=True)
-    return rows
 
 
 def tune(shape: tuple[int, int, int, int], save: Callable[[dict[str, Any]], None]) -> None:
@@ -426,18 +432,23 @@ def tune(shape: tuple[int, int, int, int], save: Callable[[dict[str, Any]], None
 
 
 def time_decode(batch: int, names: list[str], copy: float) -> dict[str, Any]:
+    """One token of 32 heads of 128: µs in a recorded graph that walks through several states, and from Python."""
     inputs = make(batch, 32, 32, 1, 128, 128, "key", 0.1, False, True, "bfloat16")
     q, k, v, g, state = (x for x in inputs if x is not None)
-    moved = 2 * state.numel() * 4
+    # The state read and written in float32; q, k, v and g in and the output out.
+    moved = 2 * state.numel() * 4 + sum(x.numel() * x.element_size() for x in (q, k, v, g, v))
     row: dict[str, Any] = {"batch": batch, "floor_us": moved / copy * 1e3}
-    # Several states, together larger than the L2 cache.
-    pool = [state.clone() for _ in range(max(1, (256 << 20) // moved))][:64]
+    # The states together are larger than the L2 cache, and a graph reads each of them.
+    pool = [state.clone() for _ in range(max(2, (192 << 20) // (state.numel() * 4)))]
     turn = iter(range(1 << 30))
+
+    def measured(step: Callable[[], Any]) -> dict[str, Any]:
+        with torch.no_grad():
+            found = {"us": 1e3 * graph_milliseconds(step, calls=max(16, len(pool)))}
+            return found | {"eager_us": 1e3 * milliseconds(step, BUDGET)}
 
     def ours() -> Any:
         return ops.linear_attention(q, k, v, g, pool[next(turn) % len(pool)], 0.1, True, False)
-
-    row["ours"] = guarded(lambda: {"us": 1e3 * graph_milliseconds(ours, calls=20)})
 
     def fla() -> dict[str, Any]:
         from fla.ops.gla import fused_recurrent_gla
@@ -446,13 +457,21 @@ def time_decode(batch: int, names: list[str], copy: float) -> dict[str, Any]:
 
         def theirs() -> Any:
             state = pool[next(turn) % len(pool)]
-            with torch.no_grad():
-                return fused_recurrent_gla(
-                    *flat[:3], gk=flat[3], scale=0.1, initial_state=state, output_final_state=True
-                )
+            return fused_recurrent_gla(*flat[:3], gk=flat[3], scale=0.1, initial_state=state, output_final_state=True)
 
-        return {"us": 1e3 * graph_milliseconds(theirs, calls=20)}
+        with torch.no_grad():
+            want, have = (
+                ours_once()[0].transpose(1, 2),
+                fused_recurrent_gla(*flat[:3], gk=flat[3], scale=0.1, initial_state=pool[0], output_final_state=True)[
+                    0
+                ],
+            )
+        return measured(theirs) | {"differs": float((have.float() - want.float()).norm() / want.float().norm())}
 
+    def ours_once() -> Any:
+        return ops.linear_attention(q, k, v, g, pool[0], 0.1, True, False)
+
+    row["ours"] = guarded(lambda: measured(ours))
     if any(name.startswith("fla") for name in names):
         row["fla fused_recurrent_gla"] = guarded(fla)
     print(json.dumps(row), flush=True)
@@ -485,7 +504,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="checks by name, with commas between them")
     parser.add_argument("--jobs", type=int, default=1, help="processes that run checks at the same time")
     parser.add_argument("--first-call", action="store_true", help="seconds of the first forward and backward, only")
-    parser.add_argument("--warm", default="", help="a peer (fla) whose kernels are compiled, only")
+    parser.add_argument("--warm", action="store_true", help="compile FLA's kernels, only")
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--growth", action="store_true", help="one sequence of 2K to 128K tokens")
     parser.add_argument("--decode", action="store_true")
@@ -511,8 +530,7 @@ def main() -> int:
             inputs = make(1, heads, heads, length, dim, dim, "key", 0.1, False, False, "bfloat16")
             leaves = [x.contiguous().requires_grad_() for x in inputs[:4] if x is not None]
             if options.warm:
-                compile_only()
-                result[f"warm {dim}"] = {name: guarded(run) for name, run in peers(*leaves, [options.warm]).items()}
+                result[f"warm {dim}"] = guarded(lambda leaves=leaves: {"s": warm(leaves)})  # type: ignore[misc]
             else:
                 call = first_call(lambda x=leaves: ops.linear_attention(*x, None, 0.1, True, False), leaves)  # type: ignore[misc]
                 result[f"first call, forward and backward, head {dim}, s"] = call
@@ -536,7 +554,7 @@ def main() -> int:
             result["causal"] = check_causality()
             print("causal:", result["causal"], flush=True)
     write()
-    copy = bandwidth() if options.decode or options.time else 0.0
+    copy = bandwidth() if options.decode or options.time or options.growth else 0.0
     result["copy_gb_s"] = round(copy / 1e6, 1)
     if options.time:
         rows = result["times"] = []
@@ -547,10 +565,15 @@ def main() -> int:
             torch.cuda.empty_cache()
             write()
     if options.decode:
-        result["decode"] = [guarded(lambda batch=batch: time_decode(batch, names, copy)) for batch in (1, 32)]  # type: ignore[misc]
-        write()
+        result["decode"] = []
+        for batch in (1, 32):
+            result["decode"].append(guarded(lambda batch=batch: time_decode(batch, names, copy)))  # type: ignore[misc]
+            write()
     if options.growth:
-        result["growth"] = grow(names)
+        result["growth"] = []
+        failed = guarded(lambda: grow(names, copy, result["growth"], write) or {})  # type: ignore[func-returns-value]
+        if failed:
+            result["growth failed"] = failed
         write()
     if options.profile:
         for shape in shapes:
@@ -563,7 +586,9 @@ def main() -> int:
             write()
 
         for shape in shapes:
-            tune(shape, add)
+            failed = guarded(lambda shape=shape: tune(shape, add) or {})  # type: ignore[misc]
+            if failed:
+                add({"shape": shape, **failed})
     ok = all(row["ok"] for row in result.get("checks", {}).values()) and result.get("causal", True)
     write()
     print("ALL RIGHT" if ok else "SOMETHING IS WRONG")
