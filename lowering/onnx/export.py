@@ -123,11 +123,13 @@ def export_onnx(
     from .functions import STANDARD_OPSET, attach_bodies, standard_operators_only
     from .genai import genai_config, genai_obstacles, shares_cache
     from .half import store_in_half, widened
+    from .lawcat import lower_sites
     from .metadata import Signature
     from .native import lower_attention
     from .quantized import LAYOUTS, QuantizedReport, lower_quantized
     from .signature import bind_signature
     from .simplify import simplify
+    from .sites import fuse_sites
     from .verify import verify as compare
     from .verify import verify_widened
     from .windows import constant_windows
@@ -145,12 +147,18 @@ def export_onnx(
         raise LincompileError(f"{destination} is a file: name a folder to write (-o)")
     started = time.perf_counter()
     given, (step, halves) = step, widened(step)
-    model = _translate(step, int(version))
+    notes: list[str] = []
+    fused, unfused = step, ""
+    if layout == "native" and not standard:
+        fused, _, unfused = fuse_sites(step)
+        if unfused:
+            notes.append(f"attention beside a window stays in stock operators: {unfused}")
+    model = _translate(fused, int(version))
     quantized = QuantizedReport()
     packed = lower_packed_embeddings(model, quantized)
     lower_quantized(model, layout, quantized)
     rounded = lower_embeddings(model, model.graph.inputs[0], quantized) if embeddings == "int6" and not packed else None
-    states = constant_windows(model, step.states, step.windows)
+    states = constant_windows(model, lower_sites(model, step.states), step.windows)
     growing = {state.site for state in states if state.role == "key"}
     windows = {site: window for site, window in step.windows.items() if site in growing}
     bound = bind_signature(model, states, dummy_conv=genai)
@@ -168,7 +176,6 @@ def export_onnx(
     _clean(model)
     if layout == "native" and not standard:
         lower_attention(model)
-    notes = []
     if standard:
         standard_operators_only(model)
         _clean(model)

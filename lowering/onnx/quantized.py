@@ -31,6 +31,7 @@ _INT8_LEVEL = 4  # MatMulNBits' accuracy_level: activations in int8 per block
 _FLOAT_LEVEL = 1  # activations stay float32
 _OFFSET = 32  # of the unsigned six-bit code
 _CONSTANT_PREFIX = "lincompile"
+_PLACEHOLDERS = ("Int6Linear", "Int8Linear")
 
 
 @dataclass
@@ -64,8 +65,17 @@ class Emitter:
 
     def __call__(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         node = ir.node(op_type, list(inputs), attributes, domain=domain)
-        self.graph.insert_before(self.before, node)
+        self.place(node)
         return node.outputs[0]
+
+    def split(self, value: ir.Value, sizes: list[int], axis: int) -> tuple[ir.Value, ...]:
+        """Parts of these sizes."""
+        node = ir.node("Split", [value, self.constant(sizes)], {"axis": axis}, num_outputs=len(sizes))
+        self.place(node)
+        return tuple(node.outputs)
+
+    def place(self, node: ir.Node) -> None:
+        self.graph.insert_before(self.before, node)
 
     def weight(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
         tensor = ir.tensor(array, name=name)
@@ -98,7 +108,7 @@ def lower_quantized(model: ir.Model, layout: str = "planes", report: QuantizedRe
         raise LincompileError(f"unknown int6 layout '{layout}' (choose from: {', '.join(LAYOUTS)})")
     graph, report = model.graph, report or QuantizedReport()
     packed: dict[tuple[Any, ...], Matrix] = {}
-    for node in [n for n in graph if n.domain == PLACEHOLDER_DOMAIN]:
+    for node in [n for n in graph if n.domain == PLACEHOLDER_DOMAIN and n.op_type in _PLACEHOLDERS]:
         group_size, activation = node.attributes["group_size"].as_int(), node.attributes["activation"].as_string()
         if group_size < 16 or group_size & (group_size - 1):
             raise LincompileError(

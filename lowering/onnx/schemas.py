@@ -23,6 +23,7 @@ _TYPES = {
     "M": ["tensor(int32)"],
     "U": ["tensor(uint8)"],
     "I": ["tensor(int8)"],
+    "B": ["tensor(bool)"],
     "N": ["tensor(int32)", "tensor(int64)"],
 }
 
@@ -125,4 +126,24 @@ Int8Linear = _op(
     [("x", "T"), ("weight", "I"), ("weight_scale", "S"), ("bias?", "T")],
     [("y", "T")],
     {"group_size": int, "activation": str},
+)
+
+# The weights after the states are those of ``passes.methods.Lawcat``; see ``sites.lawcat_window``.
+LawcatSite = _op(
+    PLACEHOLDER_DOMAIN,
+    "LawcatSite",
+    [
+        ("query", "T"),
+        ("key", "T"),
+        ("value", "T"),
+        ("hidden", "T"),
+        ("cos", "T"),
+        ("sin", "T"),
+        ("mask", "B"),
+        *((name, "T") for name in ("conv_q_state", "conv_k_state", "state", "key_cache", "value_cache")),
+        *((name, "T") for name in ("conv_q", "conv_k", "map_weight", "map_bias", "gate_down", "gate_up", "gate_bias")),
+        *((name, "T") for name in ("mix_weight", "mix_bias")),
+    ],
+    [(name, "T") for name in ("output", "new_conv_q", "new_conv_k", "new_state", "keys", "values")],
+    {"num_heads": int, "kv_num_heads": int, "window": int, "scale": float, "softcap": float, "temperature": float},
 )

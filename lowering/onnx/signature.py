@@ -18,6 +18,7 @@ import onnx_ir as ir
 from ...passes.errors import LincompileError
 from .metadata import BoundState
 from .quantized import Emitter
+from .schemas import PLACEHOLDER_DOMAIN
 from .windows import last_real_token
 
 _ROLES = {"recurrent": "recurrent_state", "conv": "conv_state", "key": "key", "value": "value"}
@@ -229,8 +230,11 @@ def _merge_convolutions(
     """One conv state for a site that has several (query and key): split on the channels, joined again.
 
     A single one too: onnxruntime-genai hands in one buffer for the old and the new state, which is safe where one node
-    reads it and all else descends from that.
+    reads it and all else descends from that. (An operator of the native library is one node by itself.)
     """
+    readers = list(members[0][1].uses())
+    if len(members) == 1 and len(readers) == 1 and readers[0].node.domain == PLACEHOLDER_DOMAIN:
+        return tuple(members[0][0].shape), members[0][1], members[0][2]
     widths = {state.shape[1] for state, _, _ in members}
     if len(widths) != 1:
         raise LincompileError(

@@ -15,7 +15,15 @@ import torch
 from onnxscript import opset18 as op
 
 from ...passes.errors import LincompileError
-from .schemas import CausalConvWithState, GroupQueryAttention, Int6Embedding, Int6Linear, Int8Linear, LinearAttention
+from .schemas import (
+    CausalConvWithState,
+    GroupQueryAttention,
+    Int6Embedding,
+    Int6Linear,
+    Int8Linear,
+    LawcatSite,
+    LinearAttention,
+)
 
 # Added to the scores of keys that a query must not see. Finite on purpose: a row in which every key is padding becomes
 # an average instead of NaN, and the float32 kernel rounds any real score away against it.
@@ -28,6 +36,7 @@ _LAST = 9223372036854775807
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """From torch op to translation, for ``torch.onnx.export(custom_translation_table=…)``."""
     import lincompile.kernels.ops  # noqa: F401  (declares the ops)
+    import lincompile.lowering.onnx.sites  # noqa: F401  (declares lincompile_onnx::lawcat_window)
 
     ops = torch.ops.lincompile
     return {
@@ -39,6 +48,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.int6_linear.default: int6_linear,
         ops.int6_embedding.default: int6_embedding,
         ops.int8_linear.default: int8_linear,
+        torch.ops.lincompile_onnx.lawcat_window.default: lawcat_window,
         torch.ops.aten.softplus.default: softplus,
         torch.ops.aten.log_sigmoid.default: log_sigmoid,
         torch.ops.aten.log_sigmoid_forward.default: log_sigmoid_forward,
@@ -180,6 +190,55 @@ def short_conv(x: Any, weight: Any, initial_state: Any = None) -> tuple[Any, Any
         op.Transpose(x, perm=[0, 2, 1]), op.Unsqueeze(weight, _ints(1)), None, initial_state, activation="none", ndim=1
     )
     return op.Transpose(y, perm=[0, 2, 1]), state
+
+
+def lawcat_window(
+    q: Any,
+    k: Any,
+    v: Any,
+    x: Any,
+    cos: Any,
+    sin: Any,
+    mask: Any,
+    past_mask: Any,
+    conv_q_state: Any,
+    conv_k_state: Any,
+    state: Any,
+    k_cache: Any,
+    v_cache: Any,
+    conv_q: Any,
+    conv_k: Any,
+    map_weight: Any,
+    map_bias: Any,
+    gate_down: Any,
+    gate_up: Any,
+    gate_bias: Any,
+    mix_weight: Any,
+    mix_bias: Any,
+    window: int = 0,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+) -> tuple[Any, ...]:
+    """A placeholder node; :mod:`.lawcat` gives it the file's states. The file's own mask holds the past one."""
+    heads, size = _static(q, 1, "the number of query heads"), _static(q, 3, "the head size")
+    weights = (conv_q, conv_k, map_weight, map_bias, gate_down, gate_up, gate_bias, mix_weight, mix_bias)
+    packed, *new = LawcatSite(
+        *(_pack_heads(item) for item in (q, k, v)),
+        x,
+        cos,
+        sin,
+        mask,
+        *(conv_q_state, conv_k_state, state, k_cache, v_cache),
+        *weights,
+        num_heads=heads,
+        kv_num_heads=_static(k, 1, "the number of key heads"),
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        temperature=temperature,
+    )
+    return _unpack_heads(packed, heads, size), *new
 
 
 def softmax_attention_step(

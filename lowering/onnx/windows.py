@@ -44,7 +44,7 @@ def constant_windows(model: ir.Model, states: Sequence[StateSpec], windows: Mapp
     graph, kept = model.graph, list(states)
     tokens, _, mask = list(graph.inputs)[:3]
     first = Emitter(graph, graph[0])
-    shared: dict[int, _Blocks] = {}
+    shared: dict[int, Blocks] = {}
     removed: list[ir.Value] = []
     for site, window in windows.items():
         rows = {spec.role: index for index, spec in enumerate(kept) if spec.site == site}
@@ -53,14 +53,15 @@ def constant_windows(model: ir.Model, states: Sequence[StateSpec], windows: Mapp
         users = [node for node, _ in graph.inputs[3 + rows["key"]].uses() if node.op_type == "GroupQueryAttention"]
         if len(users) != 1:
             continue
-        heads = _Heads.of(users[0])
+        heads = Heads.of(users[0])
         spec, old = kept[rows["recurrent"]], graph.inputs[3 + rows["recurrent"]]
         past, state, cache, real = _unpack(first, spec, heads, window)
         if window not in shared:
-            shared[window] = _blocks(first, tokens, mask, real, window)
+            shared[window] = window_blocks(first, tokens, mask, real, window)
         (node,) = users
         emit = Emitter(graph, node)
-        output, new_cache = _attend(emit, node, cache, shared[window], heads)
+        query, key, value = node.inputs[:3]
+        output, new_cache = attend(emit, query, emit("Concat", key, value, axis=2), cache, shared[window], heads)
         output.shape, output.type = node.outputs[0].shape, node.outputs[0].type
         node.outputs[0].replace_all_uses_with(output)
         state.shape, state.type = old.shape, old.type
@@ -78,11 +79,11 @@ def constant_windows(model: ir.Model, states: Sequence[StateSpec], windows: Mapp
         graph.remove(node, safe=True)
     common.RemoveUnusedNodesPass()(model)
     for value in removed:
-        _read_batch_from(value, tokens)
+        read_batch_from(value, tokens)
     return kept
 
 
-def _read_batch_from(removed: ir.Value, tokens: ir.Value) -> None:
+def read_batch_from(removed: ir.Value, tokens: ir.Value) -> None:
     """The batch size, which the exporter reads off whichever input it likes, from the tokens instead."""
     for node, index in list(removed.uses()):
         ends = [node.attributes[name].as_int() for name in ("start", "end") if name in node.attributes]
@@ -95,7 +96,7 @@ def _read_batch_from(removed: ir.Value, tokens: ir.Value) -> None:
 
 
 @dataclass(frozen=True)
-class _Heads:
+class Heads:
     kv_heads: int
     group: int
     size: int
@@ -103,10 +104,10 @@ class _Heads:
     softcap: float
 
     @staticmethod
-    def of(node: ir.Node) -> _Heads:
+    def of(node: ir.Node) -> Heads:
         cache, kv_heads = node.inputs[3], node.attributes["kv_num_heads"].as_int()
         assert cache is not None and cache.shape is not None and isinstance(cache.shape[3], int)
-        return _Heads(
+        return Heads(
             kv_heads,
             node.attributes["num_heads"].as_int() // kv_heads,
             cache.shape[3],
@@ -116,7 +117,7 @@ class _Heads:
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class Blocks:
     """What all sites of one window share.
 
     Attributes:
@@ -139,18 +140,17 @@ class _Blocks:
 
 
 def _unpack(
-    emit: Emitter, spec: StateSpec, heads: _Heads, window: int
+    emit: Emitter, spec: StateSpec, heads: Heads, window: int
 ) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
     """The new input ``[B, N]`` and what it holds: state ``[B, Hkv, F, C]``, cache ``[B, W − 1, 2·Hkv·D]``, real."""
     shape = [size for size in spec.shape if size is not None]
     width = 2 * heads.kv_heads * heads.size
     sizes = [int(np.prod(shape)), (window - 1) * width, window - 1]
     past = ir.Value(type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", sum(sizes)]))
-    split = ir.node("Split", [past, emit.constant(sizes)], {"axis": 1}, num_outputs=3)
-    emit.graph.insert_before(emit.before, split)
-    state = emit("Reshape", split.outputs[0], emit.constant([0, *shape]))
-    cache = emit("Reshape", split.outputs[1], emit.constant([0, window - 1, width]))
-    return past, state, cache, split.outputs[2]
+    flat_state, flat_cache, real = emit.split(past, sizes, 1)
+    state = emit("Reshape", flat_state, emit.constant([0, *shape]))
+    cache = emit("Reshape", flat_cache, emit.constant([0, window - 1, width]))
+    return past, state, cache, real
 
 
 def last_real_token(emit: Emitter, tokens: ir.Value, mask: ir.Value) -> ir.Value:
@@ -161,7 +161,7 @@ def last_real_token(emit: Emitter, tokens: ir.Value, mask: ir.Value) -> ir.Value
     return emit("ReduceMax", emit("Mul", mask, numbers), emit.constant([1]), keepdims=1)
 
 
-def _blocks(emit: Emitter, tokens: ir.Value, mask: ir.Value, real: ir.Value, window: int) -> _Blocks:
+def window_blocks(emit: Emitter, tokens: ir.Value, mask: ir.Value, real: ir.Value, window: int) -> Blocks:
     past = window - 1
     zero, one = emit.constant(0), emit.constant(1)
     end = emit("Shape", tokens, start=1, end=2)
@@ -186,23 +186,22 @@ def _blocks(emit: Emitter, tokens: ir.Value, mask: ir.Value, real: ir.Value, win
     padding = emit("Concat", emit.constant([0, 0, 0, 0]), filled, emit.constant([0]), axis=0)
     last = last_real_token(emit, tokens, emit("Cast", mask, to=ir.DataType.INT64.value))
     kept = emit("Unsqueeze", emit("Add", last, emit.constant(list(range(past)))), emit.constant([2]))
-    return _Blocks(columns, bias, padding, counts, end, kept, emit("GatherND", held, kept, batch_dims=1))
+    return Blocks(columns, bias, padding, counts, end, kept, emit("GatherND", held, kept, batch_dims=1))
 
 
-def _attend(emit: Emitter, node: ir.Node, cache: ir.Value, blocks: _Blocks, heads: _Heads) -> tuple[ir.Value, ir.Value]:
-    """``[B, T, H·D]``, and the cache of the next call."""
-    query, key, value = node.inputs[:3]
+def attend(
+    emit: Emitter, query: ir.Value | None, keys_values: ir.Value, cache: ir.Value, blocks: Blocks, heads: Heads
+) -> tuple[ir.Value, ir.Value]:
+    """``[B, T, H·D]`` from queries of that shape and ``[B, T, 2·Hkv·D]``, and the cache of the next call."""
     kv_heads, group, size = heads.kv_heads, heads.group, heads.size
     width = kv_heads * group * size
-    held = emit("Concat", cache, emit("Concat", key, value, axis=2), axis=1)
+    held = emit("Concat", cache, keys_values, axis=1)
     new_cache = emit("GatherND", held, blocks.kept, batch_dims=1)
     # [B, blocks, S, 2·Hkv·D] → keys and values [B, blocks, Hkv, 1, S, D]
     read = emit("Gather", held, blocks.columns, axis=1)
     apart = emit("Reshape", read, emit.constant([0, 0, 0, 2 * kv_heads, size]))
-    halves = emit.constant([kv_heads, kv_heads])
-    both = ir.node("Split", [emit("Transpose", apart, perm=[0, 1, 3, 2, 4]), halves], {"axis": 2}, num_outputs=2)
-    emit.graph.insert_before(emit.before, both)
-    keys, values = (emit("Unsqueeze", half, emit.constant([3])) for half in both.outputs)
+    halves = emit.split(emit("Transpose", apart, perm=[0, 1, 3, 2, 4]), [kv_heads, kv_heads], 2)
+    keys, values = (emit("Unsqueeze", half, emit.constant([3])) for half in halves)
     padded = emit("Pad", emit("Mul", query, emit.constant(heads.scale, np.float32)), blocks.padding)
     # [B, blocks · C, H·D] → [B, blocks, Hkv, group, C, D]
     split = emit("Concat", emit.constant([0]), blocks.counts, emit.constant([kv_heads, group, size]), axis=0)

@@ -1,0 +1,298 @@
+"""LAWCAT beside a window as one op per attention site, for the operator of the native library.
+
+A rule in the manner of :mod:`..triton`, which it comes after: features and gates are one op each by then. A match
+proposes; what decides is that the site and the op agree on random inputs in float64, past and padding included.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.nn import functional
+
+from ...kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompile)
+from ...passes.graph import argument, aten, expression, finish, target_of, value_of
+from ...passes.program import is_lincompile_op, share_tensors
+from ...passes.stateful import StepProgram
+from ..triton import Mismatch, fuse_stages
+
+ops = torch.ops.lincompile
+LENGTHS = (1, 2, 9)
+PAST = 3  # cached tokens in the check
+TOLERANCE = 1e-9
+_STAGES = ("hedgehog_features", "decay_gate")
+
+
+@torch.library.custom_op("lincompile_onnx::lawcat_window", mutates_args=())
+def lawcat_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor,
+    past_mask: Tensor,
+    conv_q_state: Tensor,
+    conv_k_state: Tensor,
+    state: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    conv_q: Tensor,
+    conv_k: Tensor,
+    map_weight: Tensor,
+    map_bias: Tensor,
+    gate_down: Tensor,
+    gate_up: Tensor,
+    gate_bias: Tensor,
+    mix_weight: Tensor,
+    mix_bias: Tensor,
+    window: int,
+    scale: float,
+    softcap: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One site between its projections: LAWCAT (arXiv 2509.18467) and rotary softmax over the nearest keys, mixed.
+
+    q ``[B, H, T, D]``, k and v ``[B, Hkv, T, D]`` before the rotary embedding, x ``[B, T, E]``, cos and sin
+    ``[B, T, D]``, mask ``[B, T]`` and past_mask ``[B, P]`` bool, the states as in a step program, and the weights of
+    ``passes.methods.Lawcat``. Returns ``[B, H, T, D]`` and the new states.
+    """
+    features_q, new_q = ops.hedgehog_features(q, conv_q, conv_q_state, map_weight, map_bias, mask, False)
+    features_k, new_k = ops.hedgehog_features(k, conv_k, conv_k_state, map_weight, map_bias, mask, True)
+    low = functional.linear(x, gate_down)
+    decay = ops.decay_gate(low, gate_up, gate_bias, mask, k.shape[1], temperature)
+    far, new_state = ops.linear_attention(features_q, features_k, v, decay, state, 1.0, True, True)
+    seen = torch.cat([past_mask, mask], 1)
+    near, keys, values = ops.softmax_attention_step(
+        _rotated(q, cos, sin), _rotated(k, cos, sin), v, k_cache, v_cache, seen, "sliding", window, scale, softcap
+    )
+    shares = torch.sigmoid(functional.linear(x, mix_weight, mix_bias)).transpose(1, 2).unsqueeze(-1)
+    share_far, share_near = shares.chunk(2, 1)
+    return (far * share_far + near * share_near).contiguous(), new_q, new_k, new_state, keys, values
+
+
+@lawcat_window.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    conv_q_state, conv_k_state, state, k_cache, v_cache = rest[5:10]
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty_like(conv_q_state),
+        torch.empty_like(conv_k_state),
+        torch.empty_like(state),
+        torch.cat([k_cache, k], 2),
+        torch.cat([v_cache, v], 2),
+    )
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+
+def fuse_sites(step: StepProgram) -> tuple[StepProgram, int, str]:
+    """The program with each LAWCAT site that has a window as one op: all of them or, with the reason, none.
+
+    Returns:
+        The program (the one given where nothing is fused), how many sites are one op, and why others aren't ("" where
+        there are none).
+    """
+    module = step.graph_module
+    if not isinstance(module, GraphModule) or not any(_windows(module)):
+        return step, 0, ""
+    twin = share_tensors(module, {})
+    report = fuse_stages(twin)
+    sites = [node for node in _windows(twin) if _beside_linear(node)]
+    if not sites:
+        return step, 0, ""
+    try:
+        for site in sites:
+            leaves, outputs, call = _match(twin, site)
+            _prove(leaves, outputs, call)
+            _replace(twin, leaves, outputs, call)
+        finish(twin)
+        left = [n.name for n in twin.graph.nodes if any(is_lincompile_op(n, stage) for stage in _STAGES)]
+        if left:
+            raise Mismatch(f"'{left[0]}' belongs to a site without a window")
+    except Mismatch as reason:
+        why = str(next(iter(report.kept.values()), reason))
+        return step, 0, why
+    return replace(step, graph_module=twin), len(sites), ""
+
+
+def _windows(module: GraphModule) -> Iterator[Node]:
+    for node in module.graph.nodes:
+        if is_lincompile_op(node, "softmax_attention_step") and argument(node, 6, "kind", "causal") == "sliding":
+            yield node
+
+
+def _beside_linear(site: Node) -> bool:
+    """Whether a linear attention reads the same values: a window beside it, not a sliding layer of the model's own."""
+    return any(is_lincompile_op(user, "linear_attention") for user in _node(site.args[2]).users)
+
+
+Call = Callable[..., tuple[Any, ...]]
+
+
+def _match(module: GraphModule, site: Node) -> tuple[list[Node], list[Node], Call]:
+    near_q, near_k, v, k_cache, v_cache, seen = (_node(item) for item in site.args[:6])
+    near = _output(site, 0)
+    scaled = _only(near, aten.mul.Tensor, "its share of the window")
+    total = _only(scaled, aten.add.Tensor, "the sum of both attentions")
+    (far_scaled,) = [_node(item) for item in total.args[:2] if item is not scaled] or [scaled]
+    _op(far_scaled, aten.mul.Tensor, "the linear attention's share")
+    far, share = (_node(item) for item in far_scaled.args[:2])
+    if not is_lincompile_op(_source(far), "linear_attention"):
+        far, share = share, far
+    linear = _lincompile(_source(far), "linear_attention")
+    features_q, features_k, _, decay, state = (_node(item) for item in linear.args[:5])
+    maps_q = _lincompile(_source(features_q), "hedgehog_features")
+    maps_k = _lincompile(_source(features_k), "hedgehog_features")
+    gate = _lincompile(decay, "decay_gate")
+    q, conv_q, conv_q_state, map_weight, map_bias = (_node(item) for item in maps_q.args[:5])
+    k, conv_k, conv_k_state = (_node(item) for item in maps_k.args[:3])
+    low, gate_up, gate_bias = (_node(item) for item in gate.args[:3])
+    temperature = float(argument(gate, 5, "temperature"))
+    _op(low, aten.linear.default, "the gate's first projection")
+    while target_of(share) is not aten.linear.default:
+        share = _node(share.args[0])
+        if share.op != "call_function":
+            raise Mismatch("the shares aren't projected from the hidden states")
+    x, mix_weight, mix_bias = (_node(item) for item in (*share.args, None)[:3])
+    cos, sin = _rotary(near_q)
+    window, scale, softcap = (argument(site, 7 + i, name) for i, name in enumerate(("window", "scale", "softcap")))
+    _op(seen, aten.cat.default, "the masks of past and new tokens")
+    past_mask, mask = (_node(item) for item in seen.args[0])  # type: ignore[union-attr, arg-type]
+    leaves = [q, k, v, x, cos, sin, mask, past_mask, conv_q_state, conv_k_state, state, k_cache, v_cache, conv_q]
+    leaves += [conv_k, map_weight, map_bias, _node(low.args[1]), gate_up, gate_bias, mix_weight, mix_bias]
+    outputs = [total, _output(maps_q, 1), _output(maps_k, 1), _output(linear, 1), _output(site, 1), _output(site, 2)]
+    del near_k  # the check covers it
+
+    def call(*values: Any) -> tuple[Any, ...]:
+        return *values, window, scale, softcap, temperature
+
+    return leaves, outputs, call
+
+
+def _rotary(near: Node) -> tuple[Node, Node]:
+    """cos and sin ``[B, T, D]`` of queries as Llama rotates them: ``x cos + [−x₂, x₁] sin``."""
+    _op(near, aten.add.Tensor, "rotated queries")
+    found: list[Node] = []
+    for product in near.args[:2]:
+        _op(product, aten.mul.Tensor, "rotated queries")
+        factor = _op(_node(product).args[1], aten.unsqueeze.default, "cos or sin of a rotation")
+        found.append(_node(factor.args[0]))
+    if target_of(_node(near.args[0]).args[0]) is aten.cat.default:
+        found.reverse()
+    cos, sin = found
+    for leaf in found:
+        fake = value_of(leaf)
+        if not isinstance(fake, Tensor) or fake.dim() != 3:
+            raise Mismatch("cos and sin of the rotation aren't [batch, time, head size]")
+    return cos, sin
+
+
+def _node(item: Any) -> Node:
+    if not isinstance(item, Node):
+        raise Mismatch(f"{item} stands where a tensor was expected")
+    return item
+
+
+def _op(node: Any, target: Any, what: str) -> Node:
+    if target_of(node) is not target:
+        raise Mismatch(f"'{node}' isn't {what}")
+    return _node(node)
+
+
+def _lincompile(node: Node, name: str) -> Node:
+    if not is_lincompile_op(node, name):
+        raise Mismatch(f"'{node.name}' isn't {name}")
+    return node
+
+
+def _source(item: Node) -> Node:
+    return _node(item.args[0]) if target_of(item) is operator.getitem else item
+
+
+def _output(node: Node, index: int) -> Node:
+    for user in node.users:
+        if target_of(user) is operator.getitem and user.args[1] == index:
+            return user
+    raise Mismatch(f"output {index} of '{node.name}' isn't read")
+
+
+def _only(node: Node, target: Any, what: str) -> Node:
+    users = list(node.users)
+    if len(users) != 1:
+        raise Mismatch(f"'{node.name}' is read by {len(users)} nodes")
+    return _op(users[0], target, what)
+
+
+def _prove(leaves: list[Node], outputs: list[Node], call: Call) -> None:
+    """The site equals the op on random inputs, or ``Mismatch``."""
+    for length in LENGTHS:
+        values = _random(leaves, length)
+        have = lawcat_window(*call(*values))
+        known = dict(zip(leaves, values, strict=True))
+        for output, result in zip(outputs, have, strict=True):
+            wanted = _evaluate(output, known)
+            if wanted.shape != result.shape:
+                raise Mismatch(f"'{output.name}' is {list(wanted.shape)} at {length} tokens, not {list(result.shape)}")
+            real = values[6][:, None, :, None] if output is outputs[0] else torch.ones((), dtype=torch.bool)
+            error = float(((wanted - result) * real).norm() / (wanted * real).norm().clamp_min(1e-30))
+            if not error <= TOLERANCE:
+                raise Mismatch(f"'{output.name}' differs from the op by {error:.1e} at {length} tokens")
+
+
+def _random(leaves: list[Node], length: int) -> list[Tensor]:
+    """Two rows, the first padded on the left where there is room; states after ``PAST`` tokens."""
+    generator = torch.Generator().manual_seed(length)
+    tokens = value_of(leaves[6])
+    assert isinstance(tokens, Tensor)
+    sizes = {str(expression(size)): count for size, count in zip(tokens.shape, (2, length), strict=True)}
+    values = []
+    for leaf in leaves:
+        fake = value_of(leaf)
+        if not isinstance(fake, Tensor):
+            raise Mismatch("the graph carries no shapes")
+        shape = []
+        for size in (expression(size) for size in fake.shape):
+            shape.append(int(size) if size.is_Integer else sizes.setdefault(str(size), PAST))
+        random = torch.randn(shape, generator=generator, dtype=torch.float64)
+        values.append(torch.arange(shape[1]) >= torch.tensor([[length // 2], [0]]) if fake.dtype == torch.bool else random)
+    return values
+
+
+def _evaluate(root: Node, known: dict[Node, Tensor]) -> Tensor:
+    values: dict[Node, Any] = dict(known)
+    pending = [root]
+    while pending:
+        node = pending[-1]
+        missing = [item for item in node.all_input_nodes if item not in values]
+        if node in values:
+            pending.pop()
+        elif node.op != "call_function":
+            raise Mismatch(f"the site also reads '{node.name}'")
+        elif missing:
+            pending.extend(missing)
+        else:
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[pending.pop()] = node.target(*args, **kwargs)  # type: ignore[operator]
+    result: Tensor = values[root]
+    return result
+
+
+def _replace(module: GraphModule, leaves: list[Node], outputs: list[Node], call: Call) -> None:
+    with module.graph.inserting_before(outputs[0]):
+        new = module.graph.call_function(torch.ops.lincompile_onnx.lawcat_window.default, call(*leaves))
+        new.meta["val"] = tuple(value_of(output) for output in outputs)
+        for index, output in enumerate(outputs):
+            item = module.graph.call_function(operator.getitem, (new, index))
+            item.meta["val"] = value_of(output)
+            output.replace_all_uses_with(item)
