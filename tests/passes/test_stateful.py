@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from lincompile.passes.linearize import LinearizeAttention
 from lincompile.passes.pipeline import Pipeline
 from lincompile.passes.program import Program
 from lincompile.passes.stateful import StepProgram, make_full, make_stateful
+from lincompile.passes.step_check import TOLERANCE, tolerance_of
 
 Proved = Callable[[str], SimpleNamespace]
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -166,6 +168,16 @@ def test_float64_steps_agree_to_1e_9(attn: str) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_has_a_step_form(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    program = prove(zoo.NanoGPT(layers=2, width=384).to(dtype), {"idx": zoo.tokens()})
+    step = make_stateful(student(SimpleNamespace(program=program), "lawcat"))
+    assert step.max_error <= tolerance_of(program)
+    if dtype == torch.float16:  # products of bfloat16 may not depend on their shapes
+        assert step.max_error > TOLERANCE  # rounding, which the float32 limit would refuse
+
+
 # ---- what has no step form
 
 
@@ -206,24 +218,30 @@ MIXERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_mixing_outside_attention_is_refused(name: str) -> None:
-    program = prove(Mixer(MIXERS[name]), {"idx": zoo.tokens()})
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in MIXERS), ("mean", torch.bfloat16), ("shift", torch.bfloat16)],
+)
+def test_mixing_outside_attention_is_refused(name: str, dtype: torch.dtype) -> None:
+    program = prove(copy.deepcopy(Mixer(MIXERS[name])).to(dtype), {"idx": zoo.tokens()})
     assert program.sites[0].proved
     with pytest.raises(RefusedError, match="no step form"):
         make_stateful(Pipeline([LinearizeAttention("lawcat")])(program))
 
 
 @pytest.mark.parametrize(
-    ("mix", "op"),
+    ("mix", "op", "dtype"),
     [
-        (lambda x: x + x.mean(0, keepdim=True), "mean"),
-        (lambda x: x + x.roll(1, 0), "roll"),
-        (lambda x: x + x.flip(0).cumsum(0), "flip"),
+        (lambda x: x + x.mean(0, keepdim=True), "mean", torch.float32),
+        (lambda x: x + x.mean(0, keepdim=True), "mean", torch.bfloat16),
+        (lambda x: x + x.roll(1, 0), "roll", torch.float32),
+        (lambda x: x + x.flip(0).cumsum(0), "flip", torch.float32),
     ],
 )
-def test_rows_of_a_batch_that_influence_one_another_are_refused(mix: Callable[[Tensor], Tensor], op: str) -> None:
-    program = prove(Mixer(mix), {"idx": zoo.tokens()})
+def test_rows_of_a_batch_that_influence_one_another_are_refused(
+    mix: Callable[[Tensor], Tensor], op: str, dtype: torch.dtype
+) -> None:
+    program = prove(Mixer(mix).to(dtype), {"idx": zoo.tokens()})
     with pytest.raises(
         RefusedError, match=f"rows of a batch influence one another, first in 'aten.{op}.*test_stateful"
     ):
