@@ -1,69 +1,9 @@
-// The kernel of lawcat.h for vectors of LANES floats; lawcat.cpp includes this once for each processor, with TARGET,
-// LANES, ROWS and COLUMNS (of a register tile of a product) defined.
+// The kernel of lawcat.h; kernels.cpp includes this once for each processor, after vectors.h, with ROWS and COLUMNS (of a
+// register tile of a product) defined too.
 //
 // Arrays of a block are padded to whole vectors: `padded` is the head size rounded up.
 
-typedef float Vector __attribute__((vector_size(LANES * 4)));
-typedef float Loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t Integers __attribute__((vector_size(LANES * 4)));
-
-#define INLINE TARGET __attribute__((always_inline)) static inline
-
-INLINE Vector load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
-INLINE void store(float* to, Vector x) { *reinterpret_cast<Loose*>(to) = x; }
-INLINE Vector all(float x) { return Vector{} + x; }
-INLINE Vector larger(Vector a, Vector b) { return b > a ? b : a; }
-INLINE Vector smaller(Vector a, Vector b) { return b < a ? b : a; }
-
-// Within two units in the last place; 0 below −87, NaN stays.
-INLINE Vector exponential(Vector x) {
-    const Vector bounded = x > all(88.0f) ? all(88.0f) : x;
-    const Vector magic = all(12582912.0f);  // adding it rounds to an integer
-    const Vector n = (bounded * 1.44269504f + magic) - magic;
-    const Vector r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vector p = all(1.0f / 5040);
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const Vector within = x < all(-87.0f) ? all(0.0f) : n;  // a power that exists, also of −∞
-    const Integers power = (__builtin_convertvector(within, Integers) + 127) << 23;
-    return x < all(-87.0f) ? all(0.0f) : p * (Vector)power;
-}
-
-// log(1 + e^x), by 2·artanh(u / (2 + u)) for u = e^−|x|.
-INLINE Vector softplus(Vector x) {
-    const Vector u = exponential(x < all(0.0f) ? x : -x), s = u / (u + 2.0f), q = s * s;
-    Vector p = all(1.0f / 15);
-    p = p * q + 1.0f / 13;
-    p = p * q + 1.0f / 11;
-    p = p * q + 1.0f / 9;
-    p = p * q + 1.0f / 7;
-    p = p * q + 0.2f;
-    p = p * q + 1.0f / 3;
-    p = p * q + 1.0f;
-    return (x < all(0.0f) ? all(0.0f) : x) + 2.0f * s * p;
-}
-
-INLINE float sum_of(Vector x) {
-    float parts[LANES], total = 0.0f;
-    store(parts, x);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
-    total = parts[0];
-    return total;
-}
-
-INLINE float largest_of(Vector x) {
-    float parts[LANES];
-    store(parts, x);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) parts[i] = parts[i + half] > parts[i] ? parts[i + half] : parts[i];
-    return parts[0];
-}
+constexpr int64_t kBlock = 32, kQueries = 16;  // tokens of a block; queries that read keys together
 
 // M rows by N vectors of c = a · b + bias (null: 0).
 template <int M, int N>
@@ -482,5 +422,3 @@ TARGET void head(const Call& c, int64_t row, int64_t kv_head) {
                           : h.input(t, slot)[d] * c.mask[h.first + t];
         }
 }
-
-#undef INLINE

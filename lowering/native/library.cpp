@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "int6.h"
 #include "lawcat_operator.h"
+#include "layers_operators.h"
 #include "operator.h"
 #include "ort.h"
 
@@ -259,19 +260,26 @@ __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Sessi
         if (std::strcmp(name, int6::avx512vnni_name) == 0) attention_kernels = &attention::avx512;
 #endif
         lawcat_kernels = &lawcat::portable;
+        layers_kernels = &layers::portable;
 #if defined(__x86_64__)
-        if (std::strcmp(name, int6::avx512vnni_name) == 0) lawcat_kernels = &lawcat::avx512;
-        if (std::strcmp(name, int6::avx2_name) == 0) lawcat_kernels = &lawcat::avx2;
+        if (std::strcmp(name, int6::avx512vnni_name) == 0)
+            lawcat_kernels = &lawcat::avx512, layers_kernels = &layers::avx512;
+        if (std::strcmp(name, int6::avx2_name) == 0) lawcat_kernels = &lawcat::avx2, layers_kernels = &layers::avx2;
 #endif
-        static const Op site =
-            make_op<LawcatWindow>("LawcatWindow", std::vector<ort::ElementType>(LawcatWindow::kInputs, ort::kFloat), 3);
+        using Types = std::vector<ort::ElementType>;
+        static const Op site = make_op<LawcatWindow>("LawcatWindow", Types(LawcatWindow::kInputs, ort::kFloat), 3);
+        static const Op norm = make_op<RmsNorm<false>>(RmsNorm<false>::kName, Types(2, ort::kFloat), 1);
+        static const Op add_norm = make_op<RmsNorm<true>>(RmsNorm<true>::kName, Types(3, ort::kFloat), 2);
+        static const Op swiglu = make_op<SwiGlu>("SwiGlu", {ort::kFloat}, 1);
+        static const Op rows = make_op<Int6Rows>("Int6Rows", {ort::kInt64, ort::kUint8, ort::kUint8, ort::kFloat16}, 1);
         static const Op gated = make_op<GatedLinearAttention>("GatedLinearAttention",
                                                               std::vector<ort::ElementType>(5, ort::kFloat), 2);
         // Lives as long as the process: sessions made from these options refer to it.
         ort::Domain* domain = nullptr;
         check(ort::create_domain(api, static_cast<const char*>(kDomain), &domain));
         check(ort::add_op(api, domain, static_cast<const ort::CustomOp*>(&int6_linear)));
-        check(ort::add_op(api, domain, static_cast<const ort::CustomOp*>(&site)));
+        for (const Op* op : {&site, &norm, &add_norm, &swiglu, &rows})
+            check(ort::add_op(api, domain, static_cast<const ort::CustomOp*>(op)));
         // The plain C++ loops are slower than onnxruntime's attention: they run where they are asked for only.
         if (attention_kernels != &attention::portable || asked_for() != nullptr)
             check(ort::add_op(api, domain, static_cast<const ort::CustomOp*>(&gated)));

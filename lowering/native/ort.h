@@ -21,7 +21,7 @@ struct KernelContext;
 struct SessionOptions;
 struct Domain;
 
-enum ElementType : int { kFloat = 1, kUint8 = 2, kFloat16 = 10 };
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt64 = 7, kFloat16 = 10 };
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 
 struct Api {

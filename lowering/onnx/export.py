@@ -124,6 +124,7 @@ def export_onnx(
     from .genai import genai_config, genai_obstacles, shares_cache
     from .half import store_in_half, widened
     from .lawcat import lower_sites
+    from .layers import fuse_layers
     from .metadata import Signature
     from .native import lower_attention
     from .quantized import LAYOUTS, QuantizedReport, lower_quantized
@@ -176,6 +177,7 @@ def export_onnx(
     _clean(model)
     if layout == "native" and not standard:
         lower_attention(model)
+        fuse_layers(model)
     if standard:
         standard_operators_only(model)
         _clean(model)

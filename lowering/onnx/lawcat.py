@@ -114,7 +114,8 @@ def lower_sites(model: ir.Model, states: Sequence[StateSpec]) -> list[StateSpec]
         )
         graph.insert_before(node, site)
         output, new_conv, new_state = site.outputs
-        output.shape, output.type = node.outputs[0].shape, node.outputs[0].type
+        batch, time = list(hidden.shape)[:2] if hidden is not None and hidden.shape is not None else ("batch", "sequence")
+        output.shape, output.type = ir.Shape([batch, time, sizes.heads * sizes.size]), state.type
         node.outputs[0].replace_all_uses_with(output)
         for new, past in ((new_conv, conv), (new_state, state)):
             new.shape, new.type = past.shape, past.type

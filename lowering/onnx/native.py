@@ -18,6 +18,10 @@ from .schemas import CONTRIB_DOMAIN
 
 INT6_LINEAR = "Int6LinearA8"
 GATED_LINEAR_ATTENTION = "GatedLinearAttention"
+INT6_ROWS = "Int6Rows"
+RMS_NORM = "RmsNorm"
+ADD_RMS_NORM = "AddRmsNorm"
+SWIGLU = "SwiGlu"
 GROUP_SIZE = 128  # the kernels' only one
 
 # x [..., K], high [N, ceil(K/2)], low [N, ceil(K/4)] (codes in input order, low bits first), scale float16 [N, groups].
@@ -77,6 +81,86 @@ _GATED_LINEAR_ATTENTION = f"""
     <update_rule = "gated", q_num_heads: int = @q_num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale>
     (query, key, value, past_state, decay)
 }}"""
+
+
+# A row of a quantized table for each id [B, T]: float [B, T, K], K a multiple of 4.
+_INT6_ROWS = f"""
+{INT6_ROWS} <K> (ids, high, low, scale) => (y) {{
+  columns_0d = Constant <value_int: int = @K> ()
+  zero = Constant <value_ints = [0]> ()
+  last_axis = Constant <value_ints = [-1]> ()
+  columns = Unsqueeze (columns_0d, zero)
+  flat_shape = Constant <value_ints = [0, 0, -1]> ()
+  high_bytes = Gather <axis = 0> (high, ids)
+  high_column = Unsqueeze (high_bytes, last_axis)
+  high_shifts = Constant <value = uint8[2] {{0, 4}}> ()
+  high_shifted = BitShift <direction = "RIGHT"> (high_column, high_shifts)
+  high_mask = Constant <value = uint8 {{15}}> ()
+  high_codes = BitwiseAnd (high_shifted, high_mask)
+  high_flat = Reshape (high_codes, flat_shape)
+  low_bytes = Gather <axis = 0> (low, ids)
+  low_column = Unsqueeze (low_bytes, last_axis)
+  low_shifts = Constant <value = uint8[4] {{0, 2, 4, 6}}> ()
+  low_shifted = BitShift <direction = "RIGHT"> (low_column, low_shifts)
+  low_mask = Constant <value = uint8 {{3}}> ()
+  low_codes = BitwiseAnd (low_shifted, low_mask)
+  low_flat = Reshape (low_codes, flat_shape)
+  two = Constant <value = uint8 {{2}}> ()
+  upper = BitShift <direction = "LEFT"> (high_flat, two)
+  codes = BitwiseOr (upper, low_flat)
+  unsigned = Cast <to = 1> (codes)
+  middle = Constant <value_float = 32.0> ()
+  signed = Sub (unsigned, middle)
+  group_scales = Gather <axis = 0> (scale, ids)
+  group_column = Unsqueeze (group_scales, last_axis)
+  repeats = Constant <value_ints = [1, 1, 1, {GROUP_SIZE}]> ()
+  spread = Expand (group_column, repeats)
+  spread_flat = Reshape (spread, flat_shape)
+  used = Slice (spread_flat, zero, columns, last_axis)
+  factors = Cast <to = 1> (used)
+  y = Mul (signed, factors)
+}}"""
+
+_NORM = """
+  power = Constant <value_float = 2.0> ()
+  last_axis = Constant <value_ints = [-1]> ()
+  floor = Constant <value_float: float = @epsilon> ()
+  square = Pow ({x}, power)
+  mean = ReduceMean <keepdims = 1> (square, last_axis)
+  shifted = Add (mean, floor)
+  root = Sqrt (shifted)
+  unit = Div ({x}, root)
+  y = Mul (unit, weight)
+}}"""
+_RMS_NORM = f"{RMS_NORM} <epsilon> (x, weight) => (y) {{{_NORM.format(x='x')}"
+_ADD_RMS_NORM = (
+    f"{ADD_RMS_NORM} <epsilon> (x, residual, weight) => (y, sum) {{\n  sum = Add (x, residual)"
+    f"{_NORM.format(x='sum')}"
+)
+
+# silu of the first half of the last axis times the second.
+_SWIGLU = f"""
+{SWIGLU} (x) => (y) {{
+  gate, up = Split <axis = -1, num_outputs = 2> (x)
+  share = Sigmoid (gate)
+  open = Mul (gate, share)
+  y = Mul (open, up)
+}}"""
+
+_BODIES = {
+    INT6_LINEAR: _INT6_LINEAR,
+    GATED_LINEAR_ATTENTION: _GATED_LINEAR_ATTENTION,
+    INT6_ROWS: _INT6_ROWS,
+    RMS_NORM: _RMS_NORM,
+    ADD_RMS_NORM: _ADD_RMS_NORM,
+    SWIGLU: _SWIGLU,
+}
+
+
+def attach(model: ir.Model, *names: str) -> None:
+    """Add the functions of operators, and their domain, to a model that calls them."""
+    for name in names:
+        _attach(model, _BODIES[name])
 
 
 def attach_int6_linear(model: ir.Model) -> None:

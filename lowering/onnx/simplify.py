@@ -81,6 +81,8 @@ def _reshape(graph: ir.Graph, node: ir.Node) -> ir.Value | None:
     source, target = node.inputs[0], node.outputs[0].shape
     if source is None:
         return None
+    if target is None:
+        target = node.outputs[0].shape = _reshaped(source.shape, node.inputs[1])
     if _same_shape(source.shape, target):
         return source
     inner = _producer(source, "Reshape")
@@ -94,6 +96,21 @@ def _reshape(graph: ir.Graph, node: ir.Node) -> ir.Value | None:
         return None
     shape = _before(graph, node, "Constant", [], value_ints=dims)
     return _before(graph, node, "Reshape", [origin, shape])
+
+
+def _reshaped(source: ir.Shape | None, wanted: ir.Value | None) -> ir.Shape | None:
+    """The shape that a constant request makes of a source; None where it can't be told."""
+    constant = wanted.const_value if wanted is not None else None
+    producer = wanted.producer() if wanted is not None else None
+    if constant is None and producer is not None and "value_ints" in producer.attributes:
+        sizes = list(producer.attributes["value_ints"].as_ints())
+    elif constant is not None:
+        sizes = constant.numpy().tolist()
+    else:
+        return None
+    if source is None or any(size < 0 or (size == 0 and axis >= len(source)) for axis, size in enumerate(sizes)):
+        return None
+    return ir.Shape([size or source[axis] for axis, size in enumerate(sizes)])
 
 
 def _shape_from(origin: ir.Shape | None, target: ir.Shape) -> list[int] | None:

@@ -1,13 +1,12 @@
-// The kernel of a LAWCAT site for each kind of vector; plain C++ takes those that every processor has.
-#include "lawcat.h"
-
+// Kernels written once for vectors of any length, for each kind of processor.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-namespace lawcat {
+#include "lawcat.h"
+#include "layers.h"
 
-constexpr int64_t kBlock = 32, kQueries = 16;
+using namespace lawcat;
 
 namespace four {
 #define TARGET
@@ -15,15 +14,17 @@ namespace four {
 #define ROWS 4
 #define COLUMNS 2
 namespace {
+#include "vectors.h"
+
 #include "lawcat_kernel.h"
-}
+#include "layers_kernel.h"
+}  // namespace
+#undef INLINE
 #undef TARGET
 #undef LANES
 #undef ROWS
 #undef COLUMNS
 }  // namespace four
-
-const Kernels portable{four::project, four::head};
 
 #if defined(__x86_64__)
 namespace eight {
@@ -32,8 +33,12 @@ namespace eight {
 #define ROWS 6
 #define COLUMNS 2
 namespace {
+#include "vectors.h"
+
 #include "lawcat_kernel.h"
-}
+#include "layers_kernel.h"
+}  // namespace
+#undef INLINE
 #undef TARGET
 #undef LANES
 #undef ROWS
@@ -46,16 +51,31 @@ namespace sixteen {
 #define ROWS 5
 #define COLUMNS 5
 namespace {
+#include "vectors.h"
+
 #include "lawcat_kernel.h"
-}
+#include "layers_kernel.h"
+}  // namespace
+#undef INLINE
 #undef TARGET
 #undef LANES
 #undef ROWS
 #undef COLUMNS
 }  // namespace sixteen
+#endif
 
+namespace lawcat {
+const Kernels portable{four::project, four::head};
+#if defined(__x86_64__)
 const Kernels avx2{eight::project, eight::head};
 const Kernels avx512{sixteen::project, sixteen::head};
 #endif
-
 }  // namespace lawcat
+
+namespace layers {
+const Kernels portable{four::norm, four::swiglu};
+#if defined(__x86_64__)
+const Kernels avx2{eight::norm, eight::swiglu};
+const Kernels avx512{sixteen::norm, sixteen::swiglu};
+#endif
+}  // namespace layers
