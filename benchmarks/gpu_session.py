@@ -90,9 +90,9 @@ def int6(jobs: int) -> list[Section]:
 def end_to_end(jobs: int) -> list[Section]:
     script = "end_to_end.py"
     return [
-        Section("end_to_end_1b", script, ["--models", "1", "--seconds", "130"], 160, dry=["--eager"]),
-        Section("end_to_end_8b", script, ["--models", "2", "--seconds", "170"], 200, dry=["--eager"]),
-        Section("end_to_end_smollm2", script, ["--models", "0", "--seconds", "120"], 150, dry=["--eager"]),
+        Section("end_to_end_1b", script, ["--models", "1", "--seconds", "150"], 180, dry=["--eager"]),
+        Section("end_to_end_8b", script, ["--models", "2", "--seconds", "220"], 250, dry=["--eager"]),
+        Section("end_to_end_smollm2", script, ["--models", "0", "--seconds", "190"], 220, dry=["--eager"]),
     ]
 
 
