@@ -56,7 +56,7 @@ def kernels(jobs: int) -> list[Section]:
         # On an empty cache, before anything else has compiled.
         Section("first_call", linear, ["--first-call", "--shapes", "0"], 60,
                 environment={"TRITON_CACHE_DIR": tempfile.mkdtemp()}),
-        Section("check_linear", linear, ["--check", "--jobs", str(jobs)], 200, dry=[]),
+        Section("check_linear", "linear_attention_checks.py", ["--jobs", str(jobs)], 200, dry=[]),
         Section("check_block", block, ["--check", "--jobs", str(jobs)], 200, beside=True, dry=[]),
         Section("warm_128", linear, ["--warm", "--shapes", "0"], 200, **warm),
         Section("warm_64", linear, ["--warm", "--shapes", "4"], 200, **warm),
