@@ -143,10 +143,19 @@ def _bytes(tensors: list[Tensor]) -> int:
 
 
 class HuggingFace:
-    """The Hugging Face model with SDPA, its layers under ``torch.compile``, decoding over a full ``StaticCache``."""
+    """The Hugging Face model with SDPA, its layers under ``torch.compile``, decoding over a full ``StaticCache``.
+
+    Its own SDPA function is registered under another name, for which transformers makes no mask. A mask while a CUDA
+    graph is recorded would have SDPA repeat the keys for every query head; over a full cache it would mask nothing.
+    """
 
     def __init__(self, shape: Shape, positions: int, compiled: bool) -> None:
+        from transformers import AttentionInterface
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
         self.shape, self.model = shape, llama(shape, positions)
+        self.model.config._attn_implementation = "sdpa_without_mask"
         if compiled:
             for layer in self.model.model.layers:
                 layer.compile(dynamic=False)
