@@ -314,8 +314,8 @@ def time_decode(batch: int, names: list[str], copy: float) -> dict[str, Any]:
     return row
 
 
-def profile(shape: tuple[int, int, int, int]) -> None:
-    """Kernel times of one forward and backward."""
+def profile(shape: tuple[int, int, int, int]) -> dict[str, float]:
+    """Kernel times in µs of one forward and backward."""
     batch, length, heads, dim = shape
     inputs = make(batch, heads, heads, length, dim, dim, "key", 0.1, False, False, "bfloat16")
     leaves = [x.contiguous().requires_grad_() for x in inputs[:4] if x is not None]
@@ -329,9 +329,8 @@ def profile(shape: tuple[int, int, int, int]) -> None:
         for _ in range(5):
             train()
         torch.cuda.synchronize()
-    print(shape, "us per call:")
-    for event in sorted(trace.key_averages(), key=lambda e: -e.device_time_total)[:14]:
-        print(f"  {event.device_time_total / 5:9.1f} x{event.count // 5} {event.key[:60]}")
+    events = sorted(trace.key_averages(), key=lambda e: -e.device_time_total)[:14]
+    return {f"{event.key[:60]} x{event.count // 5}": round(event.device_time_total / 5, 1) for event in events}
 
 
 def main() -> int:
@@ -342,7 +341,7 @@ def main() -> int:
     parser.add_argument("--growth", action="store_true", help="one sequence of 2K to 128K tokens")
     parser.add_argument("--decode", action="store_true")
     parser.add_argument("--tune", action="store_true", help="tiles beside those of the rule")
-    parser.add_argument("--profile", action="store_true", help="print kernel times per shape")
+    parser.add_argument("--profile", action="store_true", help="kernel times per shape")
     parser.add_argument("--peers", default="", help="comma-separated: fla, fla forward, sdpa flash, sdpa cudnn")
     parser.add_argument("--shapes", default="", help="indices into the list of shapes, e.g. 0,4; default all")
     parser.add_argument("--json", type=Path)
@@ -391,8 +390,11 @@ def main() -> int:
             result["growth failed"] = failed
         write()
     if options.profile:
+        result["profile_us"] = {}
         for shape in shapes:
-            guarded(lambda shape=shape: profile(shape) or {})  # type: ignore[misc]
+            found = result["profile_us"][str(shape)] = guarded(lambda shape=shape: profile(shape))  # type: ignore[misc]
+            print(shape, "us per call:", *(f"{took:>9} {name}" for name, took in found.items()), sep="\n  ", flush=True)
+            write()
     if options.tune:
         trials = result["tune"] = []
 
