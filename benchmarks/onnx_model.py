@@ -73,6 +73,7 @@ class Runner:
             library.register(options)
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.names = {item.name for item in self.session.get_inputs()}
+        self.chooses = "logits_from" in {item.name for item in self.session.get_overridable_initializers()}
         self.states = Signature.read(dict(self.session.get_modelmeta().custom_metadata_map)).states
         rng = np.random.default_rng(0)
         self.buffers = {}
@@ -81,8 +82,8 @@ class Runner:
             values = rng.standard_normal(shape).astype(np.float32) * 0.1
             self.buffers[state.past] = ort.OrtValue.ortvalue_from_numpy(values)
 
-    def bind(self, first: int, count: int) -> ort.IOBinding:
-        """Tokens ``first … first + count − 1``, which attend to all before them."""
+    def bind(self, first: int, count: int, last: bool = False) -> ort.IOBinding:
+        """Tokens ``first … first + count − 1``, which attend to all before them; the logits of all, or of the last."""
         binding = self.session.io_binding()
         binding.kept = {  # the binding holds pointers, not references
             "input_ids": np.arange(count)[None] % 4096,
@@ -91,6 +92,11 @@ class Runner:
         }
         for name in binding.kept.keys() & self.names:
             binding.bind_cpu_input(name, binding.kept[name])
+        if last:
+            if not self.chooses:
+                raise SystemExit("this file computes the logits of all tokens only")
+            binding.kept["logits_from"] = np.array([-1])
+            binding.bind_cpu_input("logits_from", binding.kept["logits_from"])
         binding.bind_output("logits", "cpu")
         for state in self.states:
             buffer = self.buffers[state.past]
@@ -131,6 +137,13 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[512, 8192])
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192], help="tokens of a prompt")
     parser.add_argument("--chunk", type=int, default=1024, help="tokens of the prompt read at once")
+    parser.add_argument(
+        "--logits",
+        nargs="+",
+        choices=["all", "last"],
+        default=["last", "all"],
+        help="of a prompt's chunks: those of the last token, as lincompile's sessions ask for, or of all tokens",
+    )
     parser.add_argument("--repetitions", type=int, default=2, help="of each prefill")
     parser.add_argument("--layout", nargs="+", default=["planes", "int8"])
     parser.add_argument("--embeddings", choices=["float", "int6"], default="float")
@@ -153,7 +166,8 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     for directory in options.artefacts:
         artefact = open_artefact(directory)
         quantized = bool(artefact.manifest.get("quantization"))
-        for layout in options.layout if quantized else ["planes"]:
+        # Eight bits are a layout of quantized weights; native operators run attention and norms in float32 too.
+        for layout in options.layout if quantized else [name for name in options.layout if name != "int8"]:
             name = f"{directory.name}-{layout}-{options.embeddings}"
             folder = work / name
             record = folder / "report.json"
@@ -181,12 +195,17 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         print(json.dumps(decode[-1]), flush=True)
     for length in options.prefill:
         runners = {name: Runner(folder, length, options.threads) for name, folder in folders.items()}
-        jobs = {
-            name: (runner, [runner.bind(start, options.chunk) for start in range(0, length, options.chunk)])
-            for name, runner in runners.items()
-        }
-        prefill.append({"tokens": length, "chunk": options.chunk, **in_turns(jobs, 0, options.repetitions)})
-        print(json.dumps(prefill[-1]), flush=True)
+        for logits in options.logits:
+            jobs = {
+                name: (
+                    runner,
+                    [runner.bind(at, options.chunk, logits == "last") for at in range(0, length, options.chunk)],
+                )
+                for name, runner in runners.items()
+            }
+            times = in_turns(jobs, 0, options.repetitions)
+            prefill.append({"tokens": length, "chunk": options.chunk, "logits": logits, **times})
+            print(json.dumps(prefill[-1]), flush=True)
     return {
         "benchmark": "onnx_model",
         "command": " ".join(sys.argv),

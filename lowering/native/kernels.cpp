@@ -20,6 +20,8 @@ namespace {
 #include "layers_kernel.h"
 }  // namespace
 #undef INLINE
+#undef MOVED
+#undef FOLDED
 #undef TARGET
 #undef LANES
 #undef ROWS
@@ -39,6 +41,8 @@ namespace {
 #include "layers_kernel.h"
 }  // namespace
 #undef INLINE
+#undef MOVED
+#undef FOLDED
 #undef TARGET
 #undef LANES
 #undef ROWS
@@ -57,6 +61,8 @@ namespace {
 #include "layers_kernel.h"
 }  // namespace
 #undef INLINE
+#undef MOVED
+#undef FOLDED
 #undef TARGET
 #undef LANES
 #undef ROWS

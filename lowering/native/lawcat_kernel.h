@@ -4,6 +4,7 @@
 // Arrays of a block are padded to whole vectors: `padded` is the head size rounded up.
 
 constexpr int64_t kBlock = 32, kQueries = 16;  // tokens of a block; queries that read keys together
+constexpr int64_t kAhead = 6;
 
 // M rows by N vectors of c = a · b + bias (null: 0).
 template <int M, int N>
@@ -56,36 +57,44 @@ TARGET void product(const float* a, int64_t a_row, const float* b, int64_t b_row
     }
 }
 
-// Dot products of four tokens and one row of the projection.
-template <int M>
+// Dot products of M tokens and N rows of the projection.
+template <int M, int N>
 INLINE void dots(const float* x, int64_t width, const float* weight, float* to, int64_t to_row) {
-    Vector total[M];
-    for (int m = 0; m < M; m++) total[m] = all(0.0f);
+    Vector total[M][N];
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) total[m][n] = all(0.0f);
     int64_t k = 0;
-    for (; k + LANES <= width; k += LANES) {
-        const Vector w = load(weight + k);
-        for (int m = 0; m < M; m++) total[m] += w * load(x + m * width + k);
-    }
-    for (int m = 0; m < M; m++) {
-        float sum = sum_of(total[m]);
-        for (int64_t rest = k; rest < width; rest++) sum += weight[rest] * x[m * width + rest];
-        to[m * to_row] = sum;
-    }
+    for (; k + LANES <= width; k += LANES)
+        for (int n = 0; n < N; n++) {
+            const Vector w = load(weight + n * width + k);
+            for (int m = 0; m < M; m++) total[m][n] += w * load(x + m * width + k);
+        }
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) {
+            float sum = sum_of(total[m][n]);
+            for (int64_t rest = k; rest < width; rest++) sum += weight[n * width + rest] * x[m * width + rest];
+            to[m * to_row + n] = sum;
+        }
 }
 
 TARGET void project(Call& c, int64_t first, int64_t last) {
-    const int64_t row = c.projected_row();
+    constexpr int kSide = LANES == 16 ? 4 : 2;  // tokens, and rows of the projection, in registers
+    const int64_t row = c.projected_row(), width = c.width;
     for (int64_t t = first; t < last;) {
-        const bool four = t + 4 <= last;
+        const int64_t some = t + kSide <= last ? kSide : 1;
         float* to = c.projected.data() + t * row;
-        for (int64_t n = 0; n < row; n++) {
-            const float *x = c.hidden + t * c.width, *weight = c.projection + n * c.width;
-            if (four)
-                dots<4>(x, c.width, weight, to + n, row);
+        const float *x = c.hidden + t * width, *weight = c.projection;
+        for (int64_t n = 0; n < row;) {
+            const int64_t rows = some == kSide && n + kSide <= row ? kSide : 1;
+            if (rows == kSide)
+                dots<kSide, kSide>(x, width, weight + n * width, to + n, row);
+            else if (some == kSide)
+                dots<kSide, 1>(x, width, weight + n * width, to + n, row);
             else
-                dots<1>(x, c.width, weight, to + n, row);
+                dots<1, 1>(x, width, weight + n * width, to + n, row);
+            n += rows;
         }
-        for (const float* end = to + (four ? 4 : 1) * row; to < end; to += row)
+        for (const float* end = to + some * row; to < end; to += row)
             for (int64_t i = 0; i < 2 * c.heads; i += LANES) {
                 float part[LANES] = {};
                 const int64_t count = 2 * c.heads - i < LANES ? 2 * c.heads - i : LANES;
@@ -93,7 +102,7 @@ TARGET void project(Call& c, int64_t first, int64_t last) {
                 store(part, 1.0f / (1.0f + exponential(-load(part))));
                 for (int64_t j = 0; j < count; j++) to[c.rank + i + j] = part[j];
             }
-        t += four ? 4 : 1;
+        t += some;
     }
 }
 
@@ -143,9 +152,16 @@ struct Head {
     const float* input(int64_t t, int64_t slot) const { return slot < c.group() ? query(t, slot) : key(t); }
 };
 
-TARGET void turn(const float* x, const float* cosine, const float* sine, int64_t size, float scale, float* to) {
+// The rotary embedding, scaled.
+INLINE void turn(const float* x, const float* cosine, const float* sine, int64_t size, float scale, float* to) {
     const int64_t half = size / 2;
-    for (int64_t d = 0; d < half; d++) {
+    int64_t d = 0;
+    for (; d + LANES <= half; d += LANES) {
+        const Vector first = load(x + d), second = load(x + d + half);
+        store(to + d, (first * load(cosine + d) - second * load(sine + d)) * scale);
+        store(to + d + half, (second * load(cosine + d + half) + first * load(sine + d + half)) * scale);
+    }
+    for (; d < half; d++) {
         to[d] = (x[d] * cosine[d] - x[d + half] * sine[d]) * scale;
         to[d + half] = (x[d + half] * cosine[d + half] + x[d] * sine[d + half]) * scale;
     }
@@ -196,7 +212,9 @@ TARGET void features(const Head& h, Scratch& s, int64_t from, int64_t count) {
         for (int64_t t = 0; t < count; t++) {
             const float *x = h.input(from + t, slot), real = c.mask[h.first + from + t];
             float* to = extended + (s.history + t) * s.padded;
-            for (int64_t d = 0; d < c.size; d++) to[d] = x[d] * real;
+            int64_t d = 0;
+            for (; d + LANES <= c.size; d += LANES) store(to + d, load(x + d) * real);
+            for (; d < c.size; d++) to[d] = x[d] * real;
         }
         for (int64_t t = 0; t < count; t++)
             for (int64_t n = 0; n < vectors; n++) {
@@ -352,7 +370,10 @@ TARGET void window(const Head& h, Scratch& s, int64_t from, int64_t count) {
                 const float near_share = s.shares[i * s.group + g];
                 const float far_share = share / (sum_of(load(s.weight + at * LANES)) + 1e-10f);
                 const float *far = s.far + at * s.padded, *near = s.near + (i * s.group + g) * s.padded;
-                for (int64_t d = 0; d < c.size; d++) out[d] = far[d] * far_share + near[d] * near_share;
+                int64_t d = 0;
+                for (; d + LANES <= c.size; d += LANES)
+                    store(out + d, load(far + d) * far_share + load(near + d) * near_share);
+                for (; d < c.size; d++) out[d] = far[d] * far_share + near[d] * near_share;
             }
         }
     }
@@ -377,6 +398,11 @@ TARGET void head(const Call& c, int64_t row, int64_t kv_head) {
         const int64_t count = c.tokens - from < s.block ? c.tokens - from : s.block;
         for (int64_t t = 0; t < count; t++) {
             const float *cosine = c.cosine + (h.first + from + t) * size, *sine = c.sine + (h.first + from + t) * size;
+            for (int64_t d = 0; d < size; d += 16) {  // the rows of tokens are far apart: fetched some tokens ahead
+                for (int64_t slot = 0; slot <= s.group; slot++)
+                    __builtin_prefetch(h.input(from + t, slot) + kAhead * c.qkv_row() + d);
+                __builtin_prefetch(h.value(from + t) + kAhead * c.qkv_row() + d);
+            }
             for (int64_t g = 0; g < s.group; g++)
                 turn(h.query(from + t, g), cosine, sine, size, c.scale, s.turned + (t * s.group + g) * s.padded);
             turn(h.key(from + t), cosine, sine, size, 1.0f, key.data());

@@ -46,19 +46,37 @@ INLINE Vector softplus(Vector x) {
     return (x < all(0.0f) ? all(0.0f) : x) + 2.0f * s * p;
 }
 
+// Lanes moved by half, a quarter … of the vector.
+#if defined(__clang__) || __GNUC__ >= 12
+#define MOVED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define MOVED(x, ...) __builtin_shuffle(x, (Integers){__VA_ARGS__})
+#endif
+#if LANES == 16
+#define FOLDED(x, combine)                                                     \
+    x = combine(x, MOVED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)); \
+    x = combine(x, MOVED(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)); \
+    x = combine(x, MOVED(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)); \
+    x = combine(x, MOVED(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))
+#elif LANES == 8
+#define FOLDED(x, combine)                              \
+    x = combine(x, MOVED(x, 4, 5, 6, 7, 0, 1, 2, 3)); \
+    x = combine(x, MOVED(x, 2, 3, 0, 1, 6, 7, 4, 5)); \
+    x = combine(x, MOVED(x, 1, 0, 3, 2, 5, 4, 7, 6))
+#else
+#define FOLDED(x, combine)                  \
+    x = combine(x, MOVED(x, 2, 3, 0, 1)); \
+    x = combine(x, MOVED(x, 1, 0, 3, 2))
+#endif
+
+INLINE Vector added(Vector a, Vector b) { return a + b; }
+
 INLINE float sum_of(Vector x) {
-    float parts[LANES], total = 0.0f;
-    store(parts, x);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
-    total = parts[0];
-    return total;
+    FOLDED(x, added);
+    return x[0];
 }
 
 INLINE float largest_of(Vector x) {
-    float parts[LANES];
-    store(parts, x);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) parts[i] = parts[i + half] > parts[i] ? parts[i + half] : parts[i];
-    return parts[0];
+    FOLDED(x, larger);
+    return x[0];
 }

@@ -128,7 +128,7 @@ def export_onnx(
     from .metadata import Signature
     from .native import lower_attention
     from .quantized import LAYOUTS, QuantizedReport, lower_quantized
-    from .signature import bind_signature
+    from .signature import bind_signature, choose_logits
     from .simplify import simplify
     from .sites import fuse_sites
     from .verify import verify as compare
@@ -184,6 +184,8 @@ def export_onnx(
     elif bodies:
         notes += attach_bodies(model)
     store_in_half(model, halves)
+    if step.causal:
+        choose_logits(model)
     if halves:
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves))
         notes.append(

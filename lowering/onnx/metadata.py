@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 METADATA_KEY = "lincompile"
+LOGITS_FROM = "logits_from"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from ...passes.errors import ArtefactError, LincompileError
 from ...passes.stateful import StateSpec, trimmed, visible_tokens
 from .export import MODEL_FILE
 from .extra import require
+from .metadata import LOGITS_FROM
 
 _GROWING_ROLES = ("key", "value")
 _MINIMUM_RUNTIME = (1, 32)
@@ -80,6 +82,7 @@ class OnnxSession:
         self._grows = any(state.role in _GROWING_ROLES for state in self._bound)
         self._outputs = ["logits", *(state.present for state in self._bound)]
         self._inputs = {item.name for item in self._session.get_inputs()}
+        self._chooses_logits = LOGITS_FROM in {item.name for item in self._session.get_overridable_initializers()}
         self.states: list[StateSpec] = [
             StateSpec(name=state.past, site=state.site, role=state.role, shape=state.shape, dtype=torch.float32)
             for state in self._bound
@@ -114,6 +117,18 @@ class OnnxSession:
             LincompileError: shapes that don't belong together, naming the input or state; token ids or positions that
                 the model doesn't have.
         """
+        return self._run(tokens, positions, mask, states, {})
+
+    def step_last(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, states: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same call, but logits of the chunk's last token may be all there are: ``[B, 1 or t, V]``."""
+        extra = {LOGITS_FROM: np.array([-1])} if self._chooses_logits else {}
+        return self._run(tokens, positions, mask, states, extra)
+
+    def _run(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, states: Sequence[Tensor], extra: dict[str, Any]
+    ) -> tuple[Tensor, list[Tensor]]:
         states = list(states)
         self._check(tokens, positions, mask, states)
         mask = mask.bool()
@@ -126,7 +141,7 @@ class OnnxSession:
         }
         for bound, state in zip(self._bound, states, strict=True):
             feed[bound.past] = state.detach().contiguous().numpy()
-        feed = {name: value for name, value in feed.items() if name in self._inputs}
+        feed = {name: value for name, value in feed.items() if name in self._inputs} | extra
         try:
             results = self._session.run(self._outputs, feed)
         except Exception as error:  # onnxruntime's exceptions share no public base class

@@ -57,7 +57,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     report = export_onnx(step, folder, layout="native", embeddings="int6")
     assert (
-        report.quantized["native"] == report.operators["lincompile.Int6LinearA8"] == report.quantized["linears"] >= 14
+        report.quantized["native"] == report.quantized["linears"] >= 14  # gate and up of both layers are one node
+        and report.operators["lincompile.Int6LinearA8"] == report.quantized["linears"] - 2
     )
     assert report.operators["lincompile.GatedLinearAttention"] == 2 and "com.microsoft.LinearAttention" not in (
         node.op_type for node in onnx.load(report.path).graph.node
