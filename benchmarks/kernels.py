@@ -253,8 +253,19 @@ def tables(result: dict[str, Any]) -> str:
             "µs per 1,024 tokens": lambda r: r["us_per_1k_tokens"], **titles, "GiB": lambda r: r["peak_gib"],
         }),
         "\nFirst call on an empty cache\n\n" + ("\n".join(f"{k}: {v}" for k, v in result["first"].items()) or MISSING),
+        "\n" + measured_on(result["sources"]),
     ]  # fmt: skip
     return "\n".join(parts)
+
+
+def measured_on(sources: list[Row]) -> str:
+    """The chips; runs that name none, as dry runs do, are pointed out."""
+    chips = {str(source.get("versions", {}).get("gpu")) for source in sources}
+    where = ", ".join(sorted(chips - {"None"})) or "no GPU"
+    unnamed = [source["file"] for source in sources if not source.get("versions", {}).get("gpu")]
+    return f"Measured on: {where}" + (
+        f"; without a GPU, so figures mean nothing: {', '.join(unnamed)}" if unnamed else ""
+    )
 
 
 def plot(result: dict[str, Any], file: Path) -> None:

@@ -32,6 +32,7 @@ def both(forward: float, backward: float, gib: float = 1.0) -> dict[str, float]:
 SHAPE = [16, 2048, 16, 128]
 TIMES = {
     "command": "linear_attention.py --time",
+    "versions": {"gpu": "NVIDIA H200"},
     "copy_gb_s": 4000.0,
     "times": [
         {
@@ -93,7 +94,9 @@ def test_ratios_are_of_one_row(tables: Callable[..., dict[str, Any]], capsys: py
     assert best["differs"] == 0.004
     assert result["decode"][0]["share_of_floor"] == 0.25
     assert result["growth"][0]["us_per_1k_tokens"] == [25.0, 100.0]
-    assert "| 16, 2048, 16, 128 | 0.5 / 2 | 3 / 3.5 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| 16, 2048, 16, 128 | 0.5 / 2 | 3 / 3.5 |" in printed
+    assert "Measured on: NVIDIA H200; without a GPU, so figures mean nothing: 1.json" in printed
 
 
 def test_what_is_missing_is_said(tables: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
