@@ -30,7 +30,7 @@ from lincompile.passes.program import Program
 from lincompile.passes.quantize_plan import PlanOptions, choose
 from lincompile.passes.schemes import SCHEMES, Scheme, parse_plan
 from lincompile.passes.sensitivity import CodesOf
-from lincompile.passes.weight_methods import WeightRounder
+from lincompile.passes.weight_methods import Moments, WeightRounder
 
 Plan = dict[str, Scheme]
 # The strengths of smoothing that the pass uses by default, by plan.
@@ -92,6 +92,23 @@ def predicted_against_measured(
     }
 
 
+def moments_of(arguments: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
+    """What moments depend on: a file of others isn't read."""
+    return {key: result[key] for key in ("model", "converted", "calibration", "method")} | {
+        "context": arguments.calibration_context
+    }
+
+
+def read_moments(path: Path | None, arguments: argparse.Namespace, result: dict[str, Any]) -> dict[str, Moments] | None:
+    if path is None or not path.exists():
+        return None
+    record = torch.load(path, weights_only=False)
+    if record["of"] != moments_of(arguments, result):
+        raise SystemExit(f"{path} holds moments of {record['of']}: delete it or name another file")
+    found: dict[str, Moments] = record["moments"]
+    return found
+
+
 def load_program(path: Path, device: str, adapter: Path | None) -> Program:
     if adapter is not None:
         from lincompile.lowering.compiler import compile
@@ -117,6 +134,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--every", type=int, default=6, help="measure every n-th group alone for the correlation")
     parser.add_argument("--method", default="gptq")
+    parser.add_argument("--moments", type=Path, help="the calibration's moments: read if the file is there, else saved")
     parser.add_argument("--plans", default="w6a8,int6,w6a6,flexq rule,int6 at the rule's cost,w8a8,w6a16")
     arguments = parser.parse_args()
 
@@ -147,7 +165,7 @@ def main() -> None:
     }  # fmt: skip
     print(f"float {result['float']:.4f} ({time.time() - started:.0f} s)", flush=True)
     todo = arguments.plans.split(",")
-    moments = None
+    moments = read_moments(arguments.moments, arguments, result)
     for strength, names in STRENGTHS.items():
         wanted = [name for name in names if name in todo]
         if not wanted:
@@ -156,7 +174,11 @@ def main() -> None:
         everything = find_linears(balanced.graph_module)
         layers = [layer for layer in everything if layer.reason is None]
         rounder = WeightRounder(balanced, layers, arguments.method, data, 128, moments)
-        moments = moments or dict(rounder.moments())
+        if moments is None:
+            moments = dict(rounder.moments())
+            if arguments.moments is not None:
+                torch.save({"of": moments_of(arguments, result), "moments": moments}, arguments.moments)
+            print(f"moments ({time.time() - started:.0f} s)", flush=True)
         rounder.smooth(everything, strength)
         rule = {layer.name: SCHEMES["w6a8" if layer.name.endswith("down_proj") else "w6a6"] for layer in layers}
         few = data[: arguments.score_batches]

@@ -329,9 +329,21 @@ def _log_likelihood(program: Program, output: Tensor, real: Tensor, seed: int) -
         noise = torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype)
         return (output * noise * real.unsqueeze(-1)).sum()
     log_p = output.float().log_softmax(dim=-1)
-    drawn = torch.multinomial(log_p.detach().exp().flatten(0, -2), 1, generator=generator)
+    drawn = _draw(log_p.detach().flatten(0, -2), generator)
     chosen = log_p.flatten(0, -2).gather(1, drawn).squeeze(1)
     return (chosen * real.flatten()).sum()
+
+
+def _draw(log_p: Tensor, generator: torch.Generator) -> Tensor:
+    """One index per row ``[rows, 1]`` from log-probabilities ``[rows, V]``.
+
+    By the cumulative distribution: one random number a row, where ``multinomial`` draws one for every entry, which on a
+    CPU takes a seventh of a whole calibration pass over a vocabulary of 49,152.
+    """
+    cumulative = log_p.exp().cumsum(dim=-1)
+    uniform = torch.rand(len(log_p), 1, generator=generator, device=log_p.device, dtype=log_p.dtype)
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return drawn.clamp_(max=log_p.shape[1] - 1)
 
 
 def _divergence(program: Program, batch: Batch, reference: Tensor, output: Tensor) -> float:

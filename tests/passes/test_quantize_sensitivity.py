@@ -277,3 +277,12 @@ def test_models_without_logits_are_scored_by_their_output() -> None:
     measured = sensitivity.divergence(program, layers, plans, data, sensitivity.rtn_codes(program, 128), 128)
     for layer in layers:
         assert scores.of(layer.name, "w6a6") == pytest.approx(measured[layer.name], rel=0.5)
+
+
+def test_tokens_are_drawn_by_their_probability() -> None:
+    p = torch.tensor([[0.0, 0.5, 0.0, 0.2, 0.3, 0.0]]).expand(20_000, 6)
+    drawn = sensitivity._draw(p.log(), torch.Generator().manual_seed(1))
+    assert drawn.shape == (20_000, 1)
+    found = torch.bincount(drawn.flatten(), minlength=6) / 20_000
+    assert bool((found[p[0] == 0] == 0).all())
+    torch.testing.assert_close(found, p[0], rtol=0, atol=0.015)  # four standard deviations
