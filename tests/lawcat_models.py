@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lincompile.lowering.native.library import DOMAIN
 from lincompile.lowering.onnx.functions import attach_bodies
 from lincompile.lowering.onnx.lawcat import INPUTS, LAWCAT_WINDOW, OUTPUTS, Sizes, body
-from lincompile.lowering.onnx.native import DOMAIN
 from lincompile.lowering.onnx.sites import lawcat_window
 
 
@@ -47,7 +47,9 @@ def model(case: Site) -> Any:
     """``ModelProto`` whose inputs are the operator's, of any size."""
     import onnx_ir as ir
 
-    shapes = {name: ["axis"] * rank for name, rank in zip(INPUTS, (3, 3, 3, 3, 2, 3, 2, 2, 3, 2, 2, 2, 1, 1), strict=True)}
+    shapes = {
+        name: ["axis"] * rank for name, rank in zip(INPUTS, (3, 3, 3, 3, 2, 3, 2, 2, 3, 2, 2, 2, 1, 1), strict=True)
+    }
     given = [
         ir.Value(
             name=name,
@@ -100,13 +102,13 @@ def in_torch(case: Site, feed: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tenso
     x = {name: value.double() for name, value in feed.items()}
     batch = x["qkv"].shape[0]
     heads = [count * s.size for count in (s.heads, s.kv_heads, s.kv_heads)]
-    q, k, v = (torch.unflatten(part, 2, (-1, s.size)).transpose(1, 2) for part in x["qkv"].split(heads, 2))
-    state, cache, real = x["past_state"].split(s.state, 1)
+    q, k, v = (torch.unflatten(part, 2, (-1, s.size)).transpose(1, 2) for part in torch.split(x["qkv"], heads, 2))
+    state, cache, real = torch.split(x["past_state"], s.state, 1)
     rows = cache.reshape(batch, s.window - 1, 2 * s.kv_heads, s.size).transpose(1, 2)
     keys, values = rows.chunk(2, 1)
-    conv_q, conv_k = x["past_conv"].split([heads[0], heads[1]], 1)
-    taps_q, taps_k = w["conv"].T.split([heads[0], heads[1]], 0)
-    down, mix = w["projection"].split([s.rank, 2 * s.heads], 0)
+    conv_q, conv_k = torch.split(x["past_conv"], heads[:2], 1)
+    taps_q, taps_k = torch.split(w["conv"].T, heads[:2], 0)
+    down, mix = torch.split(w["projection"], [s.rank, 2 * s.heads], 0)
     output, new_q, new_k, new_state, *_ = lawcat_window(
         *(q, k, v, x["hidden"], x["cos"], x["sin"], x["mask"] > 0, real > 0.5, conv_q, conv_k),
         *(state.reshape(batch, s.kv_heads, 2 * s.size, s.size + 1), keys, values, taps_q, taps_k, w["map_weight"]),
@@ -115,7 +117,3 @@ def in_torch(case: Site, feed: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tenso
     )
     flat = output.transpose(1, 2).flatten(2) * x["mask"][..., None]
     return flat, torch.cat([new_q, new_k], 1), new_state.flatten(1)
-
-
-def with_softcap(case: Site, softcap: float) -> Site:
-    return replace(case, sizes=replace(case.sizes, softcap=softcap))

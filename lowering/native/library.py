@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 DOMAIN = "lincompile"
 # The layout of onnxruntime's interface was checked against these; a later major version may change it.
 OLDEST_RUNTIME, NEXT_RUNTIME = (1, 32), (2, 0)
-_SOURCES = ("ort.h", "operator.h", "int6.h", "int6.cpp", "int6_x86.cpp", "attention.h", "attention.cpp")
-_SOURCES += ("vectors.h", "lawcat.h", "lawcat_kernel.h", "layers.h", "layers_kernel.h", "kernels.cpp")
-_SOURCES += ("lawcat_operator.h", "layers_operators.h", "library.cpp")
+_SOURCES = (
+    *("ort.h", "operator.h", "library.cpp", "int6.h", "int6.cpp", "int6_x86.cpp", "attention.h", "attention.cpp"),
+    *("lawcat.h", "lawcat_kernel.h", "lawcat_operator.h", "layers.h", "layers_kernel.h", "layers_operators.h"),
+    *("vectors.h", "kernels.cpp"),
+)
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
 _DEFAULT_FEATURES = {"avx512_vnni", "avx2"}  # one of them, as /proc/cpuinfo spells them
 _OPSET_IMPORT = 8  # ModelProto.opset_import, in onnx.proto

@@ -43,8 +43,10 @@ from .translations import EPSILON
 from .windows import Heads, attend, last_real_token, read_batch_from, window_blocks
 
 LAWCAT_WINDOW = "LawcatWindow"
-INPUTS = ("qkv", "hidden", "cos", "sin", "mask", "past_conv", "past_state", "conv", "map_weight", "map_bias")
-INPUTS += ("projection", "gate_up", "gate_bias", "mix_bias")
+INPUTS = (
+    *("qkv", "hidden", "cos", "sin", "mask", "past_conv", "past_state"),
+    *("conv", "map_weight", "map_bias", "projection", "gate_up", "gate_bias", "mix_bias"),
+)
 OUTPUTS = ("output", "present_conv", "present_state")
 _PLACEHOLDER = "LawcatSite"
 _ROLES = ("conv", "conv", "recurrent", "key", "value")  # of the placeholder's inputs 7 to 11 and outputs 1 to 5
@@ -114,7 +116,9 @@ def lower_sites(model: ir.Model, states: Sequence[StateSpec]) -> list[StateSpec]
         )
         graph.insert_before(node, site)
         output, new_conv, new_state = site.outputs
-        batch, time = list(hidden.shape)[:2] if hidden is not None and hidden.shape is not None else ("batch", "sequence")
+        batch, time = (
+            list(hidden.shape)[:2] if hidden is not None and hidden.shape is not None else ("batch", "sequence")
+        )
         output.shape, output.type = ir.Shape([batch, time, sizes.heads * sizes.size]), state.type
         node.outputs[0].replace_all_uses_with(output)
         for new, past in ((new_conv, conv), (new_state, state)):
@@ -255,9 +259,7 @@ def body(sizes: Sizes) -> ir.Function:
 
     shares = emit("Unsqueeze", emit("Sigmoid", emit("Add", mix, values["mix_bias"])), emit.constant([3]))
     far_share, near_share = emit.split(shares, [heads, heads], 2)
-    mixed = emit(
-        "Add", emit("Mul", far, far_share), emit("Mul", emit.reshape(near, 0, 0, heads, size), near_share)
-    )
+    mixed = emit("Add", emit("Mul", far, far_share), emit("Mul", emit.reshape(near, 0, 0, heads, size), near_share))
     output = emit("Mul", emit.reshape(mixed, 0, 0, heads * size), mask)
     flat = [emit.reshape(item, 0, -1) for item in (recurrence.outputs[1], new_cache)]
     present_state = emit("Concat", *flat, blocks.new_real, axis=1)

@@ -18,8 +18,9 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from ..native.library import DOMAIN
 from . import native
-from .native import ADD_RMS_NORM, DOMAIN, INT6_LINEAR, INT6_ROWS, RMS_NORM, SWIGLU
+from .native import ADD_RMS_NORM, INT6_LINEAR, INT6_ROWS, RMS_NORM, SWIGLU
 from .quantized import Emitter
 from .schemas import CONTRIB_DOMAIN
 
@@ -67,7 +68,12 @@ def _lookup(graph: ir.Graph, node: ir.Node) -> set[str]:
     cast = _producer(low.inputs[2], "Cast")
     ids, shape = high.inputs[1], node.outputs[0].shape
     size = shape[-1] if shape is not None and len(shape) == 3 else None
-    if cast is None or ids is None or high.attributes["block_size"].as_int() != native.GROUP_SIZE or not isinstance(size, int):
+    if (
+        cast is None
+        or ids is None
+        or high.attributes["block_size"].as_int() != native.GROUP_SIZE
+        or not isinstance(size, int)
+    ):
         return set()
     emit = Emitter(graph, node)
     _put(
@@ -176,9 +182,7 @@ def _norm(graph: ir.Graph, node: ir.Node) -> set[str]:
         if summed is None or not alike or x.is_graph_output():
             _put(node.outputs[0], Emitter(graph, node)(RMS_NORM, x, weight, domain=DOMAIN, epsilon=epsilon))
             return {RMS_NORM}
-        new = ir.node(
-            ADD_RMS_NORM, [*summed.inputs, weight], {"epsilon": epsilon}, domain=DOMAIN, num_outputs=2
-        )
+        new = ir.node(ADD_RMS_NORM, [*summed.inputs, weight], {"epsilon": epsilon}, domain=DOMAIN, num_outputs=2)
         graph.insert_after(summed, new)
         _put(node.outputs[0], new.outputs[0])
         _put(x, new.outputs[1])

@@ -134,8 +134,7 @@ _NORM = """
 }}"""
 _RMS_NORM = f"{RMS_NORM} <epsilon> (x, weight) => (y) {{{_NORM.format(x='x')}"
 _ADD_RMS_NORM = (
-    f"{ADD_RMS_NORM} <epsilon> (x, residual, weight) => (y, sum) {{\n  sum = Add (x, residual)"
-    f"{_NORM.format(x='sum')}"
+    f"{ADD_RMS_NORM} <epsilon> (x, residual, weight) => (y, sum) {{\n  sum = Add (x, residual){_NORM.format(x='sum')}"
 )
 
 # silu of the first half of the last axis times the second.

@@ -168,7 +168,7 @@ def _match(module: GraphModule, site: Node) -> tuple[list[Node], list[Node], Cal
     cos, sin = _rotary(near_q)
     window, scale, softcap = (argument(site, 7 + i, name) for i, name in enumerate(("window", "scale", "softcap")))
     _op(seen, aten.cat.default, "the masks of past and new tokens")
-    past_mask, mask = (_node(item) for item in seen.args[0])  # type: ignore[union-attr, arg-type]
+    past_mask, mask = (_node(item) for item in seen.args[0])  # type: ignore[union-attr]
     leaves = [q, k, v, x, cos, sin, mask, past_mask, conv_q_state, conv_k_state, state, k_cache, v_cache, conv_q]
     leaves += [conv_k, map_weight, map_bias, _node(low.args[1]), gate_up, gate_bias, mix_weight, mix_bias]
     outputs = [total, _output(maps_q, 1), _output(maps_k, 1), _output(linear, 1), _output(site, 1), _output(site, 2)]
@@ -181,7 +181,7 @@ def _match(module: GraphModule, site: Node) -> tuple[list[Node], list[Node], Cal
 
 
 def _rotary(near: Node) -> tuple[Node, Node]:
-    """cos and sin ``[B, T, D]`` of queries as Llama rotates them: ``x cos + [−x₂, x₁] sin``."""
+    """The cos and sin ``[B, T, D]`` of queries as Llama rotates them: ``x cos + [−x₂, x₁] sin``."""
     _op(near, aten.add.Tensor, "rotated queries")
     found: list[Node] = []
     for product in near.args[:2]:
@@ -265,7 +265,9 @@ def _random(leaves: list[Node], length: int) -> list[Tensor]:
         for size in (expression(size) for size in fake.shape):
             shape.append(int(size) if size.is_Integer else sizes.setdefault(str(size), PAST))
         random = torch.randn(shape, generator=generator, dtype=torch.float64)
-        values.append(torch.arange(shape[1]) >= torch.tensor([[length // 2], [0]]) if fake.dtype == torch.bool else random)
+        values.append(
+            torch.arange(shape[1]) >= torch.tensor([[length // 2], [0]]) if fake.dtype == torch.bool else random
+        )
     return values
 
 

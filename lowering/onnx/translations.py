@@ -35,7 +35,7 @@ _LAST = 9223372036854775807
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """From torch op to translation, for ``torch.onnx.export(custom_translation_table=…)``."""
-    import lincompile.kernels.ops  # noqa: F401  (declares the ops)
+    import lincompile.kernels.ops  # (declares the ops)
     import lincompile.lowering.onnx.sites  # noqa: F401  (declares lincompile_onnx::lawcat_window)
 
     ops = torch.ops.lincompile

@@ -97,6 +97,8 @@ def read_batch_from(removed: ir.Value, tokens: ir.Value) -> None:
 
 @dataclass(frozen=True)
 class Heads:
+    """Sizes and options of a site's softmax attention."""
+
     kv_heads: int
     group: int
     size: int
@@ -139,9 +141,7 @@ class Blocks:
     new_real: ir.Value
 
 
-def _unpack(
-    emit: Emitter, spec: StateSpec, heads: Heads, window: int
-) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+def _unpack(emit: Emitter, spec: StateSpec, heads: Heads, window: int) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
     """The new input ``[B, N]`` and what it holds: state ``[B, Hkv, F, C]``, cache ``[B, W − 1, 2·Hkv·D]``, real."""
     shape = [size for size in spec.shape if size is not None]
     width = 2 * heads.kv_heads * heads.size
@@ -162,6 +162,7 @@ def last_real_token(emit: Emitter, tokens: ir.Value, mask: ir.Value) -> ir.Value
 
 
 def window_blocks(emit: Emitter, tokens: ir.Value, mask: ir.Value, real: ir.Value, window: int) -> Blocks:
+    """What the sites of one window share; ``real`` ``[B, W − 1]``: which of the kept tokens are."""
     past = window - 1
     zero, one = emit.constant(0), emit.constant(1)
     end = emit("Shape", tokens, start=1, end=2)

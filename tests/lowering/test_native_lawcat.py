@@ -108,7 +108,7 @@ def test_padding_on_either_side_is_not_there(kernels: str, sizes: dict[str, Any]
 
 def _carried(case: Site, states: dict[str, Tensor], row: int) -> list[Tensor]:
     """The convolutions' inputs, and the real ones of the window's tokens: what others hold is never read."""
-    _, cache, real = states["past_state"][row].split(case.sizes.state)
+    _, cache, real = torch.split(states["past_state"][row], case.sizes.state)
     return [states["past_conv"][row], cache.unflatten(0, (case.sizes.window - 1, -1)) * real[:, None], real]
 
 
@@ -233,13 +233,13 @@ def test_an_exported_site_runs_with_and_without_the_library(
     inputs = batch(step)
     states, stock_states = session.initial_states(3), stock.initial_states(3)
     for part in (slice(0, 5), slice(5, 6), slice(6, 13)):
-        given = [x[:, part] for x in inputs]
-        last, also = session.step_last(*given, states)
-        logits, states = session(*given, states)
-        wanted, stock_states = stock(*given, stock_states)
+        ids, positions, mask = (x[:, part] for x in inputs)
+        last, also = session.step_last(ids, positions, mask, states)
+        logits, states = session(ids, positions, mask, states)
+        wanted, stock_states = stock(ids, positions, mask, stock_states)
         assert last.shape[1] == 1 and torch.allclose(last, logits[:, -1:], atol=1e-5)
         assert all(torch.equal(one, other) for one, other in zip(states, also, strict=True))
-        error = (logits - wanted)[given[2]].abs()  # a code on the edge between two may fall either way
+        error = (logits - wanted)[mask].abs()  # a code on the edge between two may fall either way
         assert torch.isfinite(error).all() and (not len(error) or float(error.median()) < 1e-4)
 
 
