@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.numpy_helper
 import onnxruntime as ort
 import torch
 from versions import machine, versions
@@ -61,19 +63,28 @@ def memory(folder: Path) -> dict[str, Any]:
     return found
 
 
+def of_last_token(path: Path) -> bytes:
+    """The file with −1 for the default of ``logits_from``: a binding can't give an input that has a default."""
+    model = onnx.load(path)
+    (default,) = [item for item in model.graph.initializer if item.name == "logits_from"]
+    default.CopyFrom(onnx.numpy_helper.from_array(np.array([-1]), "logits_from"))
+    data: bytes = model.SerializeToString()
+    return data
+
+
 class Runner:
     """One model with its states bound once, growing ones as shared buffers of ``context`` tokens."""
 
-    def __init__(self, folder: Path, context: int, threads: int) -> None:
+    def __init__(self, folder: Path, context: int, threads: int, last: bool = False) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         path = folder / MODEL_FILE
         if library.calls_native_operators(path):
             library.register(options)
-        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        model = of_last_token(path) if last else str(path)
+        self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self.names = {item.name for item in self.session.get_inputs()}
-        self.chooses = "logits_from" in {item.name for item in self.session.get_overridable_initializers()}
         self.states = Signature.read(dict(self.session.get_modelmeta().custom_metadata_map)).states
         rng = np.random.default_rng(0)
         self.buffers = {}
@@ -82,8 +93,8 @@ class Runner:
             values = rng.standard_normal(shape).astype(np.float32) * 0.1
             self.buffers[state.past] = ort.OrtValue.ortvalue_from_numpy(values)
 
-    def bind(self, first: int, count: int, last: bool = False) -> ort.IOBinding:
-        """Tokens ``first … first + count − 1``, which attend to all before them; the logits of all, or of the last."""
+    def bind(self, first: int, count: int) -> ort.IOBinding:
+        """Tokens ``first … first + count − 1``, which attend to all before them."""
         binding = self.session.io_binding()
         binding.kept = {  # the binding holds pointers, not references
             "input_ids": np.arange(count)[None] % 4096,
@@ -92,11 +103,6 @@ class Runner:
         }
         for name in binding.kept.keys() & self.names:
             binding.bind_cpu_input(name, binding.kept[name])
-        if last:
-            if not self.chooses:
-                raise SystemExit("this file computes the logits of all tokens only")
-            binding.kept["logits_from"] = np.array([-1])
-            binding.bind_cpu_input("logits_from", binding.kept["logits_from"])
         binding.bind_output("logits", "cpu")
         for state in self.states:
             buffer = self.buffers[state.past]
@@ -194,13 +200,12 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         decode.append({"context": context, **in_turns(jobs, options.seconds, 4)})
         print(json.dumps(decode[-1]), flush=True)
     for length in options.prefill:
-        runners = {name: Runner(folder, length, options.threads) for name, folder in folders.items()}
         for logits in options.logits:
+            runners = {
+                name: Runner(folder, length, options.threads, logits == "last") for name, folder in folders.items()
+            }
             jobs = {
-                name: (
-                    runner,
-                    [runner.bind(at, options.chunk, logits == "last") for at in range(0, length, options.chunk)],
-                )
+                name: (runner, [runner.bind(start, options.chunk) for start in range(0, length, options.chunk)])
                 for name, runner in runners.items()
             }
             times = in_turns(jobs, 0, options.repetitions)
