@@ -6,7 +6,7 @@ any other runs the bodies. The sources lie beside this module; the first use com
 
 ``LINCOMPILE_NATIVE``: ``0`` switches the library off; ``avx512vnni``, ``avx2`` or ``portable`` asks for those kernels.
 By default only kernels that were measured to be worth it run: all of those for AVX-512 with VNNI; on other processors
-with AVX2 those of the linears, beside onnxruntime's own linear attention.
+with AVX2 all but that of linear attention alone, which stays onnxruntime's.
 """
 
 from __future__ import annotations

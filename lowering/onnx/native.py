@@ -3,7 +3,7 @@
 A session that has registered the library runs its kernels; onnxruntime without it, and any other runtime, finds the
 function of the same name in the file and runs that. For ``lincompile.Int6LinearA8`` these are the two products of the
 ``planes`` layout, whose constants fold when the file is loaded, for ``lincompile.GatedLinearAttention`` the contrib
-operator: nothing is slower or larger for having asked.
+operator: nothing is slower or larger for having asked. :mod:`.lawcat` has the operator of a whole attention site.
 """
 
 from __future__ import annotations

@@ -101,6 +101,19 @@ def test_padding_on_the_right_of_a_chunk(exported: Callable[[str], Exported], na
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_the_last_tokens_logits_alone(exported: Callable[[str], Exported], name: str) -> None:
+    """What a prompt is read with: the same states, and the last row of the same logits."""
+    case = exported(name)
+    inputs = batch(case.step)
+    states = case.session.initial_states(3)
+    logits, wanted = case.session(*inputs, states)
+    last, found = case.session.step_last(*inputs, states)
+    assert list(last.shape) == [3, 1, zoo.VOCAB]
+    torch.testing.assert_close(last, logits[:, -1:], atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_greedy_tokens_equal_torch(exported: Callable[[str], Exported], name: str) -> None:
     case = exported(name)
     prompts = [[5, 6, 7, 8, 9], [11, 12, 13]]
