@@ -51,13 +51,14 @@ def batch(step: StepProgram, lengths: Sequence[int] = (13, 9, 12)) -> tuple[Tens
 
 
 # The SmolLM2 head layout (9 query and 3 key heads) with one kept softmax layer, and with softmax alone; six-bit
-# weights; sliding layers; a window beside linear attention; the delta rule.
+# weights; sliding layers; a window beside linear attention, also by the native library's operators; the delta rule.
 CASES: dict[str, dict[str, Any]] = {
     "hybrid": {"model": "llama-gqa", "attn": "lawcat", "keep": (1,)},
     "softmax": {"model": "llama-gqa", "attn": "softmax"},
     "int6": {"model": "llama-gqa", "attn": "lawcat", "quant": "w6a8"},
     "hedgehog-sliding": {"model": "gemma3", "attn": "hedgehog"},
     "window": {"model": "llama-gqa", "attn": "lawcat", "window": 4},
+    "window-native": {"model": "llama-gqa", "attn": "lawcat", "window": 4},
     "delta-a6": {"model": "llama", "attn": "gated-delta", "quant": "w6a6"},
 }
 
@@ -68,5 +69,6 @@ def export_case(name: str, folder: Path) -> Exported:
     from lincompile.lowering.onnx.session import OnnxSession
 
     step = step_program(**CASES[name])
-    report = export_onnx(step, folder, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
+    layout = "native" if name.endswith("-native") else "planes"
+    report = export_onnx(step, folder, layout=layout, special_tokens={"bos_token_id": 1, "eos_token_id": 2})
     return Exported(step, folder, report, OnnxSession(folder, threads=2))
