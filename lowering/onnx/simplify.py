@@ -83,6 +83,7 @@ def _reshape(graph: ir.Graph, node: ir.Node) -> ir.Value | None:
         return None
     if target is None:
         target = node.outputs[0].shape = _reshaped(source.shape, node.inputs[1])
+        node.outputs[0].type = node.outputs[0].type or source.type
     if _same_shape(source.shape, target):
         return source
     inner = _producer(source, "Reshape")

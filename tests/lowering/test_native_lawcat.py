@@ -243,6 +243,17 @@ def test_an_exported_site_runs_with_and_without_the_library(
         assert torch.isfinite(error).all() and (not len(error) or float(error.median()) < 1e-4)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_sites_of_other_families(tmp_path: Any, name: str) -> None:
+    """Norms on queries and keys, several rotary embeddings: the export compares the file with torch."""
+    from exported_models import step_program
+
+    from lincompile.lowering.onnx.export import export_onnx
+
+    report = export_onnx(step_program(name, "lawcat", window=4), tmp_path, layout="native")
+    assert report.operators["lincompile.LawcatWindow"] >= 1 and report.verified["max_error"] < 1e-5
+
+
 def test_a_site_that_is_spelled_otherwise_stays_in_stock_operators(tmp_path: Any) -> None:
     from exported_models import step_program
 
