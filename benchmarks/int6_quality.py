@@ -95,8 +95,8 @@ def predicted_against_measured(
 def moments_of(arguments: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
     """What moments depend on: a file of others isn't read."""
     return {key: result[key] for key in ("model", "converted", "calibration", "method")} | {
-        "context": arguments.calibration_context
-    }
+        "context": arguments.calibration_context, "format": 2,
+    }  # fmt: skip
 
 
 def read_moments(path: Path | None, arguments: argparse.Namespace, result: dict[str, Any]) -> dict[str, Moments] | None:
@@ -173,7 +173,7 @@ def main() -> None:
         balanced = program.clone()
         everything = find_linears(balanced.graph_module)
         layers = [layer for layer in everything if layer.reason is None]
-        rounder = WeightRounder(balanced, layers, arguments.method, data, 128, moments)
+        rounder = WeightRounder(balanced, layers, arguments.method, data, 128, moments, compensate=True)
         if moments is None:
             moments = dict(rounder.moments())
             if arguments.moments is not None:

@@ -118,7 +118,9 @@ class Quantize:
             raise RefusedError(f"quantize: no layer of the model can be quantized to {self.plan}: {_reasons(layers)}")
         if self.calibration is not None:
             todo = [layer for layer in todo if self._representable(program, layer)]
-        codes_of = WeightRounder(program, todo, self.method, self.calibration, self.group_size)
+        given = self.schemes or self.plan_file is not None
+        alike = spec.kind != "auto" and not given  # all layers of ``todo`` will have six bits, or all eight
+        codes_of = WeightRounder(program, todo, self.method, self.calibration, self.group_size, compensate=alike)
         strength = self._strength(spec)
         smoothed = codes_of.smooth(layers, strength) if strength and self.calibration and todo else {}
         chosen, record = self._choose(program, spec, todo, codes_of)

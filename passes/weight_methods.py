@@ -6,20 +6,25 @@ huge and matter little (the first of a window, which attention parks on) don't d
 
 ``clip`` chooses each group's scale by the error it leaves, weighted by the moments' diagonal. ``gptq`` (Frantar et al.,
 arXiv 2210.17323) keeps those scales, rounds one input feature at a time, the heaviest first, and moves the error it
-makes onto the features not yet rounded. It does the same over the outputs (as arXiv 2505.22988 proposes): with second
-moments ``E[ggᵀ]`` of the gradients, what a block of rows got wrong is moved onto the rows not yet rounded. Scales stay
-float16, groups and codes as everywhere.
+makes onto the features not yet rounded. In layers with no more outputs than inputs it does the same over the outputs
+(as arXiv 2505.22988 proposes): with second moments ``E[ggᵀ]`` of the gradients, what a block of rows got wrong is moved
+onto the rows not yet rounded. Before that, a layer makes up for the rounding of those that make its inputs
+(:mod:`.compensate`). Scales stay float16, groups and codes as everywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..kernels.int6_linear.codes import LEVELS, quantize_weight, round_codes, round_scale, split_groups
+from ..kernels.int6_linear.codes import LEVELS, dequantize, quantize_weight, round_codes, round_scale, split_groups
+from .compensate import corrected, find_parts, replay
 from .errors import LincompileError
 from .linear_layers import LinearLayer
 from .program import Program
@@ -30,19 +35,21 @@ from .smooth import smooth
 METHODS = ("auto", "rtn", "clip", "gptq")
 _RATIOS = [1.02 - 0.02 * step for step in range(24)]
 _DAMPING = 0.3  # heavy-tailed weights make few tokens count: less damping fits those and loses on others
-_OUTPUT_DAMPING = 1.0  # gradients of a few thousand tokens say little about so many pairs of outputs
 _MOMENT_BYTES = 1 << 30
 _BLOCK = 64  # features rounded before their error reaches those outside the block
 _ROW_BLOCKS = 8  # of a layer's outputs: errors move from block to block
-OVER_OUTPUTS = False  # off until it is measured on a whole model: it takes eight times as many steps
 _MOST_OUTPUTS = 8192  # beyond, moments of the outputs take more memory and time than they are worth
 
 
 class Moments(NamedTuple):
-    """Second moments of a layer: of its inputs ``[K, K]``, of the gradients at its outputs ``[N, N]`` or None."""
+    """Second moments of a layer: of its inputs ``[K, K]``, of the gradients at its outputs ``[N, N]`` or None.
+
+    ``tokens``: what each token counted, ``[tokens]`` for every batch that reached the layer's output, by its index.
+    """
 
     inputs: Tensor
     outputs: Tensor | None = None
+    tokens: Mapping[int, Tensor] = MappingProxyType({})
 
 
 def resolve(method: str, calibration: Sequence[Batch] | None) -> str:
@@ -71,6 +78,9 @@ class WeightRounder:
     Moments are collected on the float graph for as many layers at a time as fit in a gigabyte (at least one), with one
     forward and one backward pass per batch; they are kept until another chunk of layers is asked for. ``moments`` are
     those of an earlier call of :meth:`moments` on the same float program, to save that pass.
+
+    With ``compensate``, ``gptq`` lets layers make up for the rounding of those that make their inputs. Only where all
+    layers will be stored with the same number of bits: otherwise it would make up for errors that nobody makes.
     """
 
     def __init__(
@@ -81,6 +91,7 @@ class WeightRounder:
         calibration: Sequence[Batch] | None,
         group_size: int,
         moments: Mapping[str, Moments] | None = None,
+        compensate: bool = False,
     ) -> None:
         self.method = resolve(method, calibration)
         self._program, self._group_size = program, group_size
@@ -88,6 +99,8 @@ class WeightRounder:
         self._chunks = _chunks(layers)
         self._moments = dict(moments or {})
         self._cache: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self._parts = find_parts(layers) if compensate and self.method == "gptq" else {}
+        self._crosses: dict[tuple[str, int], Tensor] = {}
 
     def __call__(self, layer: LinearLayer, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """int8 codes ``[N, K]`` and float16 scales ``[N, groups]``."""
@@ -110,7 +123,50 @@ class WeightRounder:
         moment = self._moments[layer.name]
         if self.method == "clip":
             return clip(weight, moment.inputs.diagonal(), self._group_size, bits)
+        if layer.name in self._parts:
+            if (layer.name, bits) not in self._crosses:
+                self._crosses = self._collect_crosses(next(chunk for chunk in self._chunks if layer in chunk), bits)
+            moment = self._moments[layer.name]
+            weight = corrected(weight, moment.inputs, self._crosses[layer.name, bits])
         return gptq(weight, moment.inputs, self._group_size, bits, moment.outputs)
+
+    def _collect_crosses(self, layers: Sequence[LinearLayer], bits: int) -> dict[tuple[str, int], Tensor]:
+        """What those of ``layers`` that can should make up for: the ``cross`` of :func:`.compensate.corrected`.
+
+        Makers come before what they make, so their codes are there, or made now from the same chunk's moments.
+        """
+        parts = [self._parts[layer.name] for layer in layers if layer.name in self._parts]
+        module = self._program.graph_module
+        rounded: dict[str, Tensor] = {}
+        for maker in (maker for part in parts for maker in part.makers):
+            if (maker.name, bits) not in self._cache:
+                self._cache[maker.name, bits] = self._round(maker, bits)
+            rounded[maker.name] = dequantize(*self._cache[maker.name, bits], self._group_size)
+        if layers[0].name not in self._moments:  # a maker's chunk took their place
+            self._moments = self._collect(layers)
+        sums: dict[str, Tensor] = {}
+        power = dict.fromkeys((part.layer.name for part in parts), 0.0)
+
+        def visit(index: int, layer: LinearLayer, x: Tensor, other: Tensor) -> None:
+            count = self._moments[layer.name].tokens.get(index)
+            if count is None:  # no gradient arrived: its tokens count for nothing
+                return
+            exact, read = x.flatten(0, -2).float(), other.flatten(0, -2).float()
+            weighted = read * count.unsqueeze(1)
+            lost = F.linear(exact - read, layer.matrix(module).float())
+            _add(sums, layer.name, lost.t() @ weighted)
+            power[layer.name] += float((weighted * read).sum(dim=0).mean())
+
+        with frozen(self._program), torch.no_grad():
+            for index, batch in enumerate(self._calibration):
+                replay(self._program, batch, parts, rounded, partial(visit, index))
+        crosses = {}
+        for part in parts:
+            name, shape = part.layer.name, (part.layer.out_features, part.layer.in_features)
+            device = part.layer.matrix(module).device
+            found = sums[name] / power[name] if power[name] > 0 else torch.zeros(shape, device=device)
+            crosses[name, bits] = found
+        return crosses
 
     def moments(self) -> Mapping[str, Moments]:
         """Second moments of the first chunk's layers."""
@@ -127,38 +183,44 @@ class WeightRounder:
         if len(self._chunks) == 1:
             importance = {name: moment.inputs.diagonal() for name, moment in self.moments().items()}
         else:
-            sums, _ = self._sums([layer for chunk in self._chunks for layer in chunk], full=False)
+            sums, _, _ = self._sums([layer for chunk in self._chunks for layer in chunk], full=False)
             importance = {name: total / total.mean().clamp(min=1e-30) for name, total in sums.items()}
         done = smooth(self._program, layers, importance, strength)
         for name, moment in self._moments.items():
-            inputs, outputs = moment
+            inputs, outputs, tokens = moment
             if name in done.inputs:
                 inputs = inputs / outer(done.inputs[name])
             if name in done.outputs and outputs is not None:  # smaller outputs have larger gradients
                 outputs = outputs * outer(done.outputs[name])
-            self._moments[name] = Moments(inputs, outputs)
+            self._moments[name] = Moments(inputs, outputs, tokens)
         return done.inputs
 
     def _collect(self, layers: Sequence[LinearLayer]) -> dict[str, Moments]:
         """Moments with a mean diagonal of 1; of the inputs the identity where no gradient arrived."""
-        sums, gradients = self._sums(layers, full=True)
+        sums, gradients, tokens = self._sums(layers, full=True)
         moments: dict[str, Moments] = {}
         for layer in layers:
             device = layer.matrix(self._program.graph_module).device
             inputs = normalised(sums.get(layer.name))
             if inputs is None:
                 inputs = torch.eye(layer.in_features, device=device)
-            moments[layer.name] = Moments(inputs, normalised(gradients.get(layer.name)))
+            moments[layer.name] = Moments(inputs, normalised(gradients.get(layer.name)), tokens.get(layer.name, {}))
         return moments
 
-    def _sums(self, layers: Sequence[LinearLayer], *, full: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """``Σ ‖g‖² xxᵀ`` over the calibration batches, or only its diagonal; and for GPTQ ``Σ ggᵀ``."""
+    def _sums(
+        self, layers: Sequence[LinearLayer], *, full: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[int, Tensor]]]:
+        """``Σ ‖g‖² xxᵀ`` over the calibration batches, or only its diagonal; for GPTQ ``Σ ggᵀ``, and each ``‖g‖²``."""
+        tokens: dict[str, dict[int, Tensor]] = {}
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
 
         def visit(layer: LinearLayer, x: Tensor, grad: Tensor) -> None:
             flat, gradient = x.flatten(0, -2).float(), grad.flatten(0, -2).float()
-            weighted = flat * gradient.square().sum(dim=1, keepdim=True)
+            count = gradient.square().sum(dim=1)
+            if layer.name in self._parts:
+                tokens.setdefault(layer.name, {})[seed] = count
+            weighted = flat * count.unsqueeze(1)
             _add(inputs, layer.name, weighted.t() @ flat if full else (weighted * flat).sum(dim=0))
             if full and self.method == "gptq" and _over_outputs(layer):
                 _add(outputs, layer.name, gradient.t() @ gradient)
@@ -166,11 +228,12 @@ class WeightRounder:
         with frozen(self._program):
             for seed, batch in enumerate(self._calibration):
                 backward(self._program, layers, batch, seed, visit)
-        return inputs, outputs
+        return inputs, outputs, tokens
 
 
 def _over_outputs(layer: LinearLayer) -> bool:
-    return OVER_OUTPUTS and layer.out_features <= _MOST_OUTPUTS
+    """Whether errors move between outputs, too: not where outputs outnumber inputs (gate, up: measured, no gain)."""
+    return layer.out_features <= min(layer.in_features, _MOST_OUTPUTS)
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -238,7 +301,7 @@ def gptq(
         rounded = _feed_back(target, steps, factor, bits)
     else:
         sequence = outputs.diagonal().argsort(descending=True, stable=True)
-        upper = inverse_factor(outputs[sequence][:, sequence], _OUTPUT_DAMPING)
+        upper = inverse_factor(outputs[sequence][:, sequence])
         target, steps, rounded = target[sequence], steps[sequence], torch.empty_like(target)
         for part in (
             slice(start, start + -(-rows // _ROW_BLOCKS)) for start in range(0, rows, -(-rows // _ROW_BLOCKS))

@@ -52,14 +52,13 @@ def test_errors_move_between_outputs_that_matter_together() -> None:
     assert torch.equal(alone[0], one_sided[0]) and torch.equal(alone[1], one_sided[1])
 
 
-def test_outputs_of_a_smoothed_layer_are_weighed_by_their_new_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lincompile.passes.weight_methods.OVER_OUTPUTS", True)
+def test_outputs_of_a_smoothed_layer_are_weighed_by_their_new_gradients() -> None:
     """Rows divided by s have gradients s times as large: moments taken before must say what those after do."""
 
     class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gate, self.up, self.down = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64)
+            self.gate, self.up, self.down = nn.Linear(96, 64), nn.Linear(96, 64), nn.Linear(64, 96)
 
         def forward(self, x: Tensor) -> Tensor:
             out: Tensor = self.down(torch.sigmoid(self.gate(x)) * self.up(x))
@@ -68,10 +67,11 @@ def test_outputs_of_a_smoothed_layer_are_weighed_by_their_new_gradients(monkeypa
     model = Gated().eval()
     with torch.no_grad():
         model.up.weight[5] *= 100
-    program = capture(model, torch.randn(2, 5, 64))
-    data = [{program.inputs[0].name: correlated(64, 64).view(1, 64, 64)}]
+    program = capture(model, torch.randn(2, 5, 96))
+    data = [{program.inputs[0].name: correlated(64, 96).view(1, 64, 96)}]
     rounder = weight_methods.WeightRounder(program, find_linears(program.graph_module), "gptq", data, 128)
     before = rounder.moments()["up"].outputs
+    assert rounder.moments()["down"].outputs is None  # more outputs than inputs: errors stay where they are
     scale = rounder.smooth(find_linears(program.graph_module), 1.0)["down"]
     found = rounder.moments()["up"].outputs
     after = weight_methods.WeightRounder(program, find_linears(program.graph_module), "gptq", data, 128).moments()
