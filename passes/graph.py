@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 
 from .errors import PassError
@@ -211,9 +212,7 @@ class Builder:
 
     def __call__(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         fake_args, fake_kwargs = torch.fx.map_arg((args, kwargs), value_of)
-        with self.fake_mode:
-            value = op(*fake_args, **fake_kwargs)
-        return self.insert(op, args, kwargs, value)
+        return self.insert(op, args, kwargs, fake_value(self.fake_mode, op, fake_args, fake_kwargs))
 
     def attribute(self, path: str, value: Tensor, fake: Any = None) -> Node:
         """A ``get_attr`` node for a tensor registered on the graph module under ``path``."""
@@ -225,6 +224,32 @@ class Builder:
 
     def item(self, node: Node, index: int) -> Node:
         return self(operator.getitem, node, index)
+
+
+def fake_value(mode: Any, op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What an op gives for fake values, its symbolic sizes still symbolic.
+
+    Composite ops are decomposed in Python, as torch.export does: the C++ ones ask for sizes as ints (``matmul`` of
+    torch 2.11), which ties a symbol to the example's size, in all of the graph and without a word.
+
+    Raises:
+        PassError: the op tied a symbol to a number nevertheless.
+    """
+    environment = mode.shape_env
+    before = set() if environment is None else _fixed_symbols(environment)
+    with mode, enable_python_dispatcher():
+        value = op(*args, **kwargs)
+    if environment is not None and (fixed := _fixed_symbols(environment) - before):
+        raise PassError(
+            f"{op} made {', '.join(sorted(fixed))}, a free size of the graph, a fixed one: this version of torch can't "
+            "rewrite the graph for all sizes; use another one (2.11 to 2.13 are tested)"
+        )
+    return value
+
+
+def _fixed_symbols(environment: Any) -> set[str]:
+    """Sizes that a shape environment knows to be one number."""
+    return {str(symbol) for symbol, value in environment.replacements.items() if value.is_Integer}
 
 
 def fake_mode_of(graph_module: GraphModule) -> Any:
