@@ -1,9 +1,11 @@
 """A whole attention site, LAWCAT beside a window of 64 in SmolLM2-135M's sizes: stock operators and the native library.
 
     python benchmarks/onnx_site.py --out benchmarks/results/onnx_site.json
+    python benchmarks/onnx_site.py --rotated --out benchmarks/results/onnx_site_rotated.json
 
 ``stock`` is the operator's body, which onnxruntime runs without the library; ``native`` its kernel. Milliseconds as in
-``onnx_native.py``; ``LINCOMPILE_NATIVE=avx2`` measures those kernels.
+``onnx_native.py``; ``LINCOMPILE_NATIVE=avx2`` measures those kernels. ``--rotated`` is the form in which LAWCAT reads
+queries and keys after their rotary embedding, as in the shipped adapters.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ def shapes(tokens: int) -> dict[str, list[int]]:
     return dict(zip(INPUTS, sizes, strict=True))
 
 
-def site() -> bytes:
+def site(sizes: Sizes) -> bytes:
     """One node: the steps and states are inputs, the weights are stored."""
     rng = np.random.default_rng(0)
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 21}, name="site")
@@ -56,13 +59,14 @@ def site() -> bytes:
         given.append(value)
     attributes = {"num_heads": SIZES.heads, "kv_num_heads": SIZES.kv_heads, "window": SIZES.window}
     attributes |= {"scale": SIZES.scale, "softcap": SIZES.softcap, "temperature": SIZES.temperature}
+    attributes |= {"rotated": sizes.rotated}
     node = ir.node(LAWCAT_WINDOW, given, attributes, domain=library.DOMAIN, num_outputs=3)
     for index, output in enumerate(node.outputs):
         output.name, output.type = f"y{index}", ir.TensorType(ir.DataType.FLOAT)
     graph.append(node)
     graph.outputs.extend(node.outputs)
     model = ir.Model(graph, ir_version=10)
-    function = body(SIZES)
+    function = body(sizes)
     model.functions[function.identifier()] = function
     graph.opset_imports[library.DOMAIN] = 1
     attach_bodies(model)
@@ -90,8 +94,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=3.0, help="per measurement")
+    parser.add_argument("--rotated", action="store_true", help="LAWCAT reads rotated queries and keys")
     options = parser.parse_args()
-    model, rows = site(), []
+    model, rows = site(replace(SIZES, rotated=int(options.rotated))), []
     for threads in options.threads:
         sessions = {name: session(model, threads, name == "native") for name in ("stock", "native")}
         for tokens in (1, 16, 128, 1024):

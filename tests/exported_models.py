@@ -33,10 +33,11 @@ class Exported:
 
 
 def step_program(
-    model: str, attn: str, keep: tuple[int, ...] = (), quant: str | None = None, window: int = 0
+    model: str, attn: str, keep: tuple[int, ...] = (), quant: str | None = None, window: int = 0, rotary: str = ""
 ) -> StepProgram:
     module, example = zoo.build(model)
-    passes: list[Any] = [Canonicalize(), ProveAttention(), LinearizeAttention(attn, keep=keep, window=window)]
+    linearize = LinearizeAttention(attn, keep=keep, window=window, rotary=rotary)
+    passes: list[Any] = [Canonicalize(), ProveAttention(), linearize]
     if quant:
         passes.append(Quantize(quant))
     return make_stateful(Pipeline(passes)(capture(module, example)), check=False)
@@ -51,7 +52,8 @@ def batch(step: StepProgram, lengths: Sequence[int] = (13, 9, 12)) -> tuple[Tens
 
 
 # The SmolLM2 head layout (9 query and 3 key heads) with one kept softmax layer, and with softmax alone; six-bit
-# weights; sliding layers; a window beside linear attention, also by the native library's operators; the delta rule.
+# weights; sliding layers; a window beside linear attention, also by the native library's operators, where the linear
+# part reads queries and keys before or after their rotary embedding; the delta rule.
 CASES: dict[str, dict[str, Any]] = {
     "hybrid": {"model": "llama-gqa", "attn": "lawcat", "keep": (1,)},
     "softmax": {"model": "llama-gqa", "attn": "softmax"},
@@ -59,6 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
     "hedgehog-sliding": {"model": "gemma3", "attn": "hedgehog"},
     "window": {"model": "llama-gqa", "attn": "lawcat", "window": 4},
     "window-native": {"model": "llama-gqa", "attn": "lawcat", "window": 4},
+    "window-rotated-native": {"model": "llama-gqa", "attn": "lawcat", "window": 4, "rotary": "keep"},
     "delta-a6": {"model": "llama", "attn": "gated-delta", "quant": "w6a6"},
 }
 

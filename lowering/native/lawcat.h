@@ -15,6 +15,7 @@ struct Call {
     const float *taps, *map_weight, *map_bias, *projection, *gate_up, *gate_bias, *mix_bias;
     float *output, *present_conv, *present_state;
     int64_t batch, tokens, heads, kv_heads, size, width, taps_count, rank, window;
+    int64_t rotated;  // 1: LAWCAT reads queries and keys after the rotary embedding, as the window does
     float scale, softcap, temperature;
     std::vector<float> projected;  // [batch · tokens, rank | 2 · heads, the latter as shares]
     std::vector<float> past_real;  // [batch, window − 1]

@@ -167,6 +167,19 @@ INLINE void turn(const float* x, const float* cosine, const float* sine, int64_t
     }
 }
 
+// A query or key as the convolutions read it, 0 at padding.
+INLINE void convolved(const Head& h, int64_t t, int64_t slot, float* to) {
+    const Call& c = h.c;
+    const float *x = h.input(t, slot), real = c.mask[h.first + t];
+    if (c.rotated) {
+        turn(x, c.cosine + (h.first + t) * c.size, c.sine + (h.first + t) * c.size, c.size, real, to);
+        return;
+    }
+    int64_t d = 0;
+    for (; d + LANES <= c.size; d += LANES) store(to + d, load(x + d) * real);
+    for (; d < c.size; d++) to[d] = x[d] * real;
+}
+
 // Copies of weights and states, each padded to whole vectors.
 TARGET void prepare(const Head& h, Scratch& s) {
     const Call& c = h.c;
@@ -209,13 +222,7 @@ TARGET void features(const Head& h, Scratch& s, int64_t from, int64_t count) {
     const int64_t slots = s.group + 1, vectors = s.padded / LANES, length = s.history + s.block;
     for (int64_t slot = 0; slot < slots; slot++) {
         float* extended = s.conv + slot * length * s.padded;
-        for (int64_t t = 0; t < count; t++) {
-            const float *x = h.input(from + t, slot), real = c.mask[h.first + from + t];
-            float* to = extended + (s.history + t) * s.padded;
-            int64_t d = 0;
-            for (; d + LANES <= c.size; d += LANES) store(to + d, load(x + d) * real);
-            for (; d < c.size; d++) to[d] = x[d] * real;
-        }
+        for (int64_t t = 0; t < count; t++) convolved(h, from + t, slot, extended + (s.history + t) * s.padded);
         for (int64_t t = 0; t < count; t++)
             for (int64_t n = 0; n < vectors; n++) {
                 Vector sum = all(0.0f);
@@ -442,9 +449,9 @@ TARGET void head(const Call& c, int64_t row, int64_t kv_head) {
     for (int64_t slot = 0; slot <= s.group; slot++)
         for (int64_t j = 0; j < s.history; j++) {
             const int64_t t = last + j - s.history;
+            if (t >= 0) convolved(h, t, slot, key.data());
             for (int64_t d = 0; d < size; d++)
                 c.present_conv[(row * c.channels() + h.channel(slot) + d) * s.history + j] =
-                    t < 0 ? old_conv[(slot * size + d) * s.history + last + j]
-                          : h.input(t, slot)[d] * c.mask[h.first + t];
+                    t < 0 ? old_conv[(slot * size + d) * s.history + last + j] : key[d];
         }
 }

@@ -19,6 +19,7 @@ struct LawcatWindow {
         check(ort::int_attribute(api, info, "num_heads", &fixed.heads));
         check(ort::int_attribute(api, info, "kv_num_heads", &fixed.kv_heads));
         check(ort::int_attribute(api, info, "window", &fixed.window));
+        check(ort::int_attribute(api, info, "rotated", &fixed.rotated));
         check(ort::float_attribute(api, info, "scale", &fixed.scale));
         check(ort::float_attribute(api, info, "softcap", &fixed.softcap));
         check(ort::float_attribute(api, info, "temperature", &fixed.temperature));
@@ -28,6 +29,8 @@ struct LawcatWindow {
         if (fixed.window < 1 || !(fixed.temperature > 0.0f))
             fail(api, "lincompile.LawcatWindow: window and temperature must be positive, got %lld and %g",
                  static_cast<long long>(fixed.window), static_cast<double>(fixed.temperature));
+        if (fixed.rotated != 0 && fixed.rotated != 1)
+            fail(api, "lincompile.LawcatWindow: rotated must be 0 or 1, got %lld", static_cast<long long>(fixed.rotated));
     }
 
     void compute(ort::KernelContext* context) const {

@@ -21,6 +21,9 @@ Inputs (float32), for H query and Hkv key heads of D, windows of W and convoluti
     mix_bias       [2·H]
 
 Outputs: ``[B, T, H·D]`` (0 at padding), and the states after the last real token.
+
+LAWCAT reads queries and keys before their rotary embedding, with the attribute ``rotated`` = 1 after it. The states of
+the convolutions hold what these read.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ INPUTS = (
 OUTPUTS = ("output", "present_conv", "present_state")
 _PLACEHOLDER = "LawcatSite"
 _ROLES = ("conv", "conv", "recurrent", "key", "value")  # of the placeholder's inputs 7 to 11 and outputs 1 to 5
-_ATTRIBUTES = ("num_heads", "kv_num_heads", "window", "scale", "softcap", "temperature")
+_ATTRIBUTES = ("num_heads", "kv_num_heads", "window", "scale", "softcap", "temperature", "rotated")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Sizes:
     scale: float
     softcap: float
     temperature: float
+    rotated: int = 0
 
     @property
     def state(self) -> list[int]:
@@ -228,7 +232,9 @@ def body(sizes: Sizes) -> ir.Function:
     heads, kv_heads, size = sizes.heads, sizes.kv_heads, sizes.size
     queries, keys, value = emit.split(values["qkv"], [heads * size, kv_heads * size, kv_heads * size], 2)
     state, cache, real = emit.split(values["past_state"], sizes.state, 1)
-    features_q, features_k, present_conv = _features(emit, sizes, values, queries, keys, mask)
+    near_q, near_k = (_rotated(emit, x, n, size, values) for x, n in ((queries, heads), (keys, kv_heads)))
+    read = (near_q, near_k) if sizes.rotated else (queries, keys)
+    features_q, features_k, present_conv = _features(emit, sizes, values, *read, mask)
     projected = emit("MatMul", values["hidden"], emit("Transpose", values["projection"], perm=[1, 0]))
     low, mix = emit.split(projected, [sizes.rank, 2 * heads], 2)
     logits = emit("Add", emit("MatMul", low, values["gate_up"]), values["gate_bias"])
@@ -252,7 +258,6 @@ def body(sizes: Sizes) -> ir.Function:
     far = emit("Div", total, emit("Add", weight, emit.real(EPSILON)))
 
     blocks = window_blocks(emit, values["hidden"], values["mask"], real, sizes.window)
-    near_q, near_k = (_rotated(emit, x, n, size, values) for x, n in ((queries, heads), (keys, kv_heads)))
     layout = Heads(kv_heads, heads // kv_heads, size, sizes.scale, sizes.softcap)
     window = emit.reshape(cache, 0, sizes.window - 1, 2 * kv_heads * size)
     near, new_cache = attend(emit, near_q, emit("Concat", near_k, value, axis=2), window, blocks, layout)

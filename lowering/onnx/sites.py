@@ -57,21 +57,25 @@ def lawcat_window(
     scale: float,
     softcap: float,
     temperature: float,
+    rotated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One site between its projections: LAWCAT (arXiv 2509.18467) and rotary softmax over the nearest keys, mixed.
 
     q ``[B, H, T, D]``, k and v ``[B, Hkv, T, D]`` before the rotary embedding, x ``[B, T, E]``, cos and sin
     ``[B, T, D]``, mask ``[B, T]`` and past_mask ``[B, P]`` bool, the states as in a step program, and the weights of
-    ``passes.methods.Lawcat``. Returns ``[B, H, T, D]`` and the new states.
+    ``passes.methods.Lawcat``. LAWCAT reads q and k as given or, with ``rotated``, after the embedding, as the window
+    does. Returns ``[B, H, T, D]`` and the new states.
     """
-    features_q, new_q = ops.hedgehog_features(q, conv_q, conv_q_state, map_weight, map_bias, mask, False)
-    features_k, new_k = ops.hedgehog_features(k, conv_k, conv_k_state, map_weight, map_bias, mask, True)
+    turned_q, turned_k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+    far_q, far_k = (turned_q, turned_k) if rotated else (q, k)
+    features_q, new_q = ops.hedgehog_features(far_q, conv_q, conv_q_state, map_weight, map_bias, mask, False)
+    features_k, new_k = ops.hedgehog_features(far_k, conv_k, conv_k_state, map_weight, map_bias, mask, True)
     low = functional.linear(x, gate_down)
     decay = ops.decay_gate(low, gate_up, gate_bias, mask, k.shape[1], temperature)
     far, new_state = ops.linear_attention(features_q, features_k, v, decay, state, 1.0, True, True)
     seen = torch.cat([past_mask, mask], 1)
     near, keys, values = ops.softmax_attention_step(
-        _rotated(q, cos, sin), _rotated(k, cos, sin), v, k_cache, v_cache, seen, "sliding", window, scale, softcap
+        turned_q, turned_k, v, k_cache, v_cache, seen, "sliding", window, scale, softcap
     )
     shares = torch.sigmoid(functional.linear(x, mix_weight, mix_bias)).transpose(1, 2).unsqueeze(-1)
     share_far, share_near = shares.chunk(2, 1)
@@ -165,37 +169,36 @@ def _match(module: GraphModule, site: Node) -> tuple[list[Node], list[Node], Cal
         if share.op != "call_function":
             raise Mismatch("the shares aren't projected from the hidden states")
     x, mix_weight, mix_bias = (_node(item) for item in (*share.args, None)[:3])
-    cos, sin = _rotary(near_q)
+    before_q, cos, sin = _rotary(near_q)
+    rotated = q is near_q  # both attentions read it after its rotary embedding
+    if rotated:
+        q, k = before_q, _rotary(near_k)[0]
     window, scale, softcap = (argument(site, 7 + i, name) for i, name in enumerate(("window", "scale", "softcap")))
     _op(seen, aten.cat.default, "the masks of past and new tokens")
     past_mask, mask = (_node(item) for item in seen.args[0])  # type: ignore[union-attr]
     leaves = [q, k, v, x, cos, sin, mask, past_mask, conv_q_state, conv_k_state, state, k_cache, v_cache, conv_q]
     leaves += [conv_k, map_weight, map_bias, _node(low.args[1]), gate_up, gate_bias, mix_weight, mix_bias]
     outputs = [total, _output(maps_q, 1), _output(maps_k, 1), _output(linear, 1), _output(site, 1), _output(site, 2)]
-    del near_k  # the check covers it
 
     def call(*values: Any) -> tuple[Any, ...]:
-        return *values, window, scale, softcap, temperature
+        return *values, window, scale, softcap, temperature, rotated
 
     return leaves, outputs, call
 
 
-def _rotary(near: Node) -> tuple[Node, Node]:
-    """The cos and sin ``[B, T, D]`` of queries as Llama rotates them: ``x cos + [−x₂, x₁] sin``."""
-    _op(near, aten.add.Tensor, "rotated queries")
-    found: list[Node] = []
-    for product in near.args[:2]:
-        _op(product, aten.mul.Tensor, "rotated queries")
-        factor = _op(_node(product).args[1], aten.unsqueeze.default, "cos or sin of a rotation")
-        found.append(_node(factor.args[0]))
-    if target_of(_node(near.args[0]).args[0]) is aten.cat.default:
-        found.reverse()
-    cos, sin = found
-    for leaf in found:
+def _rotary(near: Node) -> tuple[Node, Node, Node]:
+    """The x, and the cos and sin ``[B, T, D]``, of what Llama rotates: ``x cos + [−x₂, x₁] sin``."""
+    _op(near, aten.add.Tensor, "rotated queries or keys")
+    products = [_op(_node(item), aten.mul.Tensor, "rotated queries or keys") for item in near.args[:2]]
+    if target_of(_node(products[0].args[0])) is aten.cat.default:
+        products.reverse()
+    factors = [_op(_node(item.args[1]), aten.unsqueeze.default, "cos or sin of a rotation") for item in products]
+    cos, sin = (_node(factor.args[0]) for factor in factors)
+    for leaf in (cos, sin):
         fake = value_of(leaf)
         if not isinstance(fake, Tensor) or fake.dim() != 3:
             raise Mismatch("cos and sin of the rotation aren't [batch, time, head size]")
-    return cos, sin
+    return _node(products[0].args[0]), cos, sin
 
 
 def _node(item: Any) -> Node:

@@ -219,6 +219,7 @@ def lawcat_window(
     scale: float = 1.0,
     softcap: float = 0.0,
     temperature: float = 1.0,
+    rotated: bool = False,
 ) -> tuple[Any, ...]:
     """A placeholder node; :mod:`.lawcat` gives it the file's states. The file's own mask holds the past one."""
     heads, size = _static(q, 1, "the number of query heads"), _static(q, 3, "the head size")
@@ -237,6 +238,7 @@ def lawcat_window(
         scale=scale,
         softcap=softcap,
         temperature=temperature,
+        rotated=int(rotated),
     )
     return _unpack_heads(packed, heads, size), *new
 

@@ -33,6 +33,12 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     yield request.param
 
 
+@pytest.fixture(params=[0, 1], ids=["before", "rotated"])
+def rotated(request: pytest.FixtureRequest) -> Any:
+    """Whether LAWCAT reads queries and keys before or after their rotary embedding."""
+    return request.param
+
+
 class Runner:
     def __init__(self, case: Site, threads: int = 1) -> None:
         options = ort.SessionOptions()
@@ -70,8 +76,8 @@ SIZES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_equals_torch_in_any_chunks(kernels: str, sizes: dict[str, Any]) -> None:
-    case = site(**sizes)
+def test_equals_torch_in_any_chunks(kernels: str, sizes: dict[str, Any], rotated: int) -> None:
+    case = site(**sizes, rotated=rotated)
     run = Runner(case, threads=2)
     for batch, time, cuts in ((2, 1, []), (1, 37, [1]), (2, 131, [5, 6, 70]), (1, 131, [])):
         feed = tokens(case, batch, time)
@@ -83,9 +89,9 @@ def test_equals_torch_in_any_chunks(kernels: str, sizes: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("sizes", SIZES[:2], ids=str)
-def test_padding_on_either_side_is_not_there(kernels: str, sizes: dict[str, Any]) -> None:
+def test_padding_on_either_side_is_not_there(kernels: str, sizes: dict[str, Any], rotated: int) -> None:
     """Rows of a batch with a prompt padded on the left, then a chunk padded on the right, then one more token."""
-    case = site(**sizes)
+    case = site(**sizes, rotated=rotated)
     run = Runner(case)
     lengths, then = torch.tensor([[19], [4], [0]]), torch.tensor([[3], [40], [1]])
     feed = tokens(case, 3, 60)
@@ -112,9 +118,19 @@ def _carried(case: Site, states: dict[str, Tensor], row: int) -> list[Tensor]:
     return [states["past_conv"][row], cache.unflatten(0, (case.sizes.window - 1, -1)) * real[:, None], real]
 
 
-def test_decays_of_any_strength(kernels: str) -> None:
+def test_the_two_forms_differ(kernels: str) -> None:
+    """So a test of one can't pass on the other, and both are the same where the rotation is by nothing."""
+    plain, turned = (site(6, 3, 16, window=4, rotated=rotated) for rotated in (0, 1))
+    feed = tokens(plain, 1, 20) | fresh(plain, 1)
+    (one, states), (other, turned_states) = Runner(plain)(feed), Runner(turned)(feed)
+    assert far(one, other) > 1e-3 and far(states["past_conv"], turned_states["past_conv"]) > 1e-3
+    feed |= {"cos": torch.ones_like(feed["cos"]), "sin": torch.zeros_like(feed["sin"])}
+    assert far(Runner(plain)(feed)[0], Runner(turned)(feed)[0]) < 1e-6
+
+
+def test_decays_of_any_strength(kernels: str, rotated: int) -> None:
     """Channels that forget everything beside some that keep all: −∞ and ∞ are gates that are shut and open."""
-    case = site(6, 3, 16, window=4)
+    case = site(6, 3, 16, window=4, rotated=rotated)
     bias = case.weights["gate_bias"]
     bias[::4], bias[1::4], bias[2::4] = float("-inf"), float("inf"), -3000.0
     feed = tokens(case, 1, 50)
@@ -125,8 +141,8 @@ def test_decays_of_any_strength(kernels: str) -> None:
     assert far(states["past_state"][:, : case.sizes.state[0]], state) < 5e-6
 
 
-def test_what_is_not_a_number_shows_and_stays_in_its_future(kernels: str) -> None:
-    case = site(6, 3, 16)
+def test_what_is_not_a_number_shows_and_stays_in_its_future(kernels: str, rotated: int) -> None:
+    case = site(6, 3, 16, rotated=rotated)
     feed = tokens(case, 2, 40)
     feed["qkv"][0, 20, 3] = float("nan")
     output, states = Runner(case)(feed | fresh(case, 2))
@@ -135,11 +151,11 @@ def test_what_is_not_a_number_shows_and_stays_in_its_future(kernels: str) -> Non
     assert torch.isfinite(states["past_state"][1]).all()
 
 
-def test_one_buffer_for_the_old_and_the_new_state(kernels: str) -> None:
+def test_one_buffer_for_the_old_and_the_new_state(kernels: str, rotated: int) -> None:
     """As onnxruntime-genai and the benchmarks bind them."""
     if kernels == "body":
         pytest.skip("onnxruntime's own kernels")
-    case = site(9, 3, 64)
+    case = site(9, 3, 64, rotated=rotated)
     run, feed = Runner(case), tokens(case, 2, 30)
     _, states = run.chunks({name: value[:, :29] for name, value in feed.items()}, [])
     last = {name: value[:, 29:] for name, value in feed.items()}
@@ -181,6 +197,7 @@ def test_wrong_shapes_are_errors(kernels: str) -> None:
     for name, value, message in (
         ("kv_num_heads", 3, "4 query heads can't be divided among 3 key heads"),
         ("window", 0, "window and temperature must be positive, got 0 and 16"),
+        ("rotated", 2, "rotated must be 0 or 1, got 2"),
     ):
         broken = onnx.ModelProto()
         broken.CopyFrom(proto)
@@ -189,14 +206,14 @@ def test_wrong_shapes_are_errors(kernels: str) -> None:
             ort.InferenceSession(broken.SerializeToString(), options)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module", params=["remove", "keep"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Two layers of six-bit LAWCAT beside a window, for the library."""
     from exported_models import step_program
 
     from lincompile.lowering.onnx.export import export_onnx
 
-    step = step_program("llama-gqa", "lawcat", quant="w6a8", window=4)
+    step = step_program("llama-gqa", "lawcat", quant="w6a8", window=4, rotary=request.param)
     folder = tmp_path_factory.mktemp("site")
     return step, folder, export_onnx(step, folder, layout="native", embeddings="int6")
 
@@ -243,14 +260,15 @@ def test_an_exported_site_runs_with_and_without_the_library(
         assert torch.isfinite(error).all() and (not len(error) or float(error.median()) < 1e-4)
 
 
+@pytest.mark.parametrize("rotary", ["remove", "keep"])
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
-def test_sites_of_other_families(tmp_path: Any, name: str) -> None:
+def test_sites_of_other_families(tmp_path: Any, name: str, rotary: str) -> None:
     """Norms on queries and keys, several rotary embeddings: the export compares the file with torch."""
     from exported_models import step_program
 
     from lincompile.lowering.onnx.export import export_onnx
 
-    report = export_onnx(step_program(name, "lawcat", window=4), tmp_path, layout="native")
+    report = export_onnx(step_program(name, "lawcat", window=4, rotary=rotary), tmp_path, layout="native")
     assert report.operators["lincompile.LawcatWindow"] >= 1 and report.verified["max_error"] < 1e-5
 
 
@@ -263,3 +281,18 @@ def test_a_site_that_is_spelled_otherwise_stays_in_stock_operators(tmp_path: Any
     report = export_onnx(step, tmp_path, layout="native")
     assert "lincompile.LawcatWindow" not in report.operators and report.verified["max_error"] < 1e-4
     assert any("beside a window stays in stock operators: " in note for note in report.notes)
+
+
+@pytest.mark.parametrize("rotary", ["remove", "keep"])
+def test_the_proof_refuses_the_other_form(monkeypatch: pytest.MonkeyPatch, rotary: str) -> None:
+    """A match that took rotated queries and keys for plain ones, or the reverse, is no match."""
+    from exported_models import step_program
+
+    from lincompile.lowering.onnx import sites
+
+    step = step_program("llama-gqa", "lawcat", window=4, rotary=rotary)
+    assert sites.fuse_sites(step)[1:] == (2, "")
+    right = sites.lawcat_window
+    monkeypatch.setattr(sites, "lawcat_window", lambda *args: right(*args[:-1], not args[-1]))
+    same, count, reason = sites.fuse_sites(step)
+    assert same is step and count == 0 and "differs from the op by" in reason

@@ -70,7 +70,7 @@ def test_logits_and_states_equal_torch(exported: Callable[[str], Exported], name
             assert [n for n, size in zip(state.shape[1:], spec.shape, strict=True) if size is not None] == sizes
 
 
-@pytest.mark.parametrize("name", ["hybrid", "int6", "hedgehog-sliding", "window-native"])
+@pytest.mark.parametrize("name", ["hybrid", "int6", "hedgehog-sliding", "window-native", "window-rotated-native"])
 def test_a_padded_batch_equals_single_runs(exported: Callable[[str], Exported], name: str) -> None:
     case = exported(name)
     tokens, positions, mask = batch(case.step)
@@ -83,7 +83,7 @@ def test_a_padded_batch_equals_single_runs(exported: Callable[[str], Exported], 
         assert close(name, difference)
 
 
-@pytest.mark.parametrize("name", ["hybrid", "window", "hedgehog-sliding", "window-native"])
+@pytest.mark.parametrize("name", ["hybrid", "window", "hedgehog-sliding", "window-native", "window-rotated-native"])
 def test_padding_on_the_right_of_a_chunk(exported: Callable[[str], Exported], name: str) -> None:
     """As onnxruntime-genai pads a batch: the next token must see each row's last real tokens, not the padding."""
     session = exported(name).session

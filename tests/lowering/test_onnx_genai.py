@@ -23,9 +23,9 @@ else:
 from lincompile.lowering.generate import Session, generate
 from lincompile.lowering.onnx.export import GENAI_FILE, MODEL_FILE
 
-# A kept softmax layer; softmax alone; a constant window beside linear attention, also as operators of the native
-# library, whose bodies genai runs; sliding and linear layers.
-NAMES = ["hybrid", "softmax", "window", "window-native", "hedgehog-sliding"]
+# A kept softmax layer; softmax alone; a constant window beside linear attention, also as both forms of the native
+# library's operator, whose bodies genai runs; sliding and linear layers.
+NAMES = ["hybrid", "softmax", "window", "window-native", "window-rotated-native", "hedgehog-sliding"]
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13], [4, 3, 9, 8, 7, 6, 10]]
 NEW, LIMIT = 12, 40
 PAD = 2  # ``pad_token_id`` of the configuration: the end token that the cases are exported with
