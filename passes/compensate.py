@@ -77,6 +77,8 @@ def replay(program: Program, batch: Mapping[str, Tensor], parts: Sequence[Part],
 
     ``rounded``: the makers' dequantized weights ``[N, K]`` by layer name.
     """
+    graph = program.graph_module.graph
+    assert all(part.layer.calls[0].node.graph is graph for part in parts), "the layers are those of another graph"
     _Both(program, parts, rounded, visit).run(*(batch[item.name] for item in program.inputs))
 
 
