@@ -17,7 +17,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,6 +55,7 @@ class Compared:
 
     def __init__(self, kernels: ModuleType, reference: ModuleType, function: str, rows: list[dict[str, Any]]) -> None:
         self.kernels, self.reference, self.function, self.rows = kernels, reference, function, rows
+        self.worst: tuple[float, Any, Any] = -1.0, None, None  # error, operands, results
 
     def __getattr__(self, name: str) -> Any:
         plain = getattr(self.kernels, name)
@@ -74,6 +74,8 @@ class Compared:
                 for part in (slice(None), slice(late, None))
             )
             self.rows.append({"shape": list(have.shape), "error": error, "second half": later})
+            if not later <= self.worst[0]:
+                self.worst = later, args, got
             return got
 
         return run
@@ -93,6 +95,20 @@ def using(chosen: Callable[[str], Any]) -> Iterator[None]:
             module.backend = plain[name]
 
 
+def build(asked: argparse.Namespace, dtype: torch.dtype) -> tuple[TrainingGraph, TrainingGraph, Tensor]:
+    """The student, its teacher and the tokens: a float32 model computes under bfloat16 autocast on a GPU."""
+    loaded = load_model(asked.model, dtype=dtype, device=asked.device)
+    teacher = Pipeline([Canonicalize(), ProveAttention()])(capture_loaded(loaded))
+    shape = Options(attn=asked.attn, window=asked.window, keep_softmax=asked.keep_softmax, adapter=str(asked.adapter))
+    student = rewrite(teacher, shape)
+    apply_adapter(asked.adapter, teacher, student, source_hash=loaded.source_hash)
+    graph = instead(teacher, student)
+    for branch in graph.branches.values():
+        branch.fuse = dtype == torch.float32
+    ids = read_tokens(asked.text, loaded.tokenizer)[: asked.context * asked.windows]
+    return graph, unpadded(teacher), ids
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -105,31 +121,27 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--operands", type=Path, help="a folder for the operands and results of each op's worst call")
     asked = parser.parse_args()
-    loaded = load_model(asked.model, dtype=torch.float32, device=asked.device)
-    teacher = Pipeline([Canonicalize(), ProveAttention()])(capture_loaded(loaded))
-    student = rewrite(teacher, Options(attn=asked.attn, window=asked.window, keep_softmax=asked.keep_softmax))
-    apply_adapter(asked.adapter, teacher, student, source_hash=loaded.source_hash)
-    ids = read_tokens(asked.text, loaded.tokenizer)[: asked.context * asked.windows]
-    result: dict[str, Any] = {"command": " ".join(sys.argv), "versions": versions(), "perplexity": {}}
+    graph, teacher, ids = build(asked, torch.float32)
+    exact, exact_teacher, _ = build(asked, torch.float64)
+    result: dict[str, Any] = {"command": " ".join(sys.argv), "versions": versions(), "perplexity": {}, "nll": {}}
 
     def measure(name: str, graph: TrainingGraph) -> None:
-        found = perplexity(graph, ids, asked.context, None)
-        result["perplexity"][name] = found["perplexity"]
-        base = result["perplexity"]["teacher"]
-        print(f"{name:36s} {found['perplexity']:9.3f}  {found['perplexity'] / base:.4f}x", flush=True)
+        rows = [perplexity(graph, window, asked.context, None)["nll"] for window in ids.split(asked.context)]
+        found = math.exp(sum(rows) / len(rows))
+        result["perplexity"][name], result["nll"][name] = found, rows
+        base = result["perplexity"].get("teacher", found)
+        print(f"{name:36s} {found:9.3f}  {found / base:.4f}x", flush=True)
         if asked.json:
             asked.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     kernels = {name: triton_module(name) for name in OPS}
-    graph = instead(teacher, student)
-    for branch in graph.branches.values():
-        branch.fuse = True
-    measure("teacher", unpadded(teacher))
+    measure("teacher", teacher)
+    measure("teacher, float64", exact_teacher)
     with using(lambda name: None):
         measure("references", graph)
-        if graph.autocast is not None:
-            measure("references, float32", replace(graph, autocast=None))
+        measure("references, float64", exact)
     with using(kernels.get):
         measure("kernels", graph)
     for only in OPS:
@@ -145,6 +157,9 @@ def main() -> None:
     with using(pairs.get):
         measure("kernels, compared", graph)
     result["errors"] = errors
+    for name, pair in pairs.items() if asked.operands else ():
+        asked.operands.mkdir(parents=True, exist_ok=True)
+        torch.save(pair.worst[1:], asked.operands / f"{name}.pt")
     for name, rows in errors.items():
         worst = sorted(((row["second half"], row["error"], site) for site, row in enumerate(rows)), reverse=True)[:3]
         print(f"{name:20s} {len(rows)} calls, worst (second half of the tokens, all, call):", worst, flush=True)

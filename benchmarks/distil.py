@@ -98,7 +98,14 @@ class Run:
         recipe = self.recipe
         return rewrite(
             self.teacher,
-            Options(attn=recipe.attn, keep_softmax=self.kept, window=recipe.window, seed=self.asked.seed),
+            Options(
+                attn=recipe.attn,
+                keep_softmax=self.kept,
+                window=recipe.window,
+                rotary=recipe.rotary,
+                seed=self.asked.seed,
+                adapter=None if (file := self.asked.evaluate or self.asked.start) is None else str(file),
+            ),
         )
 
     def data(self, stage: Stage, seed: int) -> Batches:
@@ -234,7 +241,9 @@ def _control(run: Run) -> Program:
 def recipe_of(asked: argparse.Namespace) -> Recipe:
     """The variant's recipe, with what the command line replaces."""
     recipe = RECIPES[asked.variant] if asked.variant else Recipe(measures=("ablations",))
-    names = {"attn": "attn", "window": "window", "keep_softmax": "keep", "mode": "train", "measures": "measures"}
+    names = {"keep_softmax": "keep", "mode": "train"} | {
+        name: name for name in ("attn", "window", "rotary", "measures")
+    }
     given = {field: getattr(asked, name) for name, field in names.items() if getattr(asked, name) is not None}
     if asked.passkey is not None:
         given["passkey"] = asked.passkey
@@ -275,6 +284,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--table", type=Path, metavar="DIR", help="print the table of the results in a folder")
     recipe = parser.add_argument_group("instead of what the recipe says")
     recipe.add_argument("--attn")
+    recipe.add_argument("--rotary", choices=("keep", "remove"), help="as the CLI's")
     recipe.add_argument("--window", type=int, help="softmax over the nearest tokens beside the linear part")
     recipe.add_argument("--keep-softmax", help="as in the CLI; auto:N chooses by KL after the transfer")
     recipe.add_argument("--mode", help="full or lora:R")

@@ -34,6 +34,7 @@ class Recipe:
 
     Args:
         attn: the method; ``softmax`` for the control, which learns to predict the text itself.
+        window, rotary: as ``--window`` and ``--rotary``.
         keep: as ``--keep-softmax``; ``auto:N`` chooses by KL after the transfer.
         transfer_loss: ``mse``, ``weights`` or ``both``.
         train: what logit distillation trains: ``full`` or ``lora:R``.
@@ -46,6 +47,7 @@ class Recipe:
 
     attn: str = "lawcat"
     window: int | None = None
+    rotary: str | None = None
     keep: str | None = None
     transfer_loss: str = "mse"
     train: str = "lora:14"
@@ -58,7 +60,7 @@ class Recipe:
 
 
 PURE = Recipe()
-WINDOW = Recipe(window=64, measures=("ablations", "generation", "int6", "zero-shot"))
+WINDOW = Recipe(window=64, rotary="keep", measures=("ablations", "generation", "int6", "zero-shot"))
 HYBRID = replace(WINDOW, keep="auto:6")
 # Nothing is trained on more than 1,024 tokens; 8 and 22 times as many are asked for.
 SHORT = Recipe(

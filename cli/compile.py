@@ -87,6 +87,12 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
     "--window", type=common.count, metavar="W", help="Keep a softmax window of W beside the linear attention."
 )
 @click.option(
+    "--rotary",
+    type=click.Choice(("keep", "remove")),
+    help="Linear attention reads q and k after (keep) or before (remove) their rotary embedding. "
+    "[default: keep for hedgehog, remove for the gated methods; as an adapter was trained]",
+)
+@click.option(
     "--quant",
     default="none",
     show_default=True,

@@ -105,10 +105,9 @@ def command(
 
 def measure(compiled: Compiled, artefact: Artefact, reporter: Any, context: int, tokens: int) -> Measured:
     """Perplexity on the held-out text, speed, and text, of the teacher and of what was packaged."""
+    from ..lowering.compiler import rewrite
     from ..lowering.evaluate import bench, logits_of_program, logits_of_session, perplexity
     from ..lowering.generate import Session
-    from ..passes.linearize import LinearizeAttention
-    from ..passes.pipeline import Pipeline
     from ..passes.stateful import make_stateful
 
     ids = artefact.tokenizer.encode(HELD_OUT.read_text(encoding="utf-8"))
@@ -127,8 +126,7 @@ def measure(compiled: Compiled, artefact: Artefact, reporter: Any, context: int,
     teacher_session = Session(make_stateful(compiled.teacher, check=False))
     teacher_speed = bench(teacher_session, context=SPEED_CONTEXT, new_tokens=16)
     reporter.stage("before training")
-    fresh = LinearizeAttention("lawcat", window=WINDOW, seed=compiled.options.seed)
-    untrained = Pipeline([fresh])(compiled.teacher.clone())
+    untrained = rewrite(compiled.teacher, compiled.options)
     undistilled = run(logits_of_program(untrained))
     errors = layer_errors(compiled, untrained)
     reporter.stage("artefact")

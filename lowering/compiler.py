@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..passes.canonicalize import Canonicalize
 from ..passes.capture import capture, from_exported
-from ..passes.distil.adapter import apply_adapter
+from ..passes.distil.adapter import apply_adapter, rotary_of
 from ..passes.distil.instrument import model_inputs
 from ..passes.distil.logits import LogitDistillation
 from ..passes.distil.recipe import Distilled, Extension, Listener, Recipe, run_recipe
@@ -75,6 +75,7 @@ class Options:
     rewrite_sliding: bool = False
     alibi: bool = False
     window: int | None = None
+    rotary: str | None = None
     distil: Any = None
     tokens: int | None = None
     time: float | None = None
@@ -291,12 +292,11 @@ def compile(
         builder: ``module:function`` that builds the module of a bare state dict.
         trust: allow code that the model file brings along to run.
         checkpoint: file that distillation saves itself to and resumes from.
-        options: ``attn``, ``quant``, ``keep_softmax``, ``rewrite_sliding``, ``alibi``, ``window``, ``distil`` (a text
-            file, token ids, or ``hf:name``), ``tokens``, ``time`` (seconds), ``train``, ``transfer_loss``, ``extend``,
-            ``retrieval``, ``adapter``, ``length``,
-            ``batch``, ``target``, ``device``, ``dtype``, ``seed``, ``shard`` (under torchrun, after
-            ``init_process_group``): as in the CLI. With an adapter and no budget, ``distil`` only calibrates
-            quantization.
+        options: ``attn``, ``quant``, ``keep_softmax``, ``rewrite_sliding``, ``alibi``, ``window``, ``rotary``,
+            ``distil`` (a text file, token ids, or ``hf:name``), ``tokens``, ``time`` (seconds), ``train``,
+            ``transfer_loss``, ``extend``, ``retrieval``, ``adapter``, ``length``, ``batch``, ``target``, ``device``,
+            ``dtype``, ``seed``, ``shard`` (under torchrun, after ``init_process_group``): as in the CLI. With an
+            adapter and no budget, ``distil`` only calibrates quantization.
 
     Raises:
         LincompileError: anything that can't be done as asked; nothing is ever done silently instead.
@@ -390,6 +390,7 @@ def rewrite(teacher: Program, asked: Options) -> Program:
         sliding=asked.rewrite_sliding,
         window=asked.window or 0,
         seed=asked.seed,
+        rotary=asked.rotary or (rotary_of(Path(asked.adapter)) if asked.adapter else ""),
     )
     student = Pipeline([pass_])(student)
     if not any(site.method != "softmax" for site in student.sites):

@@ -79,6 +79,8 @@ class LinearizeAttention:
         sliding: also rewrite sliding-window sites (by default they keep their window: already linear in length).
         window: mix in softmax attention to this many of the nearest keys (0 = none); the keys' cache stays that long.
         seed: for the gates' small random weights.
+        rotary: "keep" lets the method read q and k after the rotary embedding, "remove" before it; "" is the method's
+            own way (hedgehog keeps it; the gated methods, whose decay says how far back a key lies, remove it).
 
     A site that can't be rewritten (refused by the prover, cross-attention, bidirectional with a causal method) stays
     as it is, with the reason in its record.
@@ -90,11 +92,14 @@ class LinearizeAttention:
     sliding: bool = False
     window: int = 0
     seed: int = 0
+    rotary: str = ""
     name: str = field(default="linearize", init=False, metadata={"text": False})
 
     def __post_init__(self) -> None:
         if self.window < 0:
             raise LincompileError(f"--window {self.window}: write a number of tokens, such as 64 (0 = none)")
+        if self.rotary not in ("", "keep", "remove"):
+            raise LincompileError(f"--rotary {self.rotary}: the choices are keep and remove")
 
     def run(self, program: Program) -> PassResult:
         if self.attn == "softmax":
@@ -171,7 +176,9 @@ class LinearizeAttention:
         cls = method_class(self.attn)
         module = program.graph_module
         make = Builder(module, node)
-        operands = find_operands(site, AlibiGLA if site.bias == "alibi" else cls, make, content, self.window)
+        keep = cls.rotary if not self.rotary else self.rotary == "keep"
+        asked = AlibiGLA if site.bias == "alibi" else cls
+        operands = find_operands(site, asked, make, content, self.window, keep)
         if isinstance(operands, str):
             return operands
         shape_class: Callable[..., SiteShape] = SiteShape
@@ -215,8 +222,7 @@ class LinearizeAttention:
         site.details["module"] = name
         if isinstance(method, AlibiGLA):
             site.details["alibi_error"] = errors(method)
-        if not cls.rotary:
-            site.details["rotary"] = "removed" if operands.rotated else "none found"
+        site.details["rotary"] = operands.rotary
         beside = f" beside a softmax window of {shape.window}" if shape.window else ""
         site.reason = f"softmax proved to {site.max_error:.1e}, rewritten to {self.attn}{beside}"
         return None
@@ -226,7 +232,8 @@ class LinearizeAttention:
 class Operands:
     """What a method reads at one site: nodes for q, k, v, the hidden states (None if unused) and the padding mask.
 
-    ``near``: the site's own q and k, where softmax over a window is mixed in.
+    ``near``: the site's own q and k, where softmax over a window is mixed in. ``rotary``: whether the rotary embedding
+    was "kept" or "removed", or there is "none".
     """
 
     q: Node
@@ -234,7 +241,7 @@ class Operands:
     v: Node
     hidden: Node | None
     mask: Node | None
-    rotated: bool
+    rotary: str
     near: tuple[Node, ...] = ()
 
     def arguments(self) -> list[Node]:
@@ -244,9 +251,18 @@ class Operands:
 
 
 def find_operands(
-    site: AttentionSite, cls: type[LinearMethod], make: Builder, content: set[Node], window: int = 0
+    site: AttentionSite,
+    cls: type[LinearMethod],
+    make: Builder,
+    content: set[Node],
+    window: int = 0,
+    rotary: bool | None = None,
 ) -> Operands | str:
-    """The operands of ``cls`` at a proved softmax site, or the reason why they can't be had."""
+    """The operands of ``cls`` at a proved softmax site, or the reason why they can't be had.
+
+    Args:
+        rotary: whether q and k are read after their rotary embedding; None = as the method has it.
+    """
     assert site.node is not None
     q, k, v, mask = site.node.args[:4]
     assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
@@ -254,9 +270,21 @@ def find_operands(
     if hidden is None and (cls.gated or window):
         what = cls.method if cls.gated else "--window"
         return f"{what} needs the hidden states that k is projected from, and no projection was found above k"
-    before_q, before_k = (q, k) if cls.rotary else (pre_rotary(q, make, content), pre_rotary(k, make, content))
+    kept = cls.rotary if rotary is None else rotary
+    before_q, before_k = (pre_rotary(x, make, content) for x in (q, k))
+    if isinstance(before_q, str) or isinstance(before_k, str):
+        if not kept:
+            reason = before_q if isinstance(before_q, str) else before_k
+            return f"{cls.method} reads q and k before their positions, but {reason} (--rotary keep reads them after)"
+        before_q, before_k = q, k
+        found = "kept"
+    elif before_q is q and before_k is k:
+        found = "none"
+    else:
+        found = "kept" if kept else "removed"
     near = (q, k) if window else ()
-    return Operands(before_q, before_k, v, hidden, mask if isinstance(mask, Node) else None, before_q is not q, near)
+    pair = (q, k) if kept else (before_q, before_k)
+    return Operands(*pair, v, hidden, mask if isinstance(mask, Node) else None, found, near)
 
 
 @dataclass
@@ -337,38 +365,52 @@ def inline(
     return result, op, near
 
 
-def pre_rotary(operand: Node, make: Builder, content: set[Node]) -> Node:
-    """Q or k before its rotary embedding, as ``[B, heads, T, D]``; the operand itself where there is none.
+def pre_rotary(operand: Node, make: Builder, content: set[Node]) -> Node | str:
+    """Q or k before its rotary embedding, as ``[B, heads, T, D]``; the operand itself where positions don't enter it.
 
     Walks up through the ops a rotary embedding is made of, until one node carries everything that came from the
     hidden states; position tables (cos, sin) met on the way show that there was an embedding. ``content`` are the
     nodes that depend on tokens or features.
+
+    Returns:
+        The node, or how positions enter where the embedding can't be taken off.
     """
     order = {node: index for index, node in enumerate(operand.graph.nodes)}
-    time = symbols_in(tensor_of(operand).shape[2])
+    if not (tables := _tables(operand, content)):
+        return operand
     frontier = {operand}
-    found, rotated = operand, False
-    while True:
+    while frontier:
         current = max(frontier, key=order.__getitem__)
         if target_of(current) not in ROTARY_OPS and getattr(target_of(current), "__name__", "") != "getitem":
-            break
+            return (
+                f"positions enter above '{current.name}' ({target_of(current)}), which no rotary embedding is made of"
+            )
         frontier.remove(current)
-        inputs = [item for item in current.all_input_nodes if isinstance(value_of(item), (Tensor, list, tuple))]
-        tables = [
-            i for i in inputs if i not in content and isinstance(value_of(i), Tensor) and symbols_in(value_of(i)) & time
-        ]
-        rotated = rotated or bool(tables)
-        frontier |= {item for item in inputs if item in content}
-        if len(frontier) == 1 and rotated:
-            candidate = next(iter(frontier))
-            arranged = _heads_first(candidate, operand, None)
-            if arranged is not None:
-                found = candidate
-                break
-        if not frontier:
-            break
-    result = _heads_first(found, operand, make)
-    return operand if result is None else result
+        tables -= set(current.all_input_nodes)
+        frontier |= {item for item in current.all_input_nodes if item in content}
+        if len(frontier) == 1 and not tables:
+            found = _heads_first(next(iter(frontier)), operand, make)
+            if found is not None:
+                return found
+    return f"what '{operand.name}' is before its positions has another shape"
+
+
+def _tables(operand: Node, content: set[Node]) -> set[Node]:
+    """Tensors that don't depend on tokens but differ along the sequence and enter ``operand`` below its projection."""
+    time = symbols_in(tensor_of(operand).shape[2])
+    found: set[Node] = set()
+    pending, seen = [operand], set()
+    while pending:
+        node = pending.pop()
+        if node in seen or (target_of(node) in PROJECTIONS and _has_weight(node)):
+            continue
+        seen.add(node)
+        for item in node.all_input_nodes:
+            if item in content:
+                pending.append(item)
+            elif isinstance(value_of(item), Tensor) and symbols_in(value_of(item)) & time:
+                found.add(item)
+    return found
 
 
 def _heads_first(node: Node, like: Node, make: Builder | None) -> Node | None:

@@ -43,6 +43,7 @@ def linearize_(
     sliding: bool = False,
     window: int = 0,
     seed: int = 0,
+    rotary: str = "",
 ) -> dict[str, Any]:
     """Replaces a module's softmax attention by linear attention, in place.
 
@@ -55,7 +56,7 @@ def linearize_(
         module: any module. It is captured in evaluation mode.
         attn: gla, hedgehog, lawcat or gated-delta.
         example: the tensors of one call, by name or position; inferred where ``forward`` takes token ids alone.
-        keep, count, sliding, window, seed: as in ``LinearizeAttention``.
+        keep, count, sliding, window, seed, rotary: as in ``LinearizeAttention``.
 
     Returns:
         ``{"sites": [record…], "rewritten": n, "kept": {path: reason}, "parameters_added": n, "notes": […]}``: every
@@ -75,7 +76,7 @@ def linearize_(
         from .formats.plain import infer_example
 
         example = infer_example(module)
-    options = LinearizeAttention(attn, keep=keep, count=count, sliding=sliding, window=window, seed=seed)
+    options = LinearizeAttention(attn, keep=keep, count=count, sliding=sliding, window=window, seed=seed, rotary=rotary)
     forward = LinearForward(module, options)
     program = forward.install(named_inputs(module, example))
     added = sum(p.numel() for p in module.get_submodule(MODULE_PREFIX).parameters())

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from ..errors import LincompileError
 from ..graph import get_attribute, parent_of
 from ..linearize import MODULE_PREFIX
-from ..program import Program
+from ..methods import method_class
+from ..program import AttentionSite, Program
 from .logits import own_parameters
 from .lora import PREFIX, Addition, merge_lora
 
-FORMAT = "lincompile-adapter-1"
+FORMAT = "lincompile-adapter-2"  # 1 didn't say whether q and k were read before or after their rotary embedding
+ROTARY = {"kept": "keep", "removed": "remove"}
 
 
 def weights_hash(program: Program) -> str:
@@ -36,18 +38,27 @@ def weights_hash(program: Program) -> str:
 
 
 def _sites(student: Program) -> dict[str, str]:
-    """Site paths and methods, with the softmax window beside them: ``lawcat+64``."""
-    window = {site.path: site.details.get("window") for site in student.sites}
-    return {s.path: s.method + (f"+{window[s.path]}" if window[s.path] else "") for s in student.sites}
+    """Site paths and methods, with the softmax window beside them and what became of positions: ``lawcat+64 kept``."""
+    return {site.path: _described(site) for site in student.sites}
+
+
+def _described(site: AttentionSite) -> str:
+    if site.method == "softmax":
+        return site.method
+    window = site.details.get("window")
+    return f"{site.method}{f'+{window}' if window else ''} {site.details['rotary']}"
 
 
 def _options(sites: dict[str, str]) -> str:
     """The options that make these sites."""
     kept = [str(index) for index, method in enumerate(sites.values()) if method == "softmax"]
-    attn, _, window = next((m for m in sites.values() if m != "softmax"), "softmax").partition("+")
+    method, _, rotary = next((m for m in sites.values() if m != "softmax"), "softmax").partition(" ")
+    attn, _, window = method.partition("+")
     options = f"--attn {attn}"
     if window:
         options += f" --window {window}"
+    if rotary in ROTARY and ROTARY[rotary] != ("keep" if method_class(attn).rotary else "remove"):
+        options += f" --rotary {ROTARY[rotary]}"
     return options + (f" --keep-softmax {','.join(kept)}{',' if len(kept) == 1 else ''}" if kept else "")
 
 
@@ -137,6 +148,16 @@ def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash
     student.metadata["adapter"] = {"file": path.name, **record}
     student.metadata["projections"] = "adapted" if factors else "teacher's"
     return record
+
+
+def rotary_of(path: Path) -> str:
+    """What ``LinearizeAttention(rotary=…)`` makes the sites that an adapter was trained for ("" where it is the same).
+
+    Raises:
+        LincompileError: the file is missing, damaged or no adapter.
+    """
+    sites = json.loads(_read(path)[1]["sites"])
+    return next((ROTARY[r] for r in (site.partition(" ")[2] for site in sites.values()) if r in ROTARY), "")
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

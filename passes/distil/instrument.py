@@ -143,7 +143,8 @@ def _instrument(
         assert isinstance(branch, LinearMethod)
         branches[site.path] = branch
         make = Builder(module, site.node)
-        operands = find_operands(site, method_class(twin.method), make, content, branch.shape.window)
+        kept = twin.details["rotary"] == "kept"
+        operands = find_operands(site, method_class(twin.method), make, content, branch.shape.window, kept)
         assert not isinstance(operands, str), operands
         name = twin.details["module"]
         modules[name] = site.path

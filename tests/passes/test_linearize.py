@@ -218,7 +218,7 @@ def test_q_and_k_are_taken_before_the_rotary_embedding(proved: Proved, name: str
     site = model.program.sites[1]
     found, env = operands_at(model, 1, model.example)
     hidden, q, k = projections(model, site.path, model.example)
-    assert not isinstance(found, str) and found.rotated == rotary
+    assert not isinstance(found, str) and found.rotary == ("removed" if rotary else "none")
     torch.testing.assert_close(env[found.q], q, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(env[found.k], k, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(env[found.hidden], hidden, rtol=1e-5, atol=1e-5)
