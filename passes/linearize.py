@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -177,8 +177,7 @@ class LinearizeAttention:
         module = program.graph_module
         make = Builder(module, node)
         keep = cls.rotary if not self.rotary else self.rotary == "keep"
-        asked = AlibiGLA if site.bias == "alibi" else cls
-        operands = find_operands(site, asked, make, content, self.window, keep)
+        operands = find_operands(site, cls, make, content, self.window, keep)
         if isinstance(operands, str):
             return operands
         shape_class: Callable[..., SiteShape] = SiteShape
@@ -187,8 +186,6 @@ class LinearizeAttention:
             slopes = decays(site.slopes, site.kv_heads)
             assert isinstance(slopes, tuple), "reason_to_keep_alibi let only decays through"
             cls, shape_class = AlibiGLA, partial(AlibiShape, slopes=slopes)
-            q, k = without_positions(operands.q, operands.k)
-            operands = replace(operands, q=q, k=k, hidden=None)
         hidden, mask = operands.hidden, operands.mask
         dtype, device = tensor_of(operands.v).dtype, tensor_of(operands.v).device
         width = int(tensor_of(hidden).shape[-1]) if hidden is not None else 1
@@ -266,6 +263,9 @@ def find_operands(
     assert site.node is not None
     q, k, v, mask = site.node.args[:4]
     assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
+    padding = mask if isinstance(mask, Node) else None
+    if site.bias == "alibi":  # its slopes are the decays, so no gate reads hidden states
+        return Operands(*without_positions(q, k), v, None, padding, "none")
     hidden = hidden_states(k, q, make)
     if hidden is None and (cls.gated or window):
         what = cls.method if cls.gated else "--window"
@@ -284,7 +284,7 @@ def find_operands(
         found = "kept" if kept else "removed"
     near = (q, k) if window else ()
     pair = (q, k) if kept else (before_q, before_k)
-    return Operands(*pair, v, hidden, mask if isinstance(mask, Node) else None, found, near)
+    return Operands(*pair, v, hidden, padding, found, near)
 
 
 @dataclass

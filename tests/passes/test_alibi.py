@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lincompile.passes.alibi import AlibiGLA, AlibiShape, decays, errors
 from lincompile.passes.capture import capture
+from lincompile.passes.distil.instrument import instead
 from lincompile.passes.linearize import LinearizeAttention
 from lincompile.passes.pipeline import Pipeline
 from lincompile.passes.program import Program
@@ -172,3 +173,18 @@ def test_step_form_counts_on(attn: str) -> None:
     program = Pipeline("canonicalize,prove{alibi=true}")(capture(zoo.NanoGPT(attend).eval(), zoo.tokens()))
     step = make_stateful(Pipeline([LinearizeAttention(attn)])(program))
     assert step.max_error is not None and step.max_error < 1e-5
+
+
+def test_the_training_graph_reads_what_the_student_reads() -> None:
+    """Without the columns that stand for positions in the softmax op."""
+    _, program = proved([SPELLINGS["relative"]])
+    student = Pipeline([LinearizeAttention("gla")])(program.clone())
+    seen: list[list[torch.Size]] = []
+
+    def wrap(path: str, branch: nn.Module) -> nn.Module:
+        branch.register_forward_pre_hook(lambda _, args: seen.append([x.shape for x in args]))
+        return branch
+
+    graph = instead(program, student, wrap)
+    graph.graph_module(torch.randn(3, 17, HEADS * DIM))
+    assert seen[0][0][-1] == seen[0][1][-1] == DIM
