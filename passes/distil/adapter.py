@@ -121,7 +121,7 @@ def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash
         raise LincompileError(f"the adapter {path} was trained for another model: its teacher's hash differs")
     sites = json.loads(metadata["sites"])
     if sites != _sites(student):
-        methods = sorted(set(sites.values()))
+        methods = sorted({site.removesuffix(" none") for site in sites.values()})
         raise LincompileError(
             f"the adapter {path} is for {len(sites)} sites with {', '.join(methods)}: give {_options(sites)}"
         )

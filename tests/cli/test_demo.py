@@ -85,4 +85,4 @@ def test_adapters_ship_with_their_record(file: Path) -> None:
     assert record["tokens"] > 20_000_000 and record["seconds"] <= 600 and record["gpu"] and record["command"]
     assert set(record["perplexity"]) == {"valid", "wikitext2"}
     methods = set(json.loads(metadata["sites"]).values())
-    assert methods == ({"lawcat+64", "softmax"} if file == demo.HYBRID else {"lawcat+64"})
+    assert methods == ({"lawcat+64 kept", "softmax"} if file == demo.HYBRID else {"lawcat+64 kept"})
