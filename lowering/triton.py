@@ -115,15 +115,15 @@ def match_features(root: Node) -> Match | None:
     halves = node.args[0]
     if not isinstance(halves, (list, tuple)) or len(halves) != 2 or not _last(argument(node, 1, "dim", 0), node):
         return None
-    positive, negative = (_op(half, aten.softmax.int, "a softmax") for half in halves)
+    positive, negative = (op_of(half, aten.softmax.int, "a softmax") for half in halves)
     logits = _input(positive)
-    if _input(_op(_input(negative), aten.neg.default, "a sign change before the second softmax")) is not logits:
+    if _input(op_of(_input(negative), aten.neg.default, "a sign change before the second softmax")) is not logits:
         raise Mismatch("the two softmaxes read different logits")
-    product, bias = (_node(item) for item in _op(logits, aten.add.Tensor, "a bias").args[:2])
-    x, weight = (_node(item) for item in _op(product, aten.matmul.default, "the map's product").args[:2])
+    product, bias = (node_of(item) for item in op_of(logits, aten.add.Tensor, "a bias").args[:2])
+    x, weight = (node_of(item) for item in op_of(product, aten.matmul.default, "the map's product").args[:2])
     weight, bias = _attribute(weight, "the map's weight"), _attribute(bias, "the map's bias")
     if grouped:
-        x = _input(_op(x, aten.unflatten.int, "heads in groups"))
+        x = _input(op_of(x, aten.unflatten.int, "heads in groups"))
     x, conv_weight, state, mask, outputs = _convolution(x, root)
     if mask is None:
         mask = mask_output
@@ -152,10 +152,10 @@ def _convolution(x: Node, root: Node) -> tuple[Node, Node | None, Node | None, N
     if len(parts) != len(conv.users) or 0 not in parts or len(parts[0].users) != 1:
         raise Mismatch("the convolution is read elsewhere, too")
     flat, mask = _without_mask(_input(conv), heads=False)
-    flat = _op(flat, aten.flatten.using_ints, "heads side by side before the convolution")
-    source = _input(_op(_input(flat), aten.transpose.int, "heads side by side before the convolution"))
+    flat = op_of(flat, aten.flatten.using_ints, "heads side by side before the convolution")
+    source = _input(op_of(_input(flat), aten.transpose.int, "heads side by side before the convolution"))
     state = conv.args[2] if len(conv.args) > 2 else None
-    weight = _attribute(_node(conv.args[1]), "the convolution's weight")
+    weight = _attribute(node_of(conv.args[1]), "the convolution's weight")
     return source, weight, state if isinstance(state, Node) else None, mask, (root, parts.get(1))
 
 
@@ -167,16 +167,18 @@ def match_gate(root: Node) -> Match | None:
     shaped = _input(node)
     if target_of(shaped) is not aten.unflatten.int:
         return None
-    divided = _op(_input(shaped), aten.div.Tensor, "the gate's temperature")
+    divided = op_of(_input(shaped), aten.div.Tensor, "the gate's temperature")
     temperature = divided.args[1]
     if not isinstance(temperature, (int, float)):
         raise Mismatch("the gate's temperature isn't a number")
-    outer = _op(_input(divided), aten.neg.default, "−softplus(−x)")
-    inner = _op(_input(_op(_input(outer), aten.softplus.default, "−softplus(−x)")), aten.neg.default, "−softplus(−x)")
-    linear = _op(_input(inner), aten.linear.default, "the gate's projection")
+    outer = op_of(_input(divided), aten.neg.default, "−softplus(−x)")
+    inner = op_of(
+        _input(op_of(_input(outer), aten.softplus.default, "−softplus(−x)")), aten.neg.default, "−softplus(−x)"
+    )
+    linear = op_of(_input(inner), aten.linear.default, "the gate's projection")
     if len(linear.args) < 3:
         raise Mismatch("the gate's projection has no bias")
-    z, weight, bias = (_node(item) for item in linear.args[:3])
+    z, weight, bias = (node_of(item) for item in linear.args[:3])
     weight, bias = _attribute(weight, "the gate's weight"), _attribute(bias, "the gate's bias")
     sizes = argument(shaped, 2, "sizes")
     if not isinstance(sizes, (list, tuple)) or not isinstance(sizes[0], int) or sizes[0] < 1:
@@ -189,17 +191,19 @@ def match_gate(root: Node) -> Match | None:
     return Match(ops.decay_gate.default, (z, weight, bias, mask), (root,), call, 1)
 
 
-def _node(item: Any) -> Node:
+def node_of(item: Any) -> Node:
+    """A node where one is wanted, or ``Mismatch``."""
     if not isinstance(item, Node):
         raise Mismatch(f"{item} stands where a tensor was expected")
     return item
 
 
 def _input(node: Node) -> Node:
-    return _node(node.args[0])
+    return node_of(node.args[0])
 
 
-def _op(node: Any, target: Any, what: str) -> Node:
+def op_of(node: Any, target: Any, what: str) -> Node:
+    """The node if it calls ``target``, or ``Mismatch``: it isn't ``what``."""
     if target_of(node) is not target:
         raise Mismatch(f"'{node}' isn't {what}")
     found: Node = node
@@ -257,7 +261,7 @@ def _prove(match: Match) -> None:
         for output, result in zip(match.outputs, have, strict=True):
             if output is None:
                 continue
-            want = _evaluate(output, known)
+            want = evaluate_chain(output, known)
             if want.shape != result.shape:
                 raise Mismatch(f"at {length} tokens the chain gives {list(want.shape)}, the op {list(result.shape)}")
             error = float((want - result).norm() / want.norm().clamp_min(1e-30)) if want.numel() else 0.0
@@ -291,8 +295,8 @@ def _random_leaves(match: Match, length: int, generator: torch.Generator) -> lis
     return values
 
 
-def _evaluate(root: Node, known: dict[Node, Tensor]) -> Tensor:
-    """The value of ``root`` computed from the given nodes' values alone."""
+def evaluate_chain(root: Node, known: dict[Node, Tensor]) -> Tensor:
+    """The value of ``root`` computed from the given nodes' values alone, or ``Mismatch``."""
     values: dict[Node, Any] = dict(known)
     pending = [root]
     while pending:

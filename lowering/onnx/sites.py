@@ -20,12 +20,10 @@ from ...kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompil
 from ...passes.graph import argument, aten, expression, finish, target_of, value_of
 from ...passes.program import is_lincompile_op, share_tensors
 from ...passes.stateful import StepProgram
-from ..triton import Mismatch, fuse_stages
+from ..triton import LENGTHS, TOLERANCE, Mismatch, evaluate_chain, fuse_stages, node_of, op_of
 
 ops = torch.ops.lincompile
-LENGTHS = (1, 2, 9)
 PAST = 3  # cached tokens in the check
-TOLERANCE = 1e-9
 _STAGES = ("hedgehog_features", "decay_gate")
 
 
@@ -138,46 +136,46 @@ def _windows(module: GraphModule) -> Iterator[Node]:
 
 def _beside_linear(site: Node) -> bool:
     """Whether a linear attention reads the same values: a window beside it, not a sliding layer of the model's own."""
-    return any(is_lincompile_op(user, "linear_attention") for user in _node(site.args[2]).users)
+    return any(is_lincompile_op(user, "linear_attention") for user in node_of(site.args[2]).users)
 
 
 Call = Callable[..., tuple[Any, ...]]
 
 
 def _match(module: GraphModule, site: Node) -> tuple[list[Node], list[Node], Call]:
-    near_q, near_k, v, k_cache, v_cache, seen = (_node(item) for item in site.args[:6])
+    near_q, near_k, v, k_cache, v_cache, seen = (node_of(item) for item in site.args[:6])
     near = _output(site, 0)
     scaled = _only(near, aten.mul.Tensor, "its share of the window")
     total = _only(scaled, aten.add.Tensor, "the sum of both attentions")
-    (far_scaled,) = [_node(item) for item in total.args[:2] if item is not scaled] or [scaled]
-    _op(far_scaled, aten.mul.Tensor, "the linear attention's share")
-    far, share = (_node(item) for item in far_scaled.args[:2])
+    (far_scaled,) = [node_of(item) for item in total.args[:2] if item is not scaled] or [scaled]
+    op_of(far_scaled, aten.mul.Tensor, "the linear attention's share")
+    far, share = (node_of(item) for item in far_scaled.args[:2])
     if not is_lincompile_op(_source(far), "linear_attention"):
         far, share = share, far
     linear = _lincompile(_source(far), "linear_attention")
-    features_q, features_k, _, decay, state = (_node(item) for item in linear.args[:5])
+    features_q, features_k, _, decay, state = (node_of(item) for item in linear.args[:5])
     maps_q = _lincompile(_source(features_q), "hedgehog_features")
     maps_k = _lincompile(_source(features_k), "hedgehog_features")
     gate = _lincompile(decay, "decay_gate")
-    q, conv_q, conv_q_state, map_weight, map_bias = (_node(item) for item in maps_q.args[:5])
-    k, conv_k, conv_k_state = (_node(item) for item in maps_k.args[:3])
-    low, gate_up, gate_bias = (_node(item) for item in gate.args[:3])
+    q, conv_q, conv_q_state, map_weight, map_bias = (node_of(item) for item in maps_q.args[:5])
+    k, conv_k, conv_k_state = (node_of(item) for item in maps_k.args[:3])
+    low, gate_up, gate_bias = (node_of(item) for item in gate.args[:3])
     temperature = float(argument(gate, 5, "temperature"))
-    _op(low, aten.linear.default, "the gate's first projection")
+    op_of(low, aten.linear.default, "the gate's first projection")
     while target_of(share) is not aten.linear.default:
-        share = _node(share.args[0])
+        share = node_of(share.args[0])
         if share.op != "call_function":
             raise Mismatch("the shares aren't projected from the hidden states")
-    x, mix_weight, mix_bias = (_node(item) for item in (*share.args, None)[:3])
+    x, mix_weight, mix_bias = (node_of(item) for item in (*share.args, None)[:3])
     before_q, cos, sin = _rotary(near_q)
     rotated = q is near_q  # both attentions read it after its rotary embedding
     if rotated:
         q, k = before_q, _rotary(near_k)[0]
     window, scale, softcap = (argument(site, 7 + i, name) for i, name in enumerate(("window", "scale", "softcap")))
-    _op(seen, aten.cat.default, "the masks of past and new tokens")
-    past_mask, mask = (_node(item) for item in seen.args[0])  # type: ignore[union-attr]
+    op_of(seen, aten.cat.default, "the masks of past and new tokens")
+    past_mask, mask = (node_of(item) for item in seen.args[0])  # type: ignore[union-attr]
     leaves = [q, k, v, x, cos, sin, mask, past_mask, conv_q_state, conv_k_state, state, k_cache, v_cache, conv_q]
-    leaves += [conv_k, map_weight, map_bias, _node(low.args[1]), gate_up, gate_bias, mix_weight, mix_bias]
+    leaves += [conv_k, map_weight, map_bias, node_of(low.args[1]), gate_up, gate_bias, mix_weight, mix_bias]
     outputs = [total, _output(maps_q, 1), _output(maps_k, 1), _output(linear, 1), _output(site, 1), _output(site, 2)]
 
     def call(*values: Any) -> tuple[Any, ...]:
@@ -188,29 +186,17 @@ def _match(module: GraphModule, site: Node) -> tuple[list[Node], list[Node], Cal
 
 def _rotary(near: Node) -> tuple[Node, Node, Node]:
     """The x, and the cos and sin ``[B, T, D]``, of what Llama rotates: ``x cos + [−x₂, x₁] sin``."""
-    _op(near, aten.add.Tensor, "rotated queries or keys")
-    products = [_op(_node(item), aten.mul.Tensor, "rotated queries or keys") for item in near.args[:2]]
-    if target_of(_node(products[0].args[0])) is aten.cat.default:
+    op_of(near, aten.add.Tensor, "rotated queries or keys")
+    products = [op_of(node_of(item), aten.mul.Tensor, "rotated queries or keys") for item in near.args[:2]]
+    if target_of(node_of(products[0].args[0])) is aten.cat.default:
         products.reverse()
-    factors = [_op(_node(item.args[1]), aten.unsqueeze.default, "cos or sin of a rotation") for item in products]
-    cos, sin = (_node(factor.args[0]) for factor in factors)
+    factors = [op_of(node_of(item.args[1]), aten.unsqueeze.default, "cos or sin of a rotation") for item in products]
+    cos, sin = (node_of(factor.args[0]) for factor in factors)
     for leaf in (cos, sin):
         fake = value_of(leaf)
         if not isinstance(fake, Tensor) or fake.dim() != 3:
             raise Mismatch("cos and sin of the rotation aren't [batch, time, head size]")
-    return _node(products[0].args[0]), cos, sin
-
-
-def _node(item: Any) -> Node:
-    if not isinstance(item, Node):
-        raise Mismatch(f"{item} stands where a tensor was expected")
-    return item
-
-
-def _op(node: Any, target: Any, what: str) -> Node:
-    if target_of(node) is not target:
-        raise Mismatch(f"'{node}' isn't {what}")
-    return _node(node)
+    return node_of(products[0].args[0]), cos, sin
 
 
 def _lincompile(node: Node, name: str) -> Node:
@@ -220,7 +206,7 @@ def _lincompile(node: Node, name: str) -> Node:
 
 
 def _source(item: Node) -> Node:
-    return _node(item.args[0]) if target_of(item) is operator.getitem else item
+    return node_of(item.args[0]) if target_of(item) is operator.getitem else item
 
 
 def _output(node: Node, index: int) -> Node:
@@ -234,7 +220,7 @@ def _only(node: Node, target: Any, what: str) -> Node:
     users = list(node.users)
     if len(users) != 1:
         raise Mismatch(f"'{node.name}' is read by {len(users)} nodes")
-    return _op(users[0], target, what)
+    return op_of(users[0], target, what)
 
 
 def _prove(leaves: list[Node], outputs: list[Node], call: Call) -> None:
@@ -244,7 +230,7 @@ def _prove(leaves: list[Node], outputs: list[Node], call: Call) -> None:
         have = lawcat_window(*call(*values))
         known = dict(zip(leaves, values, strict=True))
         for output, result in zip(outputs, have, strict=True):
-            wanted = _evaluate(output, known)
+            wanted = evaluate_chain(output, known)
             if wanted.shape != result.shape:
                 raise Mismatch(f"'{output.name}' is {list(wanted.shape)} at {length} tokens, not {list(result.shape)}")
             real = values[6][:, None, :, None] if output is outputs[0] else torch.ones((), dtype=torch.bool)
@@ -272,25 +258,6 @@ def _random(leaves: list[Node], length: int) -> list[Tensor]:
             torch.arange(shape[1]) >= torch.tensor([[length // 2], [0]]) if fake.dtype == torch.bool else random
         )
     return values
-
-
-def _evaluate(root: Node, known: dict[Node, Tensor]) -> Tensor:
-    values: dict[Node, Any] = dict(known)
-    pending = [root]
-    while pending:
-        node = pending[-1]
-        missing = [item for item in node.all_input_nodes if item not in values]
-        if node in values:
-            pending.pop()
-        elif node.op != "call_function":
-            raise Mismatch(f"the site also reads '{node.name}'")
-        elif missing:
-            pending.extend(missing)
-        else:
-            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[pending.pop()] = node.target(*args, **kwargs)  # type: ignore[operator]
-    result: Tensor = values[root]
-    return result
 
 
 def _replace(module: GraphModule, leaves: list[Node], outputs: list[Node], call: Call) -> None:
