@@ -271,20 +271,17 @@ def find_operands(
         what = cls.method if cls.gated else "--window"
         return f"{what} needs the hidden states that k is projected from, and no projection was found above k"
     kept = cls.rotary if rotary is None else rotary
-    before_q, before_k = (pre_rotary(x, make, content) for x in (q, k))
-    if isinstance(before_q, str) or isinstance(before_k, str):
-        if not kept:
-            reason = before_q if isinstance(before_q, str) else before_k
-            return f"{cls.method} reads q and k before their positions, but {reason} (--rotary keep reads them after)"
-        before_q, before_k = q, k
-        found = "kept"
-    elif before_q is q and before_k is k:
-        found = "none"
-    else:
-        found = "kept" if kept else "removed"
     near = (q, k) if window else ()
-    pair = (q, k) if kept else (before_q, before_k)
-    return Operands(*pair, v, hidden, padding, found, near)
+    if not any(_tables(x, content) for x in (q, k)):
+        return Operands(q, k, v, hidden, padding, "none", near)
+    if kept:
+        return Operands(q, k, v, hidden, padding, "kept", near)
+    before_q, before_k = (pre_rotary(x, make, content) for x in (q, k))
+    for reason in (before_q, before_k):
+        if isinstance(reason, str):
+            return f"{cls.method} reads q and k before their positions, but {reason} (--rotary keep reads them after)"
+    assert isinstance(before_q, Node) and isinstance(before_k, Node)
+    return Operands(before_q, before_k, v, hidden, padding, "removed", near)
 
 
 @dataclass
