@@ -6,8 +6,10 @@ in its metadata what it fits: the method, the sites, and hashes of the teacher's
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,23 +158,30 @@ def rotary_of(path: Path) -> str:
     Raises:
         LincompileError: the file is missing, damaged or no adapter.
     """
-    sites = json.loads(_read(path)[1]["sites"])
+    with _opened(path) as (_, metadata):
+        sites = json.loads(metadata["sites"])
     return next((ROTARY[r] for r in (site.partition(" ")[2] for site in sites.values()) if r in ROTARY), "")
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with _opened(path) as (file, metadata):
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """An adapter's file, whose tensors are read when they are asked for, and its metadata."""
     if not path.is_file():
         raise LincompileError(f"the adapter {path} doesn't exist")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if metadata.get("format") != FORMAT:
+                known = f"is an adapter of format {metadata['format']}" if "format" in metadata else "holds no adapter"
+                raise LincompileError(f"{path} {known}; this version reads {FORMAT}")
+            yield file, metadata
     except (SafetensorError, OSError) as error:
         raise LincompileError(f"the adapter {path} is damaged or isn't a safetensors file: {error}") from error
-    if metadata.get("format") != FORMAT:
-        what = "holds no adapter" if "format" not in metadata else f"is an adapter of format {metadata['format']}"
-        raise LincompileError(f"{path} {what}; this version reads {FORMAT}")
-    return tensors, metadata
 
 
 def _addition(path: Path, student: Program, name: str, pair: dict[str, Tensor]) -> Addition:
