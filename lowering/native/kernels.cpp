@@ -13,19 +13,7 @@ namespace four {
 #define LANES 4
 #define ROWS 4
 #define COLUMNS 2
-namespace {
-#include "vectors.h"
-
-#include "lawcat_kernel.h"
-#include "layers_kernel.h"
-}  // namespace
-#undef INLINE
-#undef MOVED
-#undef FOLDED
-#undef TARGET
-#undef LANES
-#undef ROWS
-#undef COLUMNS
+#include "for_processor.h"
 }  // namespace four
 
 #if defined(__x86_64__)
@@ -34,19 +22,7 @@ namespace eight {
 #define LANES 8
 #define ROWS 6
 #define COLUMNS 2
-namespace {
-#include "vectors.h"
-
-#include "lawcat_kernel.h"
-#include "layers_kernel.h"
-}  // namespace
-#undef INLINE
-#undef MOVED
-#undef FOLDED
-#undef TARGET
-#undef LANES
-#undef ROWS
-#undef COLUMNS
+#include "for_processor.h"
 }  // namespace eight
 
 namespace sixteen {
@@ -54,19 +30,7 @@ namespace sixteen {
 #define LANES 16
 #define ROWS 5
 #define COLUMNS 5
-namespace {
-#include "vectors.h"
-
-#include "lawcat_kernel.h"
-#include "layers_kernel.h"
-}  // namespace
-#undef INLINE
-#undef MOVED
-#undef FOLDED
-#undef TARGET
-#undef LANES
-#undef ROWS
-#undef COLUMNS
+#include "for_processor.h"
 }  // namespace sixteen
 #endif
 

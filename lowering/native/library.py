@@ -31,7 +31,7 @@ OLDEST_RUNTIME, NEXT_RUNTIME = (1, 32), (2, 0)
 _SOURCES = (
     *("ort.h", "operator.h", "library.cpp", "int6.h", "int6.cpp", "int6_x86.cpp", "attention.h", "attention.cpp"),
     *("lawcat.h", "lawcat_kernel.h", "lawcat_operator.h", "layers.h", "layers_kernel.h", "layers_operators.h"),
-    *("vectors.h", "kernels.cpp"),
+    *("vectors.h", "for_processor.h", "kernels.cpp"),
 )
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
 _DEFAULT_FEATURES = {"avx512_vnni", "avx2"}  # one of them, as /proc/cpuinfo spells them
