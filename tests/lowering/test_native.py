@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,13 @@ onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
 ort = pytest.importorskip("onnxruntime")
 
+import native_kernels  # noqa: E402
 from quantized_models import expected, lowered, placeholder_model, weights  # noqa: E402
 
 from lincompile.lowering.native import library  # noqa: E402
 from lincompile.lowering.onnx.functions import attach_bodies  # noqa: E402
 from lincompile.lowering.onnx.native import lower_attention  # noqa: E402
 from lincompile.passes.errors import LincompileError  # noqa: E402
-
-KERNELS = ("avx512vnni", "avx2", "portable")
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +64,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=KERNELS)
-def kernels(request: pytest.FixtureRequest, built: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("LINCOMPILE_NATIVE", request.param)
-    try:
-        library.library_path()
-    except LincompileError as error:
-        pytest.skip(str(error))
-    yield request.param
+@pytest.fixture(params=native_kernels.KERNELS)
+def kernels(request: pytest.FixtureRequest, built: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    return native_kernels.use(request.param, monkeypatch)
 
 
 def session(proto: onnx.ModelProto, threads: int = 1) -> ort.InferenceSession:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,23 +13,17 @@ pytest.importorskip("onnx_ir")
 ort = pytest.importorskip("onnxruntime")
 
 import lawcat_models  # noqa: E402
+import native_kernels  # noqa: E402
 from lawcat_models import Site, fresh, in_torch, site, tokens  # noqa: E402
 
 from lincompile.lowering.native import library  # noqa: E402
-from lincompile.passes.errors import LincompileError  # noqa: E402
 
 STATES = {"present_conv": "past_conv", "present_state": "past_state"}
 
 
-@pytest.fixture(params=["avx512vnni", "avx2", "portable", "body"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("LINCOMPILE_NATIVE", "0" if request.param == "body" else request.param)
-    if request.param != "body":
-        try:
-            library.library_path()
-        except LincompileError as error:
-            pytest.skip(str(error))
-    yield request.param
+@pytest.fixture(params=[*native_kernels.KERNELS, native_kernels.BODY])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    return native_kernels.use(request.param, monkeypatch)
 
 
 @pytest.fixture(params=[0, 1], ids=["before", "rotated"])

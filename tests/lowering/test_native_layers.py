@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
 ort = pytest.importorskip("onnxruntime")
 
+import native_kernels  # noqa: E402
 from onnx import parser  # noqa: E402
 
 from lincompile.kernels.int6_linear.codes import dequantize, quantize_weight  # noqa: E402
@@ -22,22 +22,15 @@ from lincompile.lowering.native.library import DOMAIN  # noqa: E402
 from lincompile.lowering.onnx import native  # noqa: E402
 from lincompile.lowering.onnx.layers import fuse_layers  # noqa: E402
 from lincompile.lowering.onnx.quantized import plane_of_codes, unsigned  # noqa: E402
-from lincompile.passes.errors import LincompileError  # noqa: E402
 
 TYPES = {"float32": ir.DataType.FLOAT, "uint8": ir.DataType.UINT8, "float16": ir.DataType.FLOAT16}
 TYPES |= {"int64": ir.DataType.INT64}
 Arrays = dict[str, Any]
 
 
-@pytest.fixture(params=["avx512vnni", "avx2", "portable", "body"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("LINCOMPILE_NATIVE", "0" if request.param == "body" else request.param)
-    if request.param != "body":
-        try:
-            library.library_path()
-        except LincompileError as error:
-            pytest.skip(str(error))
-    yield request.param
+@pytest.fixture(params=[*native_kernels.KERNELS, native_kernels.BODY])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    return native_kernels.use(request.param, monkeypatch)
 
 
 def call(name: str, feed: Arrays, outputs: int = 1, **attributes: Any) -> list[Any]:
