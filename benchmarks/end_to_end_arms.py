@@ -22,7 +22,7 @@ SPARE = 192
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama-shaped model with tied embeddings."""
+    """A Llama-shaped model; ``tied``: its output head is its embedding."""
 
     name: str
     layers: int
@@ -32,6 +32,7 @@ class Shape:
     head_dim: int
     intermediate: int
     vocabulary: int
+    tied: bool = True
 
 
 @dataclass
@@ -50,7 +51,7 @@ def llama(shape: Shape, positions: int) -> Any:
     config = LlamaConfig(
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim, max_position_embeddings=positions, tie_word_embeddings=True,
+        head_dim=shape.head_dim, max_position_embeddings=positions, tie_word_embeddings=shape.tied,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     before = torch.get_default_dtype()

@@ -15,31 +15,18 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from end_to_end_arms import DTYPE, Layer, Shape
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lincompile import W6A8, W8A8, quantize_
 
-DTYPE = torch.bfloat16
 ARMS = {"bf16": None, "w8a8": W8A8(), "int6": W6A8()}
-
-
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocabulary: int
-    tied: bool
 
 
 SHAPES = [
@@ -47,42 +34,6 @@ SHAPES = [
     Shape("Llama-3-8B", 32, 4096, 32, 8, 128, 14336, 128256, False),
 ]
 DRY = {"SHAPES": [Shape("tiny", 2, 128, 4, 2, 32, 256, 128, False)]}
-
-
-class Block(nn.Module):
-    """A decoder layer that reads and writes its slot of the cache in place."""
-
-    def __init__(self, shape: Shape, context: int, device: str) -> None:
-        super().__init__()
-        options: dict[str, Any] = {"bias": False, "device": device, "dtype": DTYPE}
-        self.sizes = [shape.heads * shape.head_dim, *[shape.kv_heads * shape.head_dim] * 2]
-        self.head_dim, self.hidden = shape.head_dim, shape.hidden
-        self.qkv = nn.Linear(shape.hidden, sum(self.sizes), **options)
-        self.o_proj = nn.Linear(self.sizes[0], shape.hidden, **options)
-        self.gate_up = nn.Linear(shape.hidden, 2 * shape.intermediate, **options)
-        self.down = nn.Linear(shape.intermediate, shape.hidden, **options)
-        self.norms = nn.Parameter(torch.ones(2, shape.hidden, device=device, dtype=DTYPE))
-        cache = torch.zeros(2, 1, shape.kv_heads, context, shape.head_dim, device=device, dtype=DTYPE)
-        self.register_buffer("cache", cache, persistent=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
-        h = F.rms_norm(x, (self.hidden,), self.norms[0])
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv(h).split(self.sizes, -1)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        self.cache[0].index_copy_(2, position, k)
-        self.cache[1].index_copy_(2, position, v)
-        o = F.scaled_dot_product_attention(q, self.cache[0], self.cache[1], enable_gqa=True)
-        x = x + self.o_proj(o.transpose(1, 2).flatten(2))
-        gate, up = self.gate_up(F.rms_norm(x, (self.hidden,), self.norms[1])).chunk(2, dim=-1)
-        out: Tensor = x + self.down(F.silu(gate) * up)
-        return out
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class Model(nn.Module):
@@ -95,7 +46,7 @@ class Model(nn.Module):
         self.norm = nn.Parameter(torch.ones(shape.hidden, device=device, dtype=DTYPE))
         parts: list[nn.Module] = []
         for _ in range(shape.layers):
-            parts.append(packed(Block(shape, context, device), arm))
+            parts.append(packed(Layer(shape, 1, context), arm))
             if compiled:
                 parts[-1].compile(fullgraph=True, dynamic=False)
         self.blocks = nn.ModuleList(parts)
@@ -121,7 +72,7 @@ def packed(module: nn.Module, arm: str) -> nn.Module:
 
 def weight_bytes(model: nn.Module) -> int:
     """Parameters and packed buffers, without the caches."""
-    tensors = [*model.parameters(), *(b for name, b in model.named_buffers() if not name.endswith("cache"))]
+    tensors = [*model.parameters(), *(b for name, b in model.named_buffers() if not name.endswith(("keys", "values")))]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
