@@ -107,7 +107,8 @@ def start(section: Section, out: Path, dry: bool) -> tuple[subprocess.Popen[byte
         if "--models" in arguments:
             arguments[arguments.index("--models") + 1] = "0"
         arguments = [a.replace(",compiled", "") for a in arguments] + (section.dry or [])
-    script = [str(HERE / "dry.py"), section.script] if dry else [str(HERE / section.script)]
+    folder = HERE.name  # the command that a result keeps names no folder of this machine
+    script = [f"{folder}/dry.py", section.script] if dry else [f"{folder}/{section.script}"]
     command = [sys.executable, *script, *arguments, section.option, str(out / f"{section.name}.json")]
     # The project needn't be installed where the GPU is.
     paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -72,6 +72,8 @@ def take(run: Row, found: dict[str, Any]) -> list[str]:
         "growth": {row["length"]: row for row in run.get("growth", []) if "length" in row},
         "first": {key: value for key, value in run.items() if key.startswith("first call")},
     }
+    # What growth times, one sequence of 16 heads of 128, are rows of shapes, too.
+    rows["times"] = {(1, length, 16, 128): row for length, row in rows["growth"].items()} | rows.get("times", {})
     copy = run.get("copy_gb_s")
     used = set()
     for name, points in rows.items():
@@ -116,18 +118,21 @@ def floors(row: Row | None, mine: list[Any]) -> Row:
     }
 
 
+def beside_peers(row: Row | None) -> Row:
+    """Our times, the floor and the peers' times of one row."""
+    mine = [value(row, "ours", key) for key in PASSES]
+    entry: Row = {"ours_ms": mine, **floors(row, mine), "peak_gib": value(row, "ours", "peak_gib")}
+    for title, name in PEERS.items():
+        theirs = [value(row, name, key) for key in PASSES]
+        times = [ratio(x, y) for x, y in zip(theirs, mine, strict=True)]
+        entry[title] = {"ms": theirs, "times_ours": times, "peak_gib": value(row, name, "peak_gib")}
+    return entry
+
+
 def gla(found: dict[str, Any]) -> list[Row]:
     rows = []
     for shape in SHAPES:
-        # One sequence of 16 heads of 128 is what --growth times, too.
-        row = found["times"].get(shape) or (found["growth"].get(shape[1]) if shape[::2] == (1, 16) else None)
-        mine = [value(row, "ours", key) for key in PASSES]
-        entry: Row = {"shape": list(shape), "ours_ms": mine, **floors(row, mine)}
-        entry["peak_gib"] = value(row, "ours", "peak_gib")
-        for title, name in PEERS.items():
-            theirs = [value(row, name, key) for key in PASSES]
-            times = [ratio(x, y) for x, y in zip(theirs, mine, strict=True)]
-            entry[title] = {"ms": theirs, "times_ours": times, "peak_gib": value(row, name, "peak_gib")}
+        entry: Row = {"shape": list(shape), **beside_peers(found["times"].get(shape))}
         fla = entry["FLA chunk_gla"]
         fla["memory_times_ours"] = ratio(fla["peak_gib"], entry["peak_gib"])
         rows.append(entry)
@@ -185,14 +190,8 @@ def decode(found: dict[str, Any]) -> list[Row]:
 def growth(found: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
     for length in LENGTHS:
-        row = found["growth"].get(length)
-        mine = [value(row, "ours", key) for key in PASSES]
-        entry: Row = {"length": length, "ours_ms": mine, **floors(row, mine)}
-        entry["us_per_1k_tokens"] = [ratio(x, length / 1024 / 1e3) for x in mine]
-        entry["peak_gib"] = value(row, "ours", "peak_gib")
-        for title, name in PEERS.items():
-            theirs = [value(row, name, key) for key in PASSES]
-            entry[title] = {"ms": theirs, "times_ours": [ratio(x, y) for x, y in zip(theirs, mine, strict=True)]}
+        entry: Row = {"length": length, **beside_peers(found["growth"].get(length))}
+        entry["us_per_1k_tokens"] = [ratio(x, length / 1024 / 1e3) for x in entry["ours_ms"]]
         rows.append(entry)
     return rows
 
