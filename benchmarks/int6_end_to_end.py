@@ -6,7 +6,8 @@ Llama-shaped models with random weights (speed doesn't depend on them), built an
 by ``lincompile.quantize_``, so that no more than one layer is ever there in bf16. Every arm runs the same code: q, k
 and v in one linear, gate and up in one, ``torch.compile`` around a layer, one CUDA graph around a token. Decoding is
 greedy, one sequence, over a full key-value cache of ``--context`` positions. An untied output head is quantized too; a
-tied one, like every embedding, stays bf16.
+tied one, like every embedding, stays bf16, except in the arm ``int6 embeddings``, where one copy of the planes serves
+both.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lincompile import W6A8, W8A8, quantize_
+from lincompile.kernels.int6_linear import codes, pack
 
-ARMS = {"bf16": None, "w8a8": W8A8(), "int6": W6A8()}
+EMBEDDINGS = "int6 embeddings"
+ARMS = {"bf16": None, "w8a8": W8A8(), "int6": W6A8(), EMBEDDINGS: W6A8()}
 
 
 SHAPES = [
@@ -42,7 +45,9 @@ class Model(nn.Module):
         self.shape, self.position = shape, torch.tensor([context - 1], device=device)
         angles = (context - 1) * 10000.0 ** -torch.arange(0, 1, 2 / shape.head_dim, device=device)
         self.cos, self.sin = angles.cos().to(DTYPE), angles.sin().to(DTYPE)
-        self.embedding = nn.Embedding(shape.vocabulary, shape.hidden, device=device, dtype=DTYPE)
+        self.embedding: nn.Module = nn.Embedding(shape.vocabulary, shape.hidden, device=device, dtype=DTYPE)
+        if arm == EMBEDDINGS:
+            self.embedding = Table(self.embedding.weight)
         self.norm = nn.Parameter(torch.ones(shape.hidden, device=device, dtype=DTYPE))
         parts: list[nn.Module] = []
         for _ in range(shape.layers):
@@ -59,8 +64,31 @@ class Model(nn.Module):
         for block in self.blocks:
             x = block(x, self.cos, self.sin, self.position)
         x = F.rms_norm(x, (self.shape.hidden,), self.norm)
-        logits = F.linear(x, self.embedding.weight) if self.shape.tied else self.head(x)
+        if not self.shape.tied:
+            logits = self.head(x)
+        elif isinstance(self.embedding, Table):
+            logits = self.embedding.head(x)
+        else:
+            logits = F.linear(x, self.embedding.weight)
         return logits.argmax(dim=-1)
+
+
+class Table(nn.Module):
+    """An embedding in six bits, and the output head tied to it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        values, scale = codes.quantize_weight(weight.detach().float())
+        self.in_features = weight.shape[1]
+        for name, plane in zip(("hi", "lo", "scale"), (*pack.pack(values), scale), strict=True):
+            self.register_buffer(name, plane)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        planes = self.hi, self.lo, self.scale
+        return torch.ops.lincompile.int6_embedding(ids, *planes, self.in_features, pack.GROUP_SIZE, DTYPE)
+
+    def head(self, x: Tensor) -> Tensor:
+        return torch.ops.lincompile.int6_linear(x, self.hi, self.lo, self.scale, None, pack.GROUP_SIZE, "a8")
 
 
 def packed(module: nn.Module, arm: str) -> nn.Module:
@@ -115,6 +143,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("int6_end_to_end.json"))
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--models", default="0,1", help="which of SHAPES, by number")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--seconds", type=float, default=150, help="no arm is begun after this")
     arguments = parser.parse_args()
@@ -124,7 +153,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "context": arguments.context,
         "compiled": not arguments.eager, "models": [],
     }  # fmt: skip
-    for shape in SHAPES:
+    for shape in [SHAPES[int(index)] for index in arguments.models.split(",") if int(index) < len(SHAPES)]:
         entry: dict[str, Any] = {"shape": asdict(shape), "arms": []}
         result["models"].append(entry)
         for arm in ARMS:

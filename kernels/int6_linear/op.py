@@ -142,8 +142,7 @@ def int8_linear(
     """Linear layer with eight-bit weights, int8 ``[N, K]`` and a float16 scale per group (the W8A8 plan)."""
     _check_int8(x, weight, weight_scale, bias, group_size, activation)
     kernels = backend("int6_linear", x)
-    fits = kernels is not None and kernels.INT8_LINEAR and x.shape[-1] % 128 == 0
-    if kernels is not None and fits and kernels.supports(x, group_size, activation):
+    if kernels is not None and kernels.supports(x, group_size, activation):
         y: Tensor = kernels.int8_linear(x, weight, weight_scale, bias, group_size, activation)
         return y
     return reference.int8_linear(x, weight, weight_scale, bias, group_size, activation)

@@ -31,8 +31,6 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # The Gluon kernels' shares of M; 0 leaves everything to the others.
 TILE_TOKENS = 0
 PREFILL_TOKENS = 0
-# Whether int8_linear runs here: not before its values have been checked on a GPU.
-INT8_LINEAR = False
 _SMALL_M = 256
 _GROUP = 128
 Planes = tuple[Tensor, Tensor, Tensor]
@@ -73,8 +71,8 @@ def int6_linear(
 def int8_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group_size: int, activation: str
 ) -> Tensor:
-    """As :func:`.reference.int8_linear`, for calls that :func:`supports` accepts and K a multiple of 128."""
-    assert supports(x, group_size, activation) and x.shape[-1] % _GROUP == 0
+    """As :func:`.reference.int8_linear`, for calls that :func:`supports` accepts."""
+    assert supports(x, group_size, activation)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     if y.numel() and x.numel():
         codes, scale = quantize_activation(x.reshape(-1, x.shape[-1]).contiguous(), activation, columns=True)
@@ -256,10 +254,10 @@ def _bytes(
     options: dict[str, Any],
 ) -> None:  # fmt: skip
     """``factor`` times the product of int8 operands ``[M, K]`` and ``[N, K]``; scales ``[G, M]`` and ``[G, N]``."""
-    (tokens, width), (groups, rows) = codes.shape, weight_scale.shape
+    (tokens, width), (groups, rows), in_features = codes.shape, weight_scale.shape, weight.shape[1]
     kernels.large_kernel[(triton.cdiv(tokens, options["BM"]) * triton.cdiv(rows, options["BN"]),)](
-        codes, scale, weight, weight_scale, bias, y, tokens, rows, tokens, rows, width, groups,
-        BIAS=bias is not None, FACTOR=factor, **options,
+        codes, scale, weight, weight_scale, bias, y, tokens, rows, tokens, rows, width, in_features, groups,
+        BIAS=bias is not None, FACTOR=factor, PARTIAL=in_features % _GROUP != 0, **options,
     )  # fmt: skip
 
 

@@ -243,13 +243,13 @@ def unpack_kernel(
 
 @triton.jit(do_not_specialize=["M", "N"])
 def large_kernel(
-    a_ptr, sa_ptr, w_ptr, sw_ptr, bias_ptr, y_ptr, M, N, M_PAD, N_PAD, K_PAD, G,
+    a_ptr, sa_ptr, w_ptr, sw_ptr, bias_ptr, y_ptr, M, N, M_PAD, N_PAD, K_PAD, K, G,
     BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr,
-    FACTOR: tl.constexpr,
+    FACTOR: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """BM tokens by BN rows of int8 weights; one product of depth 128 per group, scaled into float32.
+    """BM tokens by BN rows of int8 weights ``[N, K]``; one product of depth 128 per group, scaled into float32.
 
-    FACTOR multiplies the result: ¼ for unpacked six-bit weights.
+    FACTOR multiplies the result: ¼ for unpacked six-bit weights. PARTIAL: K ends inside the last group.
 
     Scales are float32 and group-major here: ``[G, M_PAD]`` and ``[G, N_PAD]``.
     """
@@ -263,7 +263,7 @@ def large_kernel(
     row, token = tl.minimum(rows, N - 1).to(tl.int64), tl.minimum(tokens, M - 1).to(tl.int64)
     k = tl.arange(0, 128)
     a = a_ptr + token[:, None] * K_PAD + k[None, :]
-    w = w_ptr + row[None, :] * K_PAD + k[:, None]
+    w = w_ptr + row[None, :] * K + k[:, None]
     acc = tl.zeros([BM, BN], tl.float32)
     sa, sw = sa_ptr + token, sw_ptr + row
     # Scales are read one group ahead: they feed no product, so nothing else hides their latency.
@@ -272,7 +272,11 @@ def large_kernel(
         this_sa, this_sw = next_sa, next_sw
         ahead = tl.minimum(group + 1, G - 1)
         next_sa, next_sw = tl.load(sa + ahead * M_PAD), tl.load(sw + ahead * N_PAD)
-        part = tl.dot(tl.load(a + group * 128), tl.load(w + group * 128), out_dtype=tl.int32)
+        if PARTIAL:
+            weights = tl.load(w + group * 128, mask=(group * 128 + k < K)[:, None], other=0)
+        else:
+            weights = tl.load(w + group * 128)
+        part = tl.dot(tl.load(a + group * 128), weights, out_dtype=tl.int32)
         acc += part.to(tl.float32) * (this_sa[:, None] * this_sw[None, :])
     acc *= FACTOR
     if BIAS:

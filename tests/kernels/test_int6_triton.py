@@ -49,11 +49,12 @@ bias = torch.randn(70)
 kernels.small(wide, planes, bias, y, "a6", split)
 expected = reference.int6_linear_definition(wide, *planes, bias, 128, "a6")
 assert float((y - expected).norm() / expected.norm()) < 1e-6
-codes, scale = q.quantize_weight(torch.randn(40, 256), bits=8)
-x = torch.randn(5, 256)
-got = kernels.int8_linear(x, codes, scale, bias[:40], 128, "a8").double()
-expected = reference.int8_linear_definition(x, codes, scale, bias[:40], 128, "a8")
-assert float((got - expected).norm() / expected.norm()) < 1e-6
+for width in (256, 208):
+    codes, scale = q.quantize_weight(torch.randn(40, width), bits=8)
+    x = torch.randn(5, width)
+    got = kernels.int8_linear(x, codes, scale, bias[:40], 128, "a8").double()
+    expected = reference.int8_linear_definition(x, codes, scale, bias[:40], 128, "a8")
+    assert float((got - expected).norm() / expected.norm()) < 1e-6
 rows_codes, rows_scale = kernels.quantize_activation(wide, "a8")
 tile_codes, tile_scale = kernels.quantize_activation(wide, "a8", pad=32, columns=True, fragment=True)
 k = torch.arange(128)
@@ -117,10 +118,11 @@ def test_gpu_kernels_are_exact_in_the_integer_part(rows: int, width: int, tokens
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("width", [384, 336])
 @pytest.mark.parametrize("tokens", [1, 17, 200])
-def test_gpu_int8_linear_is_exact_in_the_integer_part(tokens: int) -> None:
-    codes = torch.randint(-127, 128, (70, 384), dtype=torch.int8)
-    x = torch.randint(-127, 128, (tokens, 384)).float()
+def test_gpu_int8_linear_is_exact_in_the_integer_part(tokens: int, width: int) -> None:
+    codes = torch.randint(-127, 128, (70, width), dtype=torch.int8)
+    x = torch.randint(-127, 128, (tokens, width)).float()
     x[:, ::16] = 127
     scale = torch.ones(70, 3, dtype=torch.float16).cuda()
     got = torch.ops.lincompile.int8_linear(x.cuda(), codes.cuda(), scale, None, 128, "a8")
