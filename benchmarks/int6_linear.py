@@ -48,9 +48,10 @@ SMALL = [
     (128, 4, 3, 2),
 ]
 LARGE = [(128, 64, 4, 3), (128, 64, 4, 4), (64, 128, 4, 3), (64, 64, 4, 4), (128, 128, 8, 3), (128, 32, 4, 4)]
-# Gluon tiles: (ROWS, SPLIT, WARPS) for a few tokens; (BM, BN, CHUNK, STAGES, BAND) for many.
-TILES = [(1, 2, 4), (1, 4, 4), (2, 1, 4), (2, 2, 4), (2, 4, 4), (1, 4, 2), (2, 4, 2)]
-PREFILL = [(128, 256, 128, 4, 8), (128, 256, 64, 4, 8), (128, 256, 128, 3, 16), (128, 128, 64, 4, 8)]
+# Gluon tiles: (ROWS, WARPS, STAGES) for a few tokens; (BM, BN, CHUNK, STAGES, BAND, WARPS, REGISTERS) for many.
+TILES = [(2, 4, 3), (1, 8, 3), (1, 4, 4), (2, 4, 2)]
+PREFILL = [(128, 128, 64, 3, 8, 8, 128), (128, 128, 64, 3, 16, 8, 128), (64, 128, 64, 3, 8, 4, 168),
+           (128, 128, 64, 3, 8, 8, 255), (128, 256, 128, 4, 8, 8, 255)]  # fmt: skip
 PAST_L2 = 320 << 20  # bytes of weights in one replay, at least
 WARM = {"on": False}  # one call of each kind, not timed
 
@@ -89,26 +90,29 @@ def poisoned(tokens: int, rows: int) -> Tensor:
     return torch.full((tokens, rows), float("nan"), device="cuda")
 
 
-def tile_options(tokens: int, tile: tuple[int, ...]) -> dict[str, int]:
-    rows, split, warps = tile
-    block = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
-    return {"BM": block, "ROWS": rows, "SPLIT": split, "WARPS": warps}
+def few_options(tokens: int, rows: int, width: int, tile: tuple[int, ...]) -> dict[str, int]:
+    per_warp, warps, stages = tile
+    programs = -(-rows // (16 * per_warp * warps))
+    changed = {"ROWS": per_warp, "WARPS": warps, "STAGES": stages, "SHARES": max(1, 264 // programs)}
+    return kernels.few_config(tokens, rows, width) | changed
 
 
 def prefill_options(tile: tuple[int, ...]) -> dict[str, int]:
-    return dict(zip(("BM", "BN", "CHUNK", "STAGES", "BAND"), tile, strict=True)) | {"WARPS": 8}
+    return dict(zip(("BM", "BN", "CHUNK", "STAGES", "BAND", "WARPS", "REGISTERS"), tile, strict=True))
 
 
 def check_variants(path: str) -> dict[str, Any]:
     """Every Gluon tile over poisoned memory, bit for bit as in :func:`check_exact`; a wrong one isn't timed."""
     verdicts: dict[str, Any] = {}
-    cases: list[tuple[int, tuple[int, ...]]] = [(tokens, tile) for tile in TILES for tokens in (16, 29)]
-    cases = [*cases, (3, (1, 4, 2))] if path == "tile" else [(m, tile) for tile in PREFILL for m in (130, 300)]
-    for tokens, tile in cases:
+    tiles = {
+        "few": list(itertools.product((3, 16, 29, 70), TILES)),
+        "prefill": list(itertools.product((130, 300), PREFILL)),
+    }
+    for tokens, tile in tiles[path]:
         name = f"{path} {'/'.join(map(str, tile))}"
-        options = tile_options(tokens, tile) if path == "tile" else prefill_options(tile)
         try:
-            for rows, width in ((257, 1152), (512, 2048)):
+            for rows, width in ((257, 1152), (512, 2048), (130, 9088)):
+                options = few_options(tokens, rows, width, tile) if path == "few" else prefill_options(tile)
                 codes = torch.randint(-32, 32, (rows, width), dtype=torch.int8)
                 hi, lo = (plane.cuda() for plane in pack.pack(codes))
                 scale = torch.ones(rows, width // 128, dtype=torch.float16, device="cuda")
@@ -142,12 +146,11 @@ def measure_variants(path: str) -> None:
         for wide in PREFILL:
             timed(28672, 8192, 4096, f"prefill {'/'.join(map(str, wide))}", prefill_options(wide))
         return
-    for (rows, width), tokens in itertools.product(DECODE[:2], (16, 32)):
+    more = [(28672, 8192, 2), (28672, 8192, 64), (4096, 4096, 16), (4096, 4096, 32)]
+    for rows, width, tokens in [*((*shape, tokens) for shape in DECODE[:2] for tokens in (16, 32)), *more]:
         for tile in TILES:
-            timed(rows, width, tokens, f"tile {'/'.join(map(str, tile))}", tile_options(tokens, tile))
-    for rows, width, tokens in ((28672, 8192, 4), (4096, 4096, 16), (4096, 4096, 32)):
-        for tile in ((1, 4, 2), (1, 4, 4), (2, 4, 4)):
-            timed(rows, width, tokens, f"tile {'/'.join(map(str, tile))}", tile_options(tokens, tile))
+            name = f"few {'/'.join(map(str, tile))}"
+            timed(rows, width, tokens, name, few_options(tokens, rows, width, tile))
         timed(rows, width, tokens, "small", None)
 
 
@@ -439,7 +442,7 @@ def main() -> int:
     if arguments.sweep:
         part("sweep", sweep())
         print(json.dumps(result["sweep"], indent=0), flush=True)
-    todo = [("variants", ["--variant", path], 80.0) for path in ("tile", "prefill") if arguments.variants]
+    todo = [("variants", ["--variant", path], 80.0) for path in ("few", "prefill") if arguments.variants]
     todo += [("peers", ["--peer", name], 70.0) for name in PEERS if arguments.peers]
     for index, (name, options, most) in enumerate(todo):
         left = started + arguments.seconds - time.time()

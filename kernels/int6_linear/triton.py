@@ -4,10 +4,10 @@ By the number of tokens M; every path quantizes the activations first (one small
 
 * M = 1: every thread unpacks whole 32-bit words of the planes and multiplies with ``dp4a``; nothing but packed weights
   crosses the memory bus (0.77 bytes per weight).
-* M up to ``TILE_TOKENS``, where Gluon and a GPU of the Ampere generation or later are: :func:`.gluon.tile_kernel`.
+* M up to ``FEW_TOKENS`` on Hopper: :func:`.gluon_few.few_kernel`.
 * M up to ``_SMALL_M``: the same planes feed int8 tensor-core products of four 32-wide slices per group, weights first.
 * larger M: the planes are unpacked once into an int8 scratch matrix, then one int8 product per group of 128; on Hopper
-  from ``PREFILL_TOKENS`` by :func:`.gluon.prefill_kernel`.
+  from ``PREFILL_TOKENS`` by :func:`.gluon_many.prefill_kernel`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from .pack import group_count
 # The interpreter has no inline assembly; there the kernels use the same arithmetic spelled with Triton's operators.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # The Gluon kernels' shares of M; 0 leaves everything to the others.
-TILE_TOKENS = 0
+FEW_TOKENS = 0
 PREFILL_TOKENS = 0
 _SMALL_M = 256
 _GROUP = 128
@@ -85,31 +84,30 @@ def path(tokens: int, in_features: int, device: torch.device) -> Any:
     """The launcher for a call: ``(x [M, K], planes, bias, y, activation, config=None) -> None``."""
     if tokens == 1:
         return vector
-    if tokens <= TILE_TOKENS and in_features % _GROUP == 0 and gluon_module(device) is not None:
-        return tile
+    if tokens <= FEW_TOKENS and in_features % _GROUP == 0 and hopper(device):
+        return few
     if tokens <= _SMALL_M:
         return small
-    hopper = gluon_module(device) is not None and torch.cuda.get_device_capability(device)[0] == 9
-    return prefill if PREFILL_TOKENS and tokens >= PREFILL_TOKENS and hopper else large
+    return prefill if PREFILL_TOKENS and tokens >= PREFILL_TOKENS and hopper(device) else large
 
 
 @functools.cache
-def gluon_module(device: torch.device) -> ModuleType | None:
-    """The Gluon kernels, or None where Triton lacks Gluon or the GPU the instructions they use."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 8 or INTERPRET:
-        return None
-    return importlib.import_module(f"{__package__}.gluon") if importlib.util.find_spec("triton.experimental") else None
+def hopper(device: torch.device) -> bool:
+    """Whether the Gluon kernels run here: they use what only Hopper has."""
+    if INTERPRET or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    return importlib.util.find_spec("triton.experimental") is not None
 
 
 def quantize_activation(
-    x: Tensor, activation: str, *, pad: int = 1, columns: bool = False, fragment: bool = False
+    x: Tensor, activation: str, *, pad: int = 1, columns: bool = False, fragment: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Codes int8 ``[M, 128·ceil(K/128)]`` and float32 scales ``[M, ceil(K/128)]`` of ``x [M, K]``, contiguous.
 
     Args:
         pad: tokens are made room for up to a multiple of this; what lies there is undefined.
         columns: scales as ``[ceil(K/128), M]``.
-        fragment: codes of a group in the order of :mod:`.gluon`.
+        fragment: tokens per block of the order of :mod:`.gluon_few`; 0: codes in plain order.
     """
     tokens, in_features = x.shape
     groups = group_count(in_features, _GROUP)
@@ -130,14 +128,12 @@ def vector_config(in_features: int) -> dict[str, int]:
     return {"BN": 2, "HALVES": 64, "num_warps": 4 if in_features >= 8192 else 2}
 
 
-def tile_config(tokens: int, rows: int, in_features: int) -> dict[str, int]:
-    """Tile of the few-token Gluon kernel; groups are split until every multiprocessor has about a dozen warps."""
-    block_m = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
+def few_config(tokens: int, rows: int, in_features: int) -> dict[str, int]:
+    """Tile of the few-token Gluon kernel; groups are shared out until each multiprocessor has two programs."""
+    block_m, groups = (16 if tokens <= 16 else 32), group_count(in_features, _GROUP)
     programs = triton.cdiv(rows, 128) * triton.cdiv(tokens, block_m)
-    split = 1
-    while split < 8 and programs * split < 400 and in_features // _GROUP >= 8 * split:
-        split *= 2
-    return {"BM": block_m, "ROWS": 2, "SPLIT": split, "WARPS": 4}
+    shares = max(1, min(264 // programs, groups // 4))
+    return {"BM": block_m, "ROWS": 2, "WARPS": 4, "STAGES": 3, "SHARES": shares}
 
 
 def small_config(tokens: int, rows: int, in_features: int) -> dict[str, int]:
@@ -185,23 +181,30 @@ def vector(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation
     )  # fmt: skip
 
 
-def tile(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: str, config: Config = None) -> None:
-    """A few tokens and whole groups, in Gluon."""
-    from . import gluon
+def few(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: str, config: Config = None) -> None:
+    """A few tokens and whole groups on Hopper, in Gluon."""
+    from . import gluon_few
 
     hi, lo, weight_scale = planes
     (tokens, in_features), (rows, groups) = x.shape, weight_scale.shape
-    options = dict(config or tile_config(tokens, rows, in_features))
-    codes, scale = quantize_activation(x, activation, pad=32, columns=True, fragment=True)
-    layout, loads = gluon.layouts(options["ROWS"], options["WARPS"])
-    split, height = options["SPLIT"], 16 * options["ROWS"] * options["WARPS"]
-    out = y if split == 1 else torch.empty(split, tokens, rows, dtype=torch.float32, device=y.device)
-    gluon.tile_kernel[(triton.cdiv(rows, height), triton.cdiv(tokens, options["BM"]), split)](
-        codes.view(torch.int32), scale, hi.view(torch.int32), lo.view(torch.int32), weight_scale, bias, out,
-        tokens, rows, scale.shape[1], codes.shape[1] // 4, hi.shape[1] // 4, lo.shape[1] // 4, groups,
-        BIAS=bias is not None, TILE=layout, LOADS=loads, num_warps=options["WARPS"], **options,
+    options = config or few_config(tokens, rows, in_features)
+    block_m, warps, blocks = options["BM"], options["WARPS"], options["ROWS"] * options["WARPS"]
+    codes, scale = quantize_activation(x, activation, pad=block_m, columns=True, fragment=block_m)
+    height, room = 16 * blocks, codes.shape[0]
+    shares = max(options["SHARES"], triton.cdiv(groups, 64))  # more groups' scales don't fit beside the ring
+    span = triton.cdiv(groups, 2 * shares) * 2
+    shares = triton.cdiv(groups, span)
+    out = y if shares == 1 else torch.empty(shares, tokens, rows, dtype=torch.float32, device=y.device)
+    names = ("TILE", "UNPACK", "HIGH", "LOW", "TOKENS", "SCALES")
+    gluon_few.few_kernel[(triton.cdiv(rows, height), room // block_m, shares)](
+        gluon_few.descriptor(codes.view(torch.int32).view(-1, 32), 2 * block_m, 32),
+        gluon_few.descriptor(hi.view(torch.int32), height, 32), gluon_few.descriptor(lo.view(torch.int32), height, 16),
+        scale, weight_scale, bias, out, tokens, rows, room, groups,
+        BM=block_m, BLOCKS=blocks, SPAN=span, SHARE=triton.next_power_of_2(span), STAGES=options["STAGES"],
+        WHOLE=shares == 1, BIAS=bias is not None, num_warps=warps,
+        **dict(zip(names, gluon_few.layouts(options["ROWS"], warps), strict=True)),
     )  # fmt: skip
-    if split > 1:
+    if shares > 1:
         _reduce(out, bias, y)
 
 
@@ -263,16 +266,18 @@ def _bytes(
 
 def prefill(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: str, config: Config = None) -> None:
     """Many tokens on Hopper, in Gluon."""
-    from . import gluon
+    from . import gluon_many
 
     (tokens, in_features), (rows, groups) = x.shape, planes[2].shape
-    options = dict(config or prefill_config())
+    options: dict[str, Any] = dict(config or prefill_config())
+    registers = options.pop("REGISTERS", None)
     codes, scale = quantize_activation(x, activation, pad=options["BM"], columns=True)
     weight = unpack_to_int8(planes, in_features)
     wide = triton.cdiv(rows, options["BN"]) * options["BN"]
     weight_scale = torch.empty(groups, wide, dtype=torch.float32, device=x.device)
     weight_scale[:, :rows].copy_(planes[2].t())
-    gluon.prefill_kernel[(triton.cdiv(tokens, options["BM"]) * (wide // options["BN"]),)](
-        gluon.descriptor(codes, options["BM"]), gluon.descriptor(weight, options["BN"]), scale, weight_scale, bias, y,
-        tokens, rows, scale.shape[1], wide, groups, BIAS=bias is not None, num_warps=options["WARPS"], **options,
+    gluon_many.prefill_kernel[(triton.cdiv(tokens, options["BM"]) * (wide // options["BN"]),)](
+        gluon_many.descriptor(codes, options["BM"]), gluon_many.descriptor(weight, options["BN"]), scale, weight_scale,
+        bias, y, tokens, rows, scale.shape[1], wide, groups, BIAS=bias is not None, num_warps=options["WARPS"],
+        maxnreg=registers, **options,
     )  # fmt: skip

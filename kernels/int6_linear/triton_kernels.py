@@ -25,8 +25,8 @@ def quantize_kernel(
 ):  # fmt: skip
     """Dynamic symmetric codes of GB groups of one token; columns past K are written as 0.
 
-    FRAGMENT stores the codes of a group in the order of :mod:`.gluon`; COLUMNS the scales as ``[G, M_PAD]`` instead of
-    ``[M, G]``.
+    With FRAGMENT, codes are stored as :mod:`.gluon_few` reads them, ``[M_PAD / FRAGMENT, G, FRAGMENT, 128]``: slices of
+    a group in the order 0, 2, 1, 3. COLUMNS stores the scales as ``[G, M_PAD]`` instead of ``[M, G]``.
     """
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GB + tl.arange(0, GB)
@@ -41,11 +41,11 @@ def quantize_kernel(
     # max() drops NaN: a group that holds one gets a NaN scale, so that its tokens come out as NaN.
     has_nan = tl.max((x != x).to(tl.int32), axis=1)
     scale = tl.where(has_nan != 0, float("nan"), scale)
-    place = k
+    place = token * K_PAD + k
     if FRAGMENT:
-        part, within = inner // 32, inner % 32
-        place = group[:, None] * 128 + part // 2 * 64 + within // 8 * 16 + part % 2 * 8 + within % 8
-    tl.store(codes_ptr + token * K_PAD + place, codes.to(tl.int8), mask=k < K_PAD)
+        line = (token // FRAGMENT * G + group[:, None]) * FRAGMENT + token % FRAGMENT
+        place = line * 128 + inner // 32 % 2 * 64 + inner // 64 * 32 + inner % 32
+    tl.store(codes_ptr + place, codes.to(tl.int8), mask=k < K_PAD)
     where = group * M_PAD + token if COLUMNS else token * G + group
     tl.store(scale_ptr + where, scale, mask=group < G)
 
