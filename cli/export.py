@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import common
+
+if TYPE_CHECKING:
+    from ..lowering.package import Artefact
 
 
 def opset_option(ctx: click.Context, param: click.Parameter, value: str) -> int | str:
@@ -67,6 +71,7 @@ def command(
     verbose: bool,
 ) -> None:
     """Write the artefact's program as an ONNX model that stock onnxruntime runs, or as compiled code."""
+    from ..lowering.artefact_files import forget_files, record_files
     from ..lowering.report import human_bytes
 
     given = [
@@ -80,22 +85,33 @@ def command(
         raise click.UsageError("--device belongs to --target aot: an ONNX model is exported on the CPU")
     artefact = common.open_checked(directory, device)
     folder = artefact.directory / target if output is None else output
-    if target == "aot":
-        from ..lowering.aot import export_aot
-
-        with common.working("compiling with AOTInductor (minutes for a large model)"):
-            report = export_aot(artefact.step, folder).record()
-    else:
-        from ..lowering.onnx.export import export_onnx
-
-        special = {"eos_token_id": artefact.eos_ids} if artefact.eos_ids else {}
-        with common.working("exporting to ONNX (minutes for a large model)"):
-            report = export_onnx(
-                artefact.step, folder, special_tokens=special, layout=layout, embeddings=embeddings, opset=opset
-            ).record()
+    forget_files(artefact.directory, folder)
+    try:
+        report = _export(artefact, folder, target, layout, embeddings, opset)
+    finally:  # also where it is refused: an earlier export is still there
+        record_files(artefact.directory, folder)
     for remark in report.get("notes", ()):
         common.note(remark)
     if as_json:
         common.print_json(report)
     else:
         common.stdout().print(f"wrote {report['path']}: {human_bytes(report['bytes'])} in {report['seconds']:.0f} s")
+
+
+def _export(
+    artefact: Artefact, folder: Path, target: str, layout: str, embeddings: str, opset: int | str
+) -> dict[str, Any]:
+    if target == "aot":
+        from ..lowering.aot import export_aot
+
+        with common.working("compiling with AOTInductor (minutes for a large model)"):
+            compiled = export_aot(artefact.step, folder)
+        return compiled.record()
+    from ..lowering.onnx.export import export_onnx
+
+    special = {"eos_token_id": artefact.eos_ids} if artefact.eos_ids else {}
+    with common.working("exporting to ONNX (minutes for a large model)"):
+        written = export_onnx(
+            artefact.step, folder, special_tokens=special, layout=layout, embeddings=embeddings, opset=opset
+        )
+    return written.record()

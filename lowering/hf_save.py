@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from ..passes.errors import ArtefactError, LincompileError
 from ..passes.graph import set_tensor
 from ..passes.program import share_tensors
-from .package import CONFIG, MANIFEST, PROGRAM, REPORT, WEIGHTS, Artefact, save
+from .artefact_files import MANIFEST, OTHER_RUNTIMES
+from .package import CONFIG, PROGRAM, REPORT, WEIGHTS, Artefact, save
 
 GENERATION_CONFIG = "generation_config.json"
 NOTE = "saved by transformers with weights changed since compilation"
 _WRITTEN = {MANIFEST, WEIGHTS, PROGRAM, REPORT, CONFIG}
-_OTHER_RUNTIMES = ("aot", "onnx")
 
 
 def save_copy(artefact: Artefact, weights: Mapping[str, Tensor], target: Path) -> None:
@@ -61,7 +61,7 @@ def _check_target(target: Path) -> None:
     held = {file.name for file in target.iterdir()} if target.is_dir() else set()
     if MANIFEST not in held and (other := sorted(held & _WRITTEN)):
         raise ArtefactError(f"{target} holds another model ('{other[0]}'): save to another folder")
-    if MANIFEST in held and (other := sorted(held & set(_OTHER_RUNTIMES))):
+    if MANIFEST in held and (other := sorted(held & set(OTHER_RUNTIMES))):
         raise ArtefactError(
             f"{target} holds an artefact with {other[0]}/, which would keep the old weights: remove it, or save to "
             "another folder"
@@ -75,7 +75,7 @@ def _copy(artefact: Artefact, folder: Path) -> None:
         if (source := artefact.directory / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, folder / name)
-    for name in _OTHER_RUNTIMES:
+    for name in OTHER_RUNTIMES:
         if (artefact.directory / name).is_dir():
             shutil.copytree(artefact.directory / name, folder / name, dirs_exist_ok=True)
 

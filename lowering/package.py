@@ -31,6 +31,7 @@ from torch.fx import GraphModule
 
 from ..passes.errors import ArtefactError, LincompileError
 from ..passes.stateful import StateSpec, StepProgram
+from .artefact_files import MANIFEST, OTHER_RUNTIMES, records, replace_text, sha256
 from .generate import Generation, Prefilled, Session, generate
 from .graph_file import read_graph, weights_of, write_graph
 from .report import render_report
@@ -39,7 +40,7 @@ from .tokenizer import TextCodec
 from .triton import lower
 
 FORMAT_VERSION = 1
-MANIFEST, WEIGHTS, PROGRAM, REPORT = "lincompile.json", "model.safetensors", "program.pt2", "report.html"
+WEIGHTS, PROGRAM, REPORT = "model.safetensors", "program.pt2", "report.html"
 CONFIG = "config.json"
 REPORTED_PACKAGES = ("lincompile", "torch", "triton", "onnx", "onnxruntime", "transformers", "safetensors", "numpy")
 
@@ -132,11 +133,7 @@ def save(
             }
             if states:
                 (folder / CONFIG).write_text(json.dumps(hf_config(document), indent=2) + "\n", encoding="utf-8")
-            files = sorted(file for file in folder.rglob("*") if file.is_file())
-            document["files"] = {
-                file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
-                for file in files
-            }
+            document["files"] = records(folder)
             (folder / REPORT).write_text(render_report(document), encoding="utf-8")
             (folder / MANIFEST).write_text(json.dumps(jsonable(document), indent=2) + "\n", encoding="utf-8")
             _put_in_place(folder, directory)
@@ -162,14 +159,8 @@ def add_metrics(directory: Path | str, metrics: Mapping[str, Any]) -> None:
     directory = Path(directory)
     document = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     document["metrics"] = {**document.get("metrics", {}), **jsonable(metrics)}
-    _replace_text(directory / REPORT, render_report(document))
-    _replace_text(directory / MANIFEST, json.dumps(document, indent=2) + "\n")
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(directory / REPORT, render_report(document))
+    replace_text(directory / MANIFEST, json.dumps(document, indent=2) + "\n")
 
 
 def _put_in_place(folder: Path, directory: Path) -> None:
@@ -228,15 +219,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _state_record(spec: StateSpec) -> dict[str, Any]:
@@ -430,7 +412,9 @@ def open_artefact(directory: Path | str, *, device: str | torch.device = "cpu", 
     if broken:
         raise ArtefactError(f"{file} is damaged: '{broken[0]}' is missing or isn't what it should be; compile again")
     for name, record in manifest["files"].items():
-        _check_file(directory / name, record, verify)
+        runtime = name.partition("/")[0]
+        if runtime not in OTHER_RUNTIMES or (directory / runtime).exists():
+            _check_file(directory / name, record, verify)
     return Artefact(directory, manifest, torch.device(device))
 
 

@@ -18,8 +18,9 @@ from ..passes.identity import ProveAttention
 from ..passes.pipeline import Pipeline
 from ..passes.program import Program
 from ..passes.stateful import StepProgram, make_stateful
+from .artefact_files import MANIFEST
 from .generate import PREFILL_CHUNK, Session, StepSession
-from .package import MANIFEST, Artefact, open_artefact
+from .package import Artefact, open_artefact
 from .tokenizer import TextCodec, codec_of
 from .triton import lower
 

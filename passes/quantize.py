@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from ..kernels import ops as _ops  # noqa: F401  registers torch.ops.lincompile
 from ..kernels.int6_linear.codes import dequantize, quantize_weight, sqnr_db
 from ..kernels.int6_linear.pack import GROUP_SIZE, pack
+from .distil.loop import Progress
 from .embeddings import LOOKUP, Table, find_tables, pack_table, table_codes, token_lookups
 from .errors import LincompileError, RefusedError
 from .graph import Builder, finish, get_attribute, parent_of, set_tensor, target_of
@@ -28,6 +29,8 @@ from .program import Program
 from .quantize_plan import PlanOptions, check_given, choose, load_plan, save_plan
 from .schemes import CHOICES, FLOAT, SCHEMES, PlanSpec, Scheme, parse_plan
 from .sensitivity import Batch, CodesOf
+from .tune import TuneOptions, options_for, tune
+from .tuned_layers import stored_codes
 from .weight_methods import WeightRounder
 
 QUANTIZED_OPS = (torch.ops.lincompile.int6_linear.default, torch.ops.lincompile.int8_linear.default)
@@ -65,9 +68,20 @@ class Quantize:
         scores: a JSON file for the sensitivity scores: written as they come, resumed if it is there.
         plan_file: a JSON file of layer → scheme: written once chosen; if it is there it is followed instead.
         schemes: a scheme name per layer name, as a saved plan gives it; layers that it doesn't name follow ``plan``.
+        tune: at last, train the stored numbers against the float model (:mod:`.tune`): ``scales`` (and norms and
+            biases) or ``codes`` (those as well); nothing is added at run time.
+        tune_steps: optimizer steps; with ``tune_time`` alone as many as it has time for, otherwise 200.
+        tune_time: seconds.
+        tune_batch: batches of calibration per step.
+        tune_rate: peak learning rate of the codes, in codes per step; that of scales and vectors follows it.
+        tune_seed: of the order of batches.
+        tune_checkpoint: a file that tuning saves itself to and resumes from.
+        tune_data: batches to tune on (one in eight is held out to judge the result), by default ``calibration``.
+        tune_progress: called after every step with (step, steps expected, loss, tokens per second).
 
     Raises (from :meth:`run`):
-        LincompileError: NaN or infinite weights, unknown layers or schemes in ``schemes`` or ``skip``.
+        LincompileError: NaN or infinite weights, unknown layers or schemes in ``schemes`` or ``skip``; or tuning
+            without text, or one that diverged: the program is quantized then, its codes not tuned.
         RefusedError: nothing could be quantized (the message gives the reasons), ``embeddings`` where the table can't
             be packed, or a plan worse than a uniform one that costs no more.
     """
@@ -90,6 +104,15 @@ class Quantize:
     plan_file: str | None = None
     calibration: Sequence[Batch] | None = field(default=None, metadata={"text": False}, repr=False)
     schemes: Mapping[str, str] | None = field(default=None, metadata={"text": False})
+    tune: str | None = None
+    tune_steps: int | None = None
+    tune_time: float | None = None
+    tune_batch: int = 8
+    tune_rate: float | None = None
+    tune_seed: int = 0
+    tune_checkpoint: str | None = None
+    tune_data: Sequence[Batch] | None = field(default=None, metadata={"text": False}, repr=False)
+    tune_progress: Progress | None = field(default=None, metadata={"text": False}, repr=False)
 
     @property
     def name(self) -> str:
@@ -104,6 +127,7 @@ class Quantize:
             raise LincompileError(
                 "quantize: the calibration set is empty: give at least one batch of the model's inputs, or None"
             )
+        tuning = self._tuning()
         module = program.graph_module
         module.graph.eliminate_dead_code()  # an unused layer is no layer
         lookups = token_lookups(program) if self.embeddings else []
@@ -123,7 +147,8 @@ class Quantize:
         codes_of = WeightRounder(program, todo, self.method, self.calibration, self.group_size, compensate=alike)
         strength = self._strength(spec)
         smoothed = codes_of.smooth(layers, strength) if strength and self.calibration and todo else {}
-        chosen, record = self._choose(program, spec, todo, codes_of)
+        chosen, choice = self._choose(program, spec, todo, codes_of)
+        teacher = program.clone() if tuning else None  # still in float
         packed = [self._pack(module, table, codes_of.method) for table in tables]
         chosen |= dict.fromkeys(heads, spec.scheme if spec.scheme and spec.scheme.weight_bits == 6 else SCHEMES["w6a8"])
         held = {str(item["head"]): codes for item, codes in packed}
@@ -137,10 +162,21 @@ class Quantize:
         if self.embeddings:
             report["embeddings"] = [item for item, _ in packed]
             _drop_unused(module, {table.weight for table in tables if table.head is None})
-        report |= {"choice": record} if record else {}
+        report |= {"choice": choice} if choice else {}
         if not report["layers"] and not done and not packed and not any(scheme.is_float for scheme in chosen.values()):
             raise RefusedError(f"quantize: no layer of the model can be quantized to {self.plan}: {_reasons(layers)}")
         program.metadata["quantization"] = report
+        if tuning is not None and teacher is not None:
+            text = self.tune_data or self.calibration or ()
+            saved = None if self.tune_checkpoint is None else Path(self.tune_checkpoint)
+            by_weight = {str(record["weight"]): record for record in report["layers"]}
+            progress = self.tune_progress
+            report["tuning"] = tune(teacher, program, by_weight, text, tuning, checkpoint=saved, progress=progress)
+            for layer in layers:
+                if (record := by_weight.get(layer.weight)) is not None:
+                    codes = stored_codes(module, layer.weight, layer.in_features, self.group_size)
+                    quality = sqnr_db(layer.matrix(teacher.graph_module), dequantize(*codes, self.group_size))
+                    record["sqnr_db"] = round(quality, 2)
         return PassResult(program, modified=bool(report["layers"] or packed), report=report)
 
     def _pack(self, module: GraphModule, table: Table, method: str) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
@@ -149,6 +185,18 @@ class Quantize:
         except ValueError as error:
             raise RefusedError(f"quantize: the embedding '{table.weight}' can't be packed: {error}") from error
         return pack_table(module, table, *codes, self.group_size), codes
+
+    def _tuning(self) -> TuneOptions | None:
+        """The options of tuning, checked before anything is changed; None where it isn't asked for."""
+        if self.tune is None:
+            names = ("tune_steps", "tune_time", "tune_rate", "tune_checkpoint", "tune_data")
+            unused = [name for name in names if getattr(self, name) is not None]
+            if unused:
+                raise LincompileError(f"quantize: {unused[0]} is about tuning: give tune='scales' or tune='codes', too")
+            return None
+        if not self.tune_data and not self.calibration:
+            raise LincompileError("quantize: tuning needs text: give calibration batches (CLI: --calibrate FILE)")
+        return options_for(self.tune, self.tune_steps, self.tune_time, self.tune_batch, self.tune_rate, self.tune_seed)
 
     def _strength(self, spec: PlanSpec) -> float:
         if self.smooth is not None:

@@ -161,7 +161,7 @@ def divergence(
             for name, plan in plans.items():
                 output = run(program, batch, layers, emulate(plan, codes_of, group_size))
                 totals[name] += _divergence(program, batch, reference, output)
-            tokens += int(_real_tokens(program, batch, reference).sum())
+            tokens += int(real_tokens(program, batch, reference).sum())
     return {name: total / max(tokens, 1) for name, total in totals.items()}
 
 
@@ -292,7 +292,7 @@ def backward(
 
     with torch.enable_grad():
         output = run(program, batch, layers, on_linear)
-        real = _real_tokens(program, batch, output)
+        real = real_tokens(program, batch, output)
         torch.autograd.grad(_log_likelihood(program, output, real, seed), roots, allow_unused=True)
     return int(real.sum())
 
@@ -316,16 +316,17 @@ def _kl_batch(
                 for layer in group:
                     share = _divergence(program, batch, reference, output) / len(group)
                     scores.add(layer.name, scheme.name, share)
-    return int(_real_tokens(program, batch, reference).sum())
+    return int(real_tokens(program, batch, reference).sum())
 
 
-def _is_logits(program: Program, output: Tensor) -> bool:
+def is_logits(program: Program, output: Tensor) -> bool:
+    """Whether an output is one row of logits over the vocabulary for each token."""
     return output.dim() >= 2 and output.shape[-1] in token_tables(program.graph_module)
 
 
 def _log_likelihood(program: Program, output: Tensor, real: Tensor, seed: int) -> Tensor:
     generator = torch.Generator(output.device).manual_seed(seed)
-    if not _is_logits(program, output):
+    if not is_logits(program, output):
         noise = torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype)
         return (output * noise * real.unsqueeze(-1)).sum()
     log_p = output.float().log_softmax(dim=-1)
@@ -347,14 +348,14 @@ def _draw(log_p: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _divergence(program: Program, batch: Batch, reference: Tensor, output: Tensor) -> float:
-    real = _real_tokens(program, batch, reference)
-    if not _is_logits(program, reference):
+    real = real_tokens(program, batch, reference)
+    if not is_logits(program, reference):
         return float(((output - reference).double().square().sum(dim=-1) * real).sum() / 2)
     log_p, log_q = reference.float().log_softmax(dim=-1), output.float().log_softmax(dim=-1)
     return float(((log_p.exp() * (log_p - log_q)).sum(dim=-1).double() * real).sum())
 
 
-def _real_tokens(program: Program, batch: Batch, output: Tensor) -> Tensor:
+def real_tokens(program: Program, batch: Batch, output: Tensor) -> Tensor:
     """1 for each output position that counts, 0 for padding: the shape of ``output`` without its last axis."""
     mask = program.input_with_role("mask")
     shape = output.shape[:-1]

@@ -224,8 +224,8 @@ def _store(y_ptr, acc, bias, rows, tokens, M, N, WHOLE: gl.constexpr):
 def few_kernel(
     a_desc, hi_desc, lo_desc, sa_ptr, sw_ptr, bias_ptr, y_ptr, M, N, M_PAD, G,
     BM: gl.constexpr, BLOCKS: gl.constexpr, SPAN: gl.constexpr, SHARE: gl.constexpr, STAGES: gl.constexpr,
-    WHOLE: gl.constexpr, BIAS: gl.constexpr, TILE: gl.constexpr, UNPACK: gl.constexpr, HIGH: gl.constexpr, LOW: gl.constexpr,
-    TOKENS: gl.constexpr, SCALES: gl.constexpr,
+    WHOLE: gl.constexpr, BIAS: gl.constexpr, TILE: gl.constexpr, UNPACK: gl.constexpr, HIGH: gl.constexpr,
+    LOW: gl.constexpr, TOKENS: gl.constexpr, SCALES: gl.constexpr,
 ):  # fmt: skip
     """BM (16 or 32) tokens by 16·BLOCKS weight rows; activation scales ``sa [G, M_PAD]``.
 

@@ -27,8 +27,9 @@ from .pack import group_count
 
 # The interpreter has no inline assembly; there the kernels use the same arithmetic spelled with Triton's operators.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
-# The Gluon kernels' shares of M; 0 leaves everything to the others.
-FEW_TOKENS = 0
+# Up to so many tokens the Gluon kernel of a few is the fastest on Hopper.
+FEW_TOKENS = 64
+# From how many the Gluon kernel of many is used; 0: never, as it isn't faster yet.
 PREFILL_TOKENS = 0
 _SMALL_M = 256
 _GROUP = 128
@@ -185,7 +186,9 @@ def few(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: s
     """A few tokens and whole groups on Hopper, in Gluon."""
     from . import gluon_few
 
-    hi, lo, weight_scale = planes
+    # TMA reads from 16-byte boundaries; a view into a file's memory may begin elsewhere.
+    hi, lo = (plane if plane.data_ptr() % 16 == 0 else plane.clone() for plane in planes[:2])
+    weight_scale = planes[2]
     (tokens, in_features), (rows, groups) = x.shape, weight_scale.shape
     options = config or few_config(tokens, rows, in_features)
     block_m, warps, blocks = options["BM"], options["WARPS"], options["ROWS"] * options["WARPS"]

@@ -287,3 +287,28 @@ def test_counts(text: str, value: int) -> None:
 @pytest.mark.parametrize(("text", "value"), [("90", 90.0), ("90s", 90.0), ("10m", 600.0), ("1.5h", 5400.0)])
 def test_durations(text: str, value: float) -> None:
     assert duration(text) == value
+
+
+def test_an_export_takes_the_place_of_the_one_before(cli: Run, tmp_path: Path) -> None:
+    """Also of the one that compiling wrote: the manifest's hashes follow, and tell a damaged file."""
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "out"
+    options = ["--prompt-ids", "1,2,3", "--max-new-tokens", "4"]
+    assert cli("small_model:build", "--attn", "gla", "--quant", "w6a8", "--target", "onnx", "-o", out).code == 0
+    before = (out / "onnx" / "model.onnx").read_bytes()
+    assert cli("export", out, "--layout", "int8").code == 0
+    model = out / "onnx" / "model.onnx"
+    assert model.read_bytes() != before
+    (out / "onnx" / "genai_config.json").write_text("{}")  # its user's to change
+    for runtime in ("torch", "onnx"):
+        result = cli("generate", out, *options, "--runtime", runtime)
+        assert result.code == 0, result.error
+
+    refused = cli("export", out, "--opset", "12")
+    assert refused.code == 1 and cli("generate", out, *options, "--runtime", "onnx").code == 0
+    kept = model.read_bytes()
+    model.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    assert "model.onnx doesn't match its hash" in cli("generate", out, *options).error
+    shutil.rmtree(out / "onnx")
+    assert cli("generate", out, *options).code == 0
+    assert "has no ONNX program" in cli("generate", out, *options, "--runtime", "onnx").error

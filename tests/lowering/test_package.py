@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lincompile.lowering import package
+from lincompile.lowering import artefact_files, package
 from lincompile.lowering.generate import Session, generate
 from lincompile.lowering.graph_file import weights_of
 from lincompile.passes.errors import ArtefactError, LincompileError
@@ -97,7 +97,7 @@ def test_manifest_and_report(folder: Path) -> None:
     assert manifest["metrics"] == {"bad": "nan", "good": 1.5}, "JSON has no NaN"
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in manifest["versions"]["torch"]
     for name, record in manifest["files"].items():
-        assert record == {"bytes": (folder / name).stat().st_size, "sha256": package.sha256(folder / name)}
+        assert record == {"bytes": (folder / name).stat().st_size, "sha256": artefact_files.sha256(folder / name)}
     report = (folder / "report.html").read_text()
     assert "<script" not in report and "http" not in report, "the report is self-contained"
     for site in manifest["sites"]:
@@ -110,6 +110,26 @@ def test_an_earlier_artefact_is_replaced(toy: SimpleNamespace, tmp_path: Path) -
     write(toy, tmp_path / "out")
     assert not (tmp_path / "out" / "stale.txt").exists()
     assert [item.name for item in tmp_path.iterdir()] == ["out"]
+
+
+def test_files_of_another_runtime_are_recorded_and_forgotten(toy: SimpleNamespace, tmp_path: Path) -> None:
+    out = write(toy, tmp_path / "out")
+    before = json.loads((out / "lincompile.json").read_text())
+    (out / "onnx" / "deep").mkdir(parents=True)
+    (out / "onnx" / "deep" / "model").write_bytes(b"abc")
+    artefact_files.record_files(out, out / "onnx")
+    added = json.loads((out / "lincompile.json").read_text())["files"].keys() - before["files"].keys()
+    assert added == {"onnx/deep/model"}
+    package.open_artefact(out)
+    (out / "onnx" / "deep" / "model").write_bytes(b"abd")
+    with pytest.raises(ArtefactError, match="model doesn't match its hash"):
+        package.open_artefact(out)
+    artefact_files.forget_files(out, out / "onnx")
+    assert json.loads((out / "lincompile.json").read_text()) == before
+    for elsewhere in (tmp_path / "other", out):  # neither is a folder of the artefact's
+        elsewhere.mkdir(exist_ok=True)
+        artefact_files.forget_files(out, elsewhere)
+    assert json.loads((out / "lincompile.json").read_text()) == before
 
 
 def test_a_folder_that_holds_something_else_is_refused(toy: SimpleNamespace, tmp_path: Path) -> None:
