@@ -110,6 +110,13 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @click.option("--quant-plan", metavar="FILE", help="Schemes per layer: followed if the file is there, else written.")
 @click.option("--quant-scores", metavar="FILE", help="Sensitivity scores: resumed if the file is there, and saved.")
 @click.option("--quant-embeddings", is_flag=True, help="Also the embedding and the output head, in six bits.")
+@click.option(
+    "--quant-tune",
+    type=click.Choice(("scales", "codes")),
+    help="At last, train scales (and norms), or codes as well, against the float model, on --calibrate's text.",
+)
+@click.option("--quant-tune-steps", type=common.count, help="Steps of 8 windows. [default: 200 without a time]")
+@click.option("--quant-tune-time", type=common.duration, help="Tune for so long, such as 5m.")
 @click.option("--calibrate", metavar="FILE|hf:NAME", help="Text to calibrate quantization on. [default: --distil's]")
 @click.option(
     "--distil", metavar="FILE|hf:NAME", help="Text to distil on (.txt, .json, .jsonl, .parquet, .npy of ids)."
@@ -247,7 +254,13 @@ def print_summary(compiled: Compiled, folder: Path) -> None:
         what = "stay" if compiled.options.attn == "softmax" else "are"
         count = len(sites) if compiled.options.attn == "softmax" else len(rewritten)
         out.print(f"{count} of {len(sites)} attention sites {what} {compiled.options.attn}{window}")
-    print_sensitivity(compiled.manifest()["quantization"])
+    quantization = compiled.manifest()["quantization"]
+    print_sensitivity(quantization)
+    if (tuning := (quantization or {}).get("tuning")) and tuning["kept"]:
+        out.print(
+            f"{tuning['mode']} tuned on {tuning['tokens']:,} tokens in {tuning['seconds']:.0f} s: KL to the float "
+            f"model {tuning['kl']['before']:.4f} → {tuning['kl']['after']:.4f} nats per token"
+        )
     for site in sites:
         if site.method == "softmax" and compiled.options.attn != "softmax":
             out.print(f"  [yellow]{site.path}[/] stays softmax: {site.reason}")

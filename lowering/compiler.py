@@ -37,6 +37,7 @@ from ..passes.quantize import Quantize, parse_plan
 from ..passes.shard import SequenceParallel
 from ..passes.shard_check import check_fingerprints, fingerprint
 from ..passes.stateful import StepProgram, make_full, make_stateful
+from ..passes.tune import options_for
 from ..passes.weight_methods import resolve
 from .generate import Session
 from .package import Artefact, open_artefact, save
@@ -70,6 +71,9 @@ class Options:
     quant_plan: str | None = None
     quant_scores: str | None = None
     quant_embeddings: bool = False
+    quant_tune: str | None = None
+    quant_tune_steps: int | None = None
+    quant_tune_time: float | None = None
     calibrate: Any = None
     keep_softmax: str | None = None
     rewrite_sliding: bool = False
@@ -145,6 +149,8 @@ class Options:
             given["--quant-embeddings"] = ""
         if self.quant_method != "auto":
             given["--quant-method"] = self.quant_method
+        budget = {"--quant-tune-steps": self.quant_tune_steps, "--quant-tune-time": self.quant_tune_time}
+        given |= {"--quant-tune": self.quant_tune} | budget
         unused = [name for name, value in given.items() if value is not None]
         if spec.kind == "none" and unused:
             raise LincompileError(f"{unused[0]} is about quantization: add --quant, for example --quant int6")
@@ -152,6 +158,12 @@ class Options:
             asked = f"--quant {self.quant}" if spec.kind == "auto" else f"--quant-method {self.quant_method}"
             raise LincompileError(f"{asked} needs text to calibrate on: add --calibrate FILE (or --distil FILE)")
         resolve(self.quant_method, None if text is None else [{}])
+        if self.quant_tune is not None:
+            options_for(self.quant_tune, self.quant_tune_steps, self.quant_tune_time)
+            if text is None:
+                raise LincompileError("--quant-tune needs text to train on: add --calibrate FILE (or --distil FILE)")
+        elif stray := [name for name, value in budget.items() if value is not None]:
+            raise LincompileError(f"{stray[0]} is about tuning: add --quant-tune codes (or scales)")
 
     def record(self) -> dict[str, Any]:
         """JSON-able."""
@@ -347,10 +359,13 @@ def compile(
                 )
             if asked.calibrate is not None:
                 ids = read_tokens(asked.calibrate, loaded.tokenizer)
-            student = quantize(student, asked, ids)
-            remark = student.metadata["quantization"].get("choice", {}).get("note", "")
+            student = quantize(student, asked, ids, say)
+            record = student.metadata["quantization"]
+            remark = record.get("choice", {}).get("note", "")
             if remark.startswith("no calibration"):
                 notes.append(f"{asked.quant}: {remark}; --calibrate FILE chooses")
+            tuning = record.get("tuning", {})
+            notes += [*tuning.get("notes", []), *([tuning["note"]] if "note" in tuning else [])]
             step = redeployed(student, step)
     if asked.target == "triton":
         with _timed(say, times, "lower"):
@@ -501,22 +516,23 @@ def shared(teacher: Program, shard: str | None) -> AbstractContextManager[object
     return spread(teacher, group, world)
 
 
-def quantize(student: Program, asked: Options, ids: Tensor | None) -> Program:
+def quantize(student: Program, asked: Options, ids: Tensor | None, say: Reporter | None = None) -> Program:
     """Quantizes the program's linear layers as asked, calibrated on the text's token ids where there are any."""
+    tell = say or Reporter()
     if asked.quant == "none":
         return student
-    calibration = None
+    calibration = text = None
     if ids is not None:
         rows = min(token_tables(student.graph_module), default=None)
         if not ids.numel() or (rows is not None and int(ids.max()) >= rows):
             problem = f"token {int(ids.max())}, and the model knows {rows}" if ids.numel() else "no tokens"
             raise LincompileError(f"the text to calibrate quantization on holds {problem}: give other text")
-        length = min(CALIBRATION_LENGTH, student.max_positions or CALIBRATION_LENGTH, ids.numel())
-        count = min(CALIBRATION_TOKENS // length, ids.numel() // length)
-        stride = ids.numel() // count  # windows from all over the text
-        names = [item.name for item in student.inputs]
-        windows = [ids[i * stride : i * stride + length][None].to(asked.device) for i in range(count)]
-        calibration = [dict(zip(names, model_inputs(student, window), strict=True)) for window in windows]
+        calibration = windows_of(student, ids, CALIBRATION_TOKENS, asked.device)
+        if asked.quant_tune is not None:
+            wanted = options_for(asked.quant_tune, asked.quant_tune_steps, asked.quant_tune_time).tokens(
+                CALIBRATION_LENGTH
+            )
+            text = windows_of(student, ids, wanted, asked.device)
     pass_ = Quantize(
         plan_for(asked),
         method=asked.quant_method,
@@ -525,8 +541,26 @@ def quantize(student: Program, asked: Options, ids: Tensor | None) -> Program:
         scores=asked.quant_scores,
         embeddings=asked.quant_embeddings,
         lm_head=asked.quant_embeddings,
+        tune=asked.quant_tune,
+        tune_steps=asked.quant_tune_steps,
+        tune_time=asked.quant_tune_time,
+        tune_seed=asked.seed,
+        tune_data=text,
+        tune_progress=lambda step, expected, loss, rate: tell.advance(
+            step, expected, f"KL {loss:.4f}, {rate:,.0f} tokens/s"
+        ),
     )
     return Pipeline([pass_])(student)
+
+
+def windows_of(student: Program, ids: Tensor, tokens: int, device: str) -> list[dict[str, Tensor]]:
+    """Inputs for windows from all over a text, of so many tokens together or as many as there are."""
+    length = min(CALIBRATION_LENGTH, student.max_positions or CALIBRATION_LENGTH, ids.numel())
+    count = max(1, min(tokens // length, ids.numel() // length))
+    stride = ids.numel() // count
+    names = [item.name for item in student.inputs]
+    windows = [ids[i * stride : i * stride + length][None].to(device) for i in range(count)]
+    return [dict(zip(names, model_inputs(student, window), strict=True)) for window in windows]
 
 
 def plan_for(asked: Options) -> str:

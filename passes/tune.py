@@ -65,9 +65,19 @@ class TuneOptions(LoopOptions):
         if self.batch < 1 or not (self.code_rate > 0 and self.scale_rate > 0):
             raise LincompileError("quantize: tuning needs at least one batch per step, and rates above 0")
 
+    def tokens(self, length: int) -> int:
+        """Tokens that a run of ``steps`` reads, the held-out ones included, where batches have ``length`` tokens."""
+        training = self.steps * self.batch
+        return length * (training + max(1, min(training // (_HELD_OUT - 1), _MOST_HELD_OUT)))
+
 
 def options_for(
-    mode: str, steps: int | None, seconds: float | None, batch: int, rate: float | None, seed: int
+    mode: str,
+    steps: int | None = None,
+    seconds: float | None = None,
+    batch: int = 8,
+    rate: float | None = None,
+    seed: int = 0,
 ) -> TuneOptions:
     """Options as ``Quantize`` has them: 200 steps without a budget, and as many as fit where only time is limited.
 
@@ -102,7 +112,6 @@ def tune(
     *,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
-    note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Tune a quantized program in place; the last batches, one in eight, are held out.
 
@@ -112,11 +121,10 @@ def tune(
         weights: dotted names of the quantized weights that may change.
         batches: inputs by name, at least two of them.
         checkpoint: file that the run saves itself to and continues from.
-        note: told what happens otherwise than asked, such as smaller pieces where memory runs out.
 
     Returns:
         The report. ``kept`` is False where no measured state diverged less on the held-out batches than before: the
-        program is as it was then.
+        program is as it was then, and ``note`` says so. ``notes`` tell of smaller pieces where memory ran out.
 
     Raises:
         LincompileError: too few batches, a loss that isn't finite (the program is as it was), or a checkpoint of
@@ -127,7 +135,7 @@ def tune(
             "quantize: tuning needs at least two batches of text, of which one is held out: give more text"
         )
     count = max(1, min(len(batches) // _HELD_OUT, _MOST_HELD_OUT))
-    tuner = _Tuner(teacher, student, weights, batches[:-count], batches[-count:], options, note)
+    tuner = _Tuner(teacher, student, weights, batches[:-count], batches[-count:], options)
     try:
         report = tuner.run(checkpoint, progress)
     except LincompileError as error:
@@ -147,9 +155,8 @@ class _Tuner:
         training: Sequence[Batch],
         held_out: Sequence[Batch],
         options: TuneOptions,
-        note: Callable[[str], None],
     ) -> None:
-        self.teacher, self.student, self.options, self.note = teacher, student, options, note
+        self.teacher, self.student, self.options = teacher, student, options
         self.training, self.held_out = training, held_out
         self.precision = Precision()
         self.parts = find_parts(student, weights, options.mode == "codes", self.precision)
@@ -226,6 +233,7 @@ class _Tuner:
             "tokens": report.tokens,
             "seconds": round(report.seconds, 2),
             "held_out_batches": len(self.held_out),
+            "notes": report.notes,
             "layers": len(self.parts.linears),
             "vectors": len(self.parts.vectors),
             "codes": sum(self.before[name].numel() for name in names),
@@ -237,7 +245,6 @@ class _Tuner:
                 f"tuning didn't lower the divergence on held-out text ({report.before:.5f} nats per token before,"
                 f" {lowest:.5f} at best in {report.steps} steps): codes and scales are as they were"
             )
-            self.note(found["note"])
         return found
 
     @torch.no_grad()
@@ -285,7 +292,11 @@ class _Tuner:
             (loss * share).backward()  # type: ignore[no-untyped-call]
             return loss.detach()[None]
 
-        pieces = Pieces(learn, parameters, compile=compile, replay=self.options.replays, report=report, note=self.note)
+        def note(text: str) -> None:
+            if text not in report.notes:
+                report.notes.append(text)
+
+        pieces = Pieces(learn, parameters, compile=compile, replay=self.options.replays, report=report, note=note)
 
         def losses_of(step: int) -> tuple[Tensor, int]:
             rows = torch.cat([windows[index] for index in self._chosen(step)])
