@@ -36,6 +36,7 @@ METHODS = ("auto", "rtn", "clip", "gptq")
 _RATIOS = [1.02 - 0.02 * step for step in range(24)]
 _DAMPING = 0.3  # heavy-tailed weights make few tokens count: less damping fits those and loses on others
 _MOMENT_BYTES = 1 << 30
+_WEIGHTS_TOGETHER = 1 << 24  # in layers rounded together: a gigabyte's worth of copies at most
 _BLOCK = 64  # features rounded before their error reaches those outside the block
 _ROW_BLOCKS = 8  # of a layer's outputs: errors move from block to block
 _MOST_OUTPUTS = 8192  # beyond, moments of the outputs take more memory and time than they are worth
@@ -120,15 +121,49 @@ class WeightRounder:
         if layer.name not in self._moments:
             self._moments = {}
             self._moments = self._collect(next(chunk for chunk in self._chunks if layer in chunk))
-        moment = self._moments[layer.name]
         if self.method == "clip":
-            return clip(weight, moment.inputs.diagonal(), self._group_size, bits)
-        if layer.name in self._parts:
-            if (layer.name, bits) not in self._crosses:
-                self._crosses = self._collect_crosses(next(chunk for chunk in self._chunks if layer in chunk), bits)
-            moment = self._moments[layer.name]
-            weight = corrected(weight, moment.inputs, self._crosses[layer.name, bits])
-        return gptq(weight, moment.inputs, self._group_size, bits, moment.outputs)
+            return clip(weight, self._moments[layer.name].inputs.diagonal(), self._group_size, bits)
+        if layer.name in self._parts and (layer.name, bits) not in self._crosses:
+            self._crosses = self._collect_crosses(next(chunk for chunk in self._chunks if layer in chunk), bits)
+        alike = self._alike(layer, bits)
+        moments = [self._moments[other.name] for other in alike]
+        weights = [self._target(other, bits) for other in alike]
+        for other, found in zip(alike, gptq_alike(weights, moments, self._group_size, bits), strict=True):
+            self._cache[other.name, bits] = found
+        return self._cache[layer.name, bits]
+
+    def _target(self, layer: LinearLayer, bits: int) -> Tensor:
+        """The weights to round: with what they make up for."""
+        weight = layer.matrix(self._program.graph_module).float()
+        if layer.name not in self._parts:
+            return weight
+        return corrected(weight, self._moments[layer.name].inputs, self._crosses[layer.name, bits])
+
+    def _alike(self, layer: LinearLayer, bits: int) -> list[LinearLayer]:
+        """``layer``, and others that can be rounded with it now: of its shape, with moments at hand, not yet rounded.
+
+        Not those that float16 scales can't hold, which are refused on their own.
+        """
+
+        def kind(one: LinearLayer) -> tuple[object, ...]:
+            known = self._moments[one.name].outputs is None, one.name in self._parts
+            return one.out_features, one.in_features, *known
+
+        found = [layer]
+        for other in next(chunk for chunk in self._chunks if layer in chunk):
+            full = (len(found) + 1) * layer.weights > _WEIGHTS_TOGETHER
+            if full or other is layer or (other.name, bits) in self._cache or other.name not in self._moments:
+                continue
+            if kind(other) == kind(layer) and self._fits(other, bits):
+                found.append(other)
+        return found
+
+    def _fits(self, layer: LinearLayer, bits: int) -> bool:
+        try:
+            quantize_weight(layer.matrix(self._program.graph_module).float(), self._group_size, bits=bits)
+        except ValueError:
+            return False
+        return True
 
     def _collect_crosses(self, layers: Sequence[LinearLayer], bits: int) -> dict[tuple[str, int], Tensor]:
         """What those of ``layers`` that can should make up for: the ``cross`` of :func:`.compensate.corrected`.
@@ -292,42 +327,61 @@ def gptq(
         moment: second moments of the inputs, ``[K, K]``.
         outputs: second moments of the gradients at the outputs, ``[N, N]``.
     """
-    rows, in_features = weight.shape
-    scale = clip_scale(weight, moment.diagonal(), group_size, bits)
-    columns = moment.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(moment[columns][:, columns])
-    target, steps = weight[:, columns], scale.float()[:, columns // group_size]
-    if outputs is None:
+    return gptq_alike([weight], [Moments(moment, outputs)], group_size, bits)[0]
+
+
+def gptq_alike(
+    weights: Sequence[Tensor], moments: Sequence[Moments], group_size: int, bits: int
+) -> list[tuple[Tensor, Tensor]]:
+    """:func:`gptq` of several layers of one shape at once, all with moments of their outputs or none.
+
+    Features follow each other whatever the device, in operations that hardly keep a GPU busy: thirty layers at once
+    take no longer than one.
+    """
+    rows, in_features = weights[0].shape
+    inputs = [moment.inputs for moment in moments]
+    scales = [clip_scale(w, m.diagonal(), group_size, bits) for w, m in zip(weights, inputs, strict=True)]
+    columns = [m.diagonal().argsort(descending=True, stable=True) for m in inputs]
+    factor = torch.stack([inverse_factor(m[c][:, c]) for m, c in zip(inputs, columns, strict=True)])
+    target = torch.stack([w[:, c] for w, c in zip(weights, columns, strict=True)])
+    steps = torch.stack([s.float()[:, c // group_size] for s, c in zip(scales, columns, strict=True)])
+    outputs = [moment.outputs for moment in moments if moment.outputs is not None]
+    if not outputs:
         rounded = _feed_back(target, steps, factor, bits)
     else:
-        sequence = outputs.diagonal().argsort(descending=True, stable=True)
-        upper = inverse_factor(outputs[sequence][:, sequence])
-        target, steps, rounded = target[sequence], steps[sequence], torch.empty_like(target)
-        for part in (
-            slice(start, start + -(-rows // _ROW_BLOCKS)) for start in range(0, rows, -(-rows // _ROW_BLOCKS))
-        ):
-            rounded[part] = _feed_back(target[part], steps[part], factor, bits)
-            error = target[part] - rounded[part] * steps[part]
-            moved = torch.linalg.solve_triangular(upper[part, part].t(), error, upper=False)
-            target[part.stop :] -= upper[part, part.stop :].t() @ moved
-        rounded = rounded[sequence.argsort()]
-    codes = torch.empty(rows, in_features, dtype=torch.int8, device=weight.device)
-    codes[:, columns] = rounded.to(torch.int8)
-    return codes, scale
+        sequences = torch.stack([o.diagonal().argsort(descending=True, stable=True) for o in outputs])
+        upper = torch.stack([inverse_factor(o[q][:, q]) for o, q in zip(outputs, sequences, strict=True)])
+        index = sequences.unsqueeze(2).expand(target.shape)
+        target, steps = target.gather(1, index), steps.gather(1, index)
+        rounded = torch.empty_like(target)
+        size = -(-rows // _ROW_BLOCKS)
+        for part in (slice(start, start + size) for start in range(0, rows, size)):
+            rounded[:, part] = _feed_back(target[:, part], steps[:, part], factor, bits)
+            error = target[:, part] - rounded[:, part] * steps[:, part]
+            moved = torch.linalg.solve_triangular(upper[:, part, part].mT, error, upper=False)
+            target[:, part.stop :] -= upper[:, part, part.stop :].mT @ moved
+        rounded = torch.empty_like(rounded).scatter_(1, index, rounded)
+    found = []
+    for codes_by_moment, order, scale in zip(rounded, columns, scales, strict=True):
+        codes = torch.empty(rows, in_features, dtype=torch.int8, device=target.device)
+        codes[:, order] = codes_by_moment.to(torch.int8)
+        found.append((codes, scale))
+    return found
 
 
 def _feed_back(target: Tensor, steps: Tensor, factor: Tensor, bits: int) -> Tensor:
-    """Codes of ``target [N, K]`` at ``steps``, column by column, each column's error moved onto those after it."""
+    """Codes of ``target [L, N, K]`` at ``steps``, column by column, each column's error moved onto those after it."""
     work, rounded = target.clone(), torch.empty_like(target)
-    for start in range(0, work.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, work.shape[1])
-        errors = torch.empty(len(work), stop - start, device=work.device)
+    diagonal = factor.diagonal(dim1=1, dim2=2).unsqueeze(1)
+    for start in range(0, work.shape[2], _BLOCK):
+        stop = min(start + _BLOCK, work.shape[2])
+        errors = torch.empty(*work.shape[:2], stop - start, device=work.device)
         for k in range(start, stop):
-            rounded[:, k] = round_codes(work[:, k], steps[:, k], bits)
-            error = (work[:, k] - rounded[:, k] * steps[:, k]) / factor[k, k]
-            work[:, k:stop] -= error.unsqueeze(1) * factor[k, k:stop]
-            errors[:, k - start] = error
-        work[:, stop:] -= errors @ factor[start:stop, stop:]
+            rounded[..., k] = round_codes(work[..., k], steps[..., k], bits)
+            error = (work[..., k] - rounded[..., k] * steps[..., k]) / diagonal[..., k]
+            work[..., k:stop] -= error.unsqueeze(2) * factor[:, None, k, k:stop]
+            errors[..., k - start] = error
+        work[..., stop:] -= errors @ factor[:, start:stop, stop:]
     return rounded
 
 
