@@ -1,12 +1,24 @@
-"""What six bits cost in quality: perplexity of a real model under every plan, and how well sensitivity predicts.
+"""What six bits cost in quality: perplexity of a real model under every plan, before and after tuning.
 
-    python benchmarks/int6_quality.py MODEL --text wikitext2-test.txt --calibration corpus.txt --out result.json
+Once, anywhere (token ids from all over a text, so that no GPU waits for a tokenizer)::
+
+    python benchmarks/int6_quality.py MODEL --encode corpus.npy --calibration corpus-train.parquet
+    python benchmarks/int6_quality.py MODEL --encode wikitext.npy --calibration wikitext2-test.txt --encode-tokens 0
+
+Then on one H200, about two minutes for each of the two::
+
+    python benchmarks/int6_quality.py MODEL --device cuda --text wikitext.npy --calibration corpus.npy --tokens 0 \\
+        --calibration-batches 64 --eval-batch 8 --every 0 --plans "w6a8,int6,w6a6,flexq rule" \\
+        --tune codes --tune-steps 200 --tune-plans "w6a8,int6" --seconds 130 --out softmax.json
+    python benchmarks/int6_quality.py MODEL … --adapter lawcat-window64.safetensors --out converted.json
 
 MODEL is anything ``lincompile.load`` reads; with ``--adapter`` it is converted first, as ``lincompile MODEL --attn
-lawcat --window 64 --adapter FILE`` does. Perplexity: non-overlapping windows, no BOS, the text's first
-``--tokens`` tokens. Calibration text must not be the evaluation text. Plans share one calibration and run through the
-emulation that the tests hold equal to the packed layers. ``flexq rule`` is that paper's code: eight-bit activations for
-down_proj, six bits elsewhere.
+lawcat --window 64 --adapter FILE`` does. Perplexity: non-overlapping windows, no BOS, the text's first ``--tokens``
+tokens (0: all). Calibration text must not be the evaluation text. Plans share one calibration and run through the form
+that tests hold equal to the packed layers, in float32. ``flexq rule`` is that paper's code: eight-bit activations for
+down_proj, six bits elsewhere. The result is written after each part, with what it took; ``--seconds`` begins no part
+after so long and lists those left out. ``--tune`` trains the stored numbers of each plan of ``--tune-plans`` on other
+windows of the calibration text (``lincompile/passes/tune.py``); one window in eight is held out and judges it.
 """
 
 from __future__ import annotations
@@ -15,21 +27,29 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lincompile.lowering.text import read_tokens
 from lincompile.passes import sensitivity
+from lincompile.passes.canonicalize import Canonicalize
 from lincompile.passes.capture import capture
 from lincompile.passes.formats.load import load_model
+from lincompile.passes.identity import ProveAttention
 from lincompile.passes.linear_layers import LinearLayer, find_linears
+from lincompile.passes.pipeline import Pipeline
 from lincompile.passes.program import Program
+from lincompile.passes.quantize import quantize_graph
 from lincompile.passes.quantize_plan import PlanOptions, choose
 from lincompile.passes.schemes import SCHEMES, Scheme, parse_plan
 from lincompile.passes.sensitivity import CodesOf
+from lincompile.passes.tune import TuneOptions, tune
+from lincompile.passes.tuned_layers import Precision, find_parts, learn_by
 from lincompile.passes.weight_methods import Moments, WeightRounder
 
 Plan = dict[str, Scheme]
@@ -52,25 +72,23 @@ def batch_of(program: Program, tokens: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def perplexity(model: Callable[..., Tensor], program: Program, ids: Tensor, context: int) -> float:
-    total, count = 0.0, 0
-    for window in ids.split(context):
-        if len(window) > 1:
-            logits = model(**batch_of(program, window[None]))
-            total += float(torch.nn.functional.cross_entropy(logits[0, :-1].float(), window[1:], reduction="sum"))
-            count += len(window) - 1
-    return math.exp(total / count)
+def perplexity(program: Program, ids: Tensor, context: int, batch: int) -> float:
+    """Of whole windows ``batch`` at a time, then of the shorter last one."""
+    whole = len(ids) // context * context
+    groups = [*ids[:whole].view(-1, context).split(batch), ids[whole:][None]]  # type: ignore[no-untyped-call]
+    total, count = torch.zeros((), dtype=torch.float64, device=ids.device), 0
+    for tokens in groups:
+        if tokens.numel() and tokens.shape[1] > 1:
+            logits = program(**batch_of(program, tokens))
+            for row, wanted in zip(logits, tokens, strict=True):  # one window's float32 logits at a time
+                total += torch.nn.functional.cross_entropy(row[:-1].float(), wanted[1:], reduction="sum").double()
+            count += tokens.numel() - len(tokens)
+    return math.exp(float(total) / count)
 
 
 def spearman(a: list[float], b: list[float]) -> float:
     ranks = [torch.tensor(values).argsort().argsort().double() for values in (a, b)]
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
-
-
-def plan_perplexity(program: Program, layers: list[LinearLayer], plan: Plan, codes: CodesOf, ids: Tensor, context: int
-                    ) -> float:  # fmt: skip
-    on_linear = sensitivity.emulate(plan, codes, 128)
-    return perplexity(lambda **batch: sensitivity.run(program, batch, layers, on_linear), program, ids, context)
 
 
 def predicted_against_measured(
@@ -109,25 +127,79 @@ def read_moments(path: Path | None, arguments: argparse.Namespace, result: dict[
     return found
 
 
-def load_program(path: Path, device: str, adapter: Path | None) -> Program:
+def load_program(path: Path, device: str, adapter: Path | None) -> tuple[Program, Any]:
+    """The float program, and what writes its tokenizer."""
     if adapter is not None:
         from lincompile.lowering.compiler import compile
 
         options = {"attn": "lawcat", "window": 64, "adapter": str(adapter), "device": device}
-        return compile(str(path), **options).program  # type: ignore[arg-type]
+        compiled = compile(str(path), **options)  # type: ignore[arg-type]
+        return compiled.program, compiled.loaded.tokenizer
     loaded = load_model(path, device=device)
-    return capture(loaded.module, loaded.example, prefix=loaded.prefix)
+    program = capture(loaded.module, loaded.example, prefix=loaded.prefix)
+    return Pipeline([Canonicalize(), ProveAttention()])(program), loaded.tokenizer
+
+
+def windows(program: Program, ids: Tensor, size: int, count: int) -> list[dict[str, Tensor]]:
+    """``count`` windows of ``size`` tokens (or as many as there are) from all over the text."""
+    stride = max(size, len(ids) // count)
+    starts = range(0, min(stride * count, len(ids) - size + 1), stride)
+    return [batch_of(program, ids[start : start + size][None]) for start in starts]
+
+
+def packed(balanced: Program, plan: Plan, codes: CodesOf) -> Program:
+    """The program with its layers packed as planned."""
+    student = balanced.clone()
+    quantize_graph(student.graph_module, find_linears(student.graph_module), plan, codes)
+    return student
+
+
+def emulated(student: Program) -> Program:
+    """A packed program that computes the same with plain products: no kernel's first use takes part."""
+    twin = student.clone()
+    weights = {name.removesuffix("_scale") for name, _ in student.graph_module.named_buffers()}
+    learn_by(twin.graph_module, find_parts(student, weights, False, Precision()))
+    return twin
+
+
+class Run:
+    """The result so far, written after each part with the seconds that each took."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.began = arguments, time.monotonic()
+        self.result: dict[str, Any] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        took = round(time.monotonic() - started, 2)
+        self.result.setdefault("seconds", {})[name] = took
+        self.arguments.out.write_text(json.dumps(self.result, indent=1) + "\n")
+        print(f"{name}: {took} s ({time.monotonic() - self.began:.0f} s so far)", flush=True)
+
+    def late(self, name: str) -> bool:
+        """Whether there is no time left to begin a part, which is noted."""
+        if self.arguments.seconds is None or time.monotonic() - self.began < self.arguments.seconds:
+            return False
+        self.result.setdefault("not_run", []).append(name)
+        return True
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=Path, help="to evaluate on")
     parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--encode", type=Path, metavar="FILE.npy", help="only write --calibration's token ids")
+    parser.add_argument("--encode-tokens", type=int, default=4_000_000, help="at most so many, from all over (0: all)")
     parser.add_argument("--adapter", type=Path, help="convert the model first")
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=20470)
+    parser.add_argument("--tokens", type=int, default=20470, help="of the text, 0: all")
+    parser.add_argument("--eval-batch", type=int, default=1, help="windows at a time")
     parser.add_argument("--calibration-batches", type=int, default=16)
     parser.add_argument("--calibration-context", type=int, default=1024)
     parser.add_argument("--score-batches", type=int, default=4, help="batches that choose and check plans")
@@ -136,38 +208,64 @@ def main() -> None:
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--moments", type=Path, help="the calibration's moments: read if the file is there, else saved")
     parser.add_argument("--plans", default="w6a8,int6,w6a6,flexq rule,int6 at the rule's cost,w8a8,w6a16")
+    parser.add_argument("--tune", choices=("scales", "codes"))
+    parser.add_argument("--tune-plans", help="by default all --plans")
+    parser.add_argument("--tune-steps", type=int, default=200)
+    parser.add_argument("--tune-batch", type=int, default=8, help="windows per step")
+    parser.add_argument("--tune-tokens", type=int, help="by default as many as the steps read once")
+    parser.add_argument("--tune-rate", type=float, help="of the codes")
+    parser.add_argument("--tune-scale-rate", type=float)
+    parser.add_argument("--tune-compile", action="store_true", help="compile what lies between products (a minute)")
+    parser.add_argument("--seconds", type=float, help="begin no part after so long")
     arguments = parser.parse_args()
+    if arguments.encode is not None:
+        encode(arguments)
+        return
+    if arguments.text is None or arguments.out is None:
+        parser.error("--text and --out are needed")
+    measure(arguments)
 
-    from transformers import AutoTokenizer
 
-    path = Path(arguments.model)
-    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    tokenizer = AutoTokenizer.from_pretrained(path.parent if gguf else path, **gguf)
+def encode(arguments: argparse.Namespace) -> None:
+    import numpy as np
 
-    def encode(text: Path) -> Tensor:
-        ids = tokenizer(text.read_text(), add_special_tokens=False, return_tensors="pt").input_ids[0]
-        return ids.to(arguments.device)
+    loaded = load_model(Path(arguments.model))
+    ids = read_tokens(str(arguments.calibration), loaded.tokenizer)
+    count, piece = arguments.encode_tokens, 8192
+    if count and len(ids) > count:
+        stride = len(ids) // (count // piece)
+        ids = torch.cat([ids[start : start + piece] for start in range(0, len(ids) - piece, stride)])
+    np.save(arguments.encode, ids.numpy().astype("uint16" if int(ids.max()) < 1 << 16 else "int32"))
+    print(f"{arguments.encode}: {len(ids):,} tokens")
 
-    ids = encode(arguments.text)[: arguments.tokens]
-    calibration_ids = encode(arguments.calibration)
-    started = time.time()
-    program = load_program(path, arguments.device, arguments.adapter)
-    size, count = arguments.calibration_context, arguments.calibration_batches
-    stride = max(size, len(calibration_ids) // count)
-    starts = range(0, min(stride * count, len(calibration_ids) - size + 1), stride)
-    data = [batch_of(program, calibration_ids[s : s + size][None]) for s in starts]
-    result: dict[str, Any] = {
+
+def measure(arguments: argparse.Namespace) -> None:
+    run = Run(arguments)
+    path, result, todo = Path(arguments.model), run.result, arguments.plans.split(",")
+    with run.part("load"):
+        program, tokenizer = load_program(path, arguments.device, arguments.adapter)
+        ids, text = (read_tokens(str(file), tokenizer) for file in (arguments.text, arguments.calibration))
+        ids = ids[: arguments.tokens or None].to(arguments.device)
+        text = text.to(arguments.device)
+        size = arguments.calibration_context
+        data = windows(program, text, size, arguments.calibration_batches)
+    result |= {
         "model": path.name, "converted": arguments.adapter is not None, "text": arguments.text.name,
         "context": arguments.context, "tokens": len(ids), "method": arguments.method,
         "calibration": {"file": arguments.calibration.name, "tokens": len(data) * size},
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu", "torch": torch.__version__,
-        "float": perplexity(program, program, ids, arguments.context), "plans": {},
+        "plans": {},
     }  # fmt: skip
-    print(f"float {result['float']:.4f} ({time.time() - started:.0f} s)", flush=True)
-    todo = arguments.plans.split(",")
+
+    def perplexity_of(other: Program) -> float:
+        return perplexity(other, ids, arguments.context, arguments.eval_batch)
+
+    with run.part("float"):
+        result["float"] = perplexity_of(program)
+    print(f"float {result['float']:.4f}", flush=True)
     moments = read_moments(arguments.moments, arguments, result)
     for strength, names in STRENGTHS.items():
-        wanted = [name for name in names if name in todo]
+        wanted = [name for name in names if name in todo and not run.late(name)]
         if not wanted:
             continue
         balanced = program.clone()
@@ -175,34 +273,78 @@ def main() -> None:
         layers = [layer for layer in everything if layer.reason is None]
         rounder = WeightRounder(balanced, layers, arguments.method, data, 128, moments, compensate=True)
         if moments is None:
-            moments = dict(rounder.moments())
+            with run.part("moments"):
+                moments = dict(rounder.moments())
             if arguments.moments is not None:
                 torch.save({"of": moments_of(arguments, result), "moments": moments}, arguments.moments)
-            print(f"moments ({time.time() - started:.0f} s)", flush=True)
-        rounder.smooth(everything, strength)
-        rule = {layer.name: SCHEMES["w6a8" if layer.name.endswith("down_proj") else "w6a6"] for layer in layers}
-        few = data[: arguments.score_batches]
+        with run.part(f"rounding, smoothing {strength:g}"):
+            rounder.smooth(everything, strength)
+            for layer in layers:
+                rounder(layer, SCHEMES["w6a8"])
         for name in wanted:
+            if run.late(name):
+                continue
             record: dict[str, Any] = {"smoothing": strength}
-            if name.startswith("int6"):
-                bits = average_bits(layers, rule) if "rule" in name else None
-                options = PlanOptions(128, "fisher", arguments.method, bits, 1.25, None)
-                plan, choice = choose(balanced, layers, parse_plan("int6"), few, options, rounder)
-                record |= {key: choice[key] for key in ("kl", "predicted_kl")}
-            else:
-                plan = rule if "rule" in name else {layer.name: SCHEMES[name] for layer in layers}
-            record["activation_bits"] = average_bits(layers, plan)
-            record["perplexity"] = plan_perplexity(balanced, layers, plan, rounder, ids, arguments.context)
-            record["change_percent"] = 100 * (record["perplexity"] / result["float"] - 1)
-            result["plans"][name] = record
-            print(name, json.dumps(record), f"({time.time() - started:.0f} s)", flush=True)
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-        if arguments.every:
+            with run.part(name):
+                plan = plan_of(
+                    name, balanced, layers, data[: arguments.score_batches], arguments.method, rounder, record
+                )
+                record["activation_bits"] = average_bits(layers, plan)
+                student = packed(balanced, plan, rounder)
+                record["perplexity"] = perplexity_of(emulated(student))
+                record["change_percent"] = 100 * (record["perplexity"] / result["float"] - 1)
+                result["plans"][name] = record
+            print(name, json.dumps(record), flush=True)
+            chosen = todo if arguments.tune_plans is None else arguments.tune_plans.split(",")
+            if arguments.tune is None or name not in chosen or run.late(name + ", tuned"):
+                continue
+            with run.part(name + ", tuned"):
+                tuned = record["tuned"] = tuning(arguments, balanced, student, text)
+            with run.part(name + ", perplexity after tuning"):
+                tuned["perplexity"] = perplexity_of(emulated(student))
+                tuned["change_percent"] = 100 * (tuned["perplexity"] / result["float"] - 1)
+            print(name, "tuned", json.dumps(tuned), flush=True)
+        if arguments.every and not run.late("sensitivity"):
             scheme = "w6a8" if strength < 1 else "w6a6"
-            found = predicted_against_measured(balanced, data[:2], scheme, arguments.every, rounder)
-            result.setdefault("sensitivity", []).append(found)
-            print(json.dumps(found), f"({time.time() - started:.0f} s)", flush=True)
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+            with run.part(f"sensitivity, smoothing {strength:g}"):
+                found = predicted_against_measured(balanced, data[:2], scheme, arguments.every, rounder)
+                result.setdefault("sensitivity", []).append(found)
+            print(json.dumps(found), flush=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def plan_of(
+    name: str, balanced: Program, layers: list[LinearLayer], few: list[dict[str, Tensor]], method: str,
+    rounder: WeightRounder, record: dict[str, Any],
+) -> Plan:  # fmt: skip
+    rule = {layer.name: SCHEMES["w6a8" if layer.name.endswith("down_proj") else "w6a6"] for layer in layers}
+    if not name.startswith("int6"):
+        return rule if "rule" in name else {layer.name: SCHEMES[name] for layer in layers}
+    bits = average_bits(layers, rule) if "rule" in name else None
+    options = PlanOptions(128, "fisher", method, bits, 1.25, None)
+    plan, choice = choose(balanced, layers, parse_plan("int6"), few, options, rounder)
+    record |= {key: choice[key] for key in ("kl", "predicted_kl")}
+    return plan
+
+
+def tuning(arguments: argparse.Namespace, teacher: Program, student: Program, text: Tensor) -> dict[str, Any]:
+    """Tune a packed program in place, on windows half a stride away from those that it was calibrated on."""
+    options = TuneOptions(
+        mode=arguments.tune, steps=arguments.tune_steps, batch=arguments.tune_batch, compile=arguments.tune_compile,
+        code_rate=arguments.tune_rate or TuneOptions.code_rate,
+        scale_rate=arguments.tune_scale_rate or TuneOptions.scale_rate,
+    )  # fmt: skip
+    size = arguments.calibration_context
+    count = (arguments.tune_tokens or options.tokens(size)) // size
+    weights = {name.removesuffix("_scale") for name, _ in student.graph_module.named_buffers()}
+    shifted = text[min(size // 2, max(0, len(text) - 2 * size)) :]
+
+    def say(step: int, expected: int, loss: float, rate: float) -> None:
+        if step in (1, 2, 5) or step % 20 == 0:
+            print(f"  step {step} of {expected}: KL {loss:.5f}, {rate:,.0f} tokens/s", flush=True)
+
+    done = tune(teacher, student, weights, windows(teacher, shifted, size, count), options, progress=say)
+    return done | {"code_rate": options.code_rate, "scale_rate": options.scale_rate, "batch": options.batch}
 
 
 def average_bits(layers: list[LinearLayer], plan: Plan) -> float:

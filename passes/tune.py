@@ -159,6 +159,7 @@ class _Tuner:
         self.teacher, self.student, self.options = teacher, student, options
         self.training, self.held_out = training, held_out
         self.precision = Precision()
+        self.held_out_tokens = 0
         self.parts = find_parts(student, weights, options.mode == "codes", self.precision)
         if not self.parts.linears:
             raise LincompileError("quantize: there is no layer to tune: none has been packed that no embedding reads")
@@ -167,6 +168,8 @@ class _Tuner:
         self.exact = student.clone()
         learn_by(self.exact.graph_module, self.parts)
         self.windows = token_windows(student, training)
+        if self.device.type == "cuda":  # which short sequences, one at a time, hardly keep busy
+            self.held_out = _merged(student, held_out, options.batch)
         if self.windows is None:
             self.models = [TrainingGraph(program.clone(), {}, None) for program in (teacher, student)]
         else:  # nothing is padded: without masks, attention can use fused kernels
@@ -232,7 +235,8 @@ class _Tuner:
             "steps": report.steps,
             "tokens": report.tokens,
             "seconds": round(report.seconds, 2),
-            "held_out_batches": len(self.held_out),
+            "held_out_tokens": self.held_out_tokens,
+            "resumed_at": report.resumed_at,
             "notes": report.notes,
             "layers": len(self.parts.linears),
             "vectors": len(self.parts.vectors),
@@ -257,6 +261,7 @@ class _Tuner:
             )
             loss, tokens = self._loss(batch, found, wanted)
             total, count = total + float(loss) * tokens, count + tokens
+        self.held_out_tokens = count
         return total / max(count, 1)
 
     def _check(self, report: TuneReport) -> None:
@@ -355,6 +360,16 @@ def token_windows(program: Program, batches: Sequence[Batch]) -> list[Tensor] | 
         if not all(torch.equal(batch[each.name], value) for each, value in zip(program.inputs, plain, strict=True)):
             return None
     return windows
+
+
+def _merged(program: Program, batches: Sequence[Batch], count: int) -> Sequence[Batch]:
+    """The same windows, ``count`` batches in one, where they can be put together."""
+    windows = token_windows(program, batches)
+    if windows is None:
+        return batches
+    joined = [torch.cat(windows[start : start + count]) for start in range(0, len(windows), count)]
+    names = [item.name for item in program.inputs]
+    return [dict(zip(names, model_inputs(program, tokens), strict=True)) for tokens in joined]
 
 
 def _output(result: object) -> Tensor:
