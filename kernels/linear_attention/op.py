@@ -74,16 +74,18 @@ def linear_attention(
     """Linear attention with optional decay; returns ``o [B, H, T, Dv]`` (v's dtype), final state (float32/64)."""
     check_linear("linear_attention", q, k, v, log_decay, initial_state, causal, normalize)
     args = (q, k, v, log_decay, initial_state, scale, causal, normalize)
-    kernels, asked = backend("linear_attention", q), (*args[:5], causal)
+    kernels, asked = backend("linear_attention", q), args[:5]
     later = (
         functools.partial(_launch_backward, args) if any(x is not None and x.requires_grad for x in args[:5]) else None
     )
-    run = serving("linear_attention", kernels, reference, "chunkwise", _layouts(causal), args, asked, later, _forms)
+    run = serving(
+        "linear_attention", kernels, reference, "chunkwise", _layouts(causal), args, asked, later, forward_forms
+    )
     o, state = run.chunkwise(*args)
     return o, state
 
 
-def _forms(args: Sequence[Any]) -> list[Sequence[Any]]:
+def forward_forms(args: Sequence[Any]) -> list[Sequence[Any]]:
     """What a first use compares: the call as it is, and with decays so strong that the kernels take their other way
     (``triton_blocks.py``), in chunks halved once and in one halved to the end, while other channels (or chunks, where a
     head's channels decay alike) decay as they did and carry their state across chunks.
@@ -108,7 +110,8 @@ def _forms(args: Sequence[Any]) -> list[Sequence[Any]]:
 def _backward_forms(args: Sequence[Any]) -> list[Sequence[Any]]:
     grad_o, grad_state, o, *inputs = args
     return [
-        (grad_o, grad_state, None if o is None else reference.chunkwise(*form)[0], *form) for form in _forms(inputs)
+        (grad_o, grad_state, None if o is None else reference.chunkwise(*form)[0], *form)
+        for form in forward_forms(inputs)
     ]
 
 
@@ -165,7 +168,7 @@ def linear_attention_backward(
 
     if (
         kernels is not None
-        and kernels.supports(q, k, v, log_decay, initial_state, causal)
+        and kernels.supports(q, k, v, log_decay, initial_state)
         and trusted(
             "linear_attention_backward",
             kernels.chunkwise_backward,

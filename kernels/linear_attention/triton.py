@@ -25,9 +25,7 @@ from .triton_launch import Grads, Lengths, backward, forward, state_alone
 from .triton_plan import block_widths, fits, roomy
 
 NORMALIZER_EPS = 1e-10
-# Kernels whose values haven't been checked on a GPU yet: off there, until they have been (LINCOMPILE_UNMEASURED=1).
-BIDIRECTIONAL = INTERPRETED or UNMEASURED
-VARLEN = INTERPRETED or UNMEASURED
+# The configuration for other chips hasn't been checked on one yet: off there, until it has been.
 SMALL_CHIPS = INTERPRETED or UNMEASURED
 # Per block of threads, with heads cut into blocks of 64 columns: consumer chips have 99 KiB.
 LEAST_SHARED_MEMORY = 99 * 1024
@@ -39,16 +37,13 @@ def supports(
     v: Tensor,
     log_decay: Tensor | None,
     initial_state: Tensor | None,
-    causal: bool,
-    varlen: bool = False,
 ) -> bool:
-    """Whether these kernels serve a call: at least one token, no float64, a chip with enough shared memory, and no
-    kernel that is switched off (see above). The reference serves the others, on the same device.
+    """Whether these kernels serve a call: at least one token, no float64, and a chip with enough shared memory. The
+    reference serves the others, on the same device.
     """
     wide = any(x is not None and x.dtype == torch.float64 for x in (q, k, v, log_decay, initial_state))
     chip = roomy(q.device) or (SMALL_CHIPS and shared_memory(q.device) >= LEAST_SHARED_MEMORY)
-    form = VARLEN if varlen else causal or BIDIRECTIONAL
-    return form and chip and not wide and min(k.shape[2], q.shape[2], k.shape[3], v.shape[3]) > 0
+    return chip and not wide and min(k.shape[2], q.shape[2], k.shape[3], v.shape[3]) > 0
 
 
 def chunkwise(
@@ -63,7 +58,7 @@ def chunkwise(
     lengths: Lengths = None,
 ) -> tuple[Tensor, Tensor]:
     """Forward; see ``reference.chunkwise`` for shapes, and ``varlen_reference`` for ``lengths``."""
-    assert supports(q, k, v, log_decay, initial_state, causal, lengths is not None)
+    assert supports(q, k, v, log_decay, initial_state)
     if not causal:
         return triton_bidirectional.forward(q, k, v, initial_state, scale, normalize)
     if (k.shape[2] == 1 and lengths is None) or fits(q, k, v):
@@ -79,7 +74,7 @@ def segment_state(k: Tensor, v: Tensor, log_decay: Tensor | None, normalize: boo
 
     By the kernels that sum up the segments of a long sequence in ``chunkwise``.
     """
-    assert supports(k, k, v, log_decay, None, True)
+    assert supports(k, k, v, log_decay, None)
     if fits(k, k, v):
         return state_alone(k, v, log_decay, normalize)
     values = _augment(v, normalize)
@@ -105,7 +100,7 @@ def chunkwise_backward(
     lengths: Lengths = None,
 ) -> Grads:
     """Gradients for q, k, v, log_decay, initial_state; states are recomputed from the inputs."""
-    assert supports(q, k, v, log_decay, initial_state, causal, lengths is not None)
+    assert supports(q, k, v, log_decay, initial_state)
     if not causal:
         return triton_bidirectional.backward(grad_o, grad_state, o, q, k, v, initial_state, scale, normalize)
     if fits(q, k, v):

@@ -8,15 +8,19 @@ a CPU tensor where that matters (in a CUDA graph it must be one, of the lengths 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ..first_use import TOKENS, trusted
 from ..registration import backend, gradient_fake, present, without_autocast
 from ..shapes import accumulator_dtype, require
 from . import varlen_reference
-from .op import check_linear, register_gradient
+from .op import check_linear, forward_forms, register_gradient
 
 _OP = "linear_attention_varlen"
 _ARGS = (
@@ -60,6 +64,58 @@ def _short(bounds: list[int]) -> str:
     return str(bounds) if len(bounds) <= 8 else f"[{', '.join(map(str, bounds[:6]))}, …, {bounds[-1]}]"
 
 
+def _serves(kernels: ModuleType, grads: tuple[Tensor | None, ...], inputs: tuple[Any, ...]) -> bool:
+    """Whether the kernels take this call: they do, and a first use on the beginning of its tokens, cut into sequences
+    of our own, was right.
+
+    Args:
+        grads: ``grad_o``, ``grad_state`` and ``o`` of a backward call; empty for a forward one.
+        inputs: q, k, v, log_decay, initial_state, scale, normalize.
+    """
+    *tensors, scale, normalize = inputs
+    if not kernels.supports(*tensors):
+        return False
+    # Of a few lengths only, so that not every length is compared anew.
+    tokens = next(n for n in (TOKENS, 64, 1) if n <= tensors[1].shape[2])
+    lengths = (tokens // 2, 0, 1, tokens - tokens // 2 - 1) if tokens > 1 else (1,)
+
+    def row(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:, :, :tokens]
+
+    def states(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:1].expand(len(lengths), -1, -1, -1)
+
+    few = (*map(row, tensors[:4]), states(tensors[4]), scale, True, normalize)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, *options: Any) -> Any:
+        start = None if state is None else state.contiguous()
+        return kernels.chunkwise(q, k, v, g, start, scale, True, normalize, lengths)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, *options: Any) -> Any:
+        return varlen_reference.forward(q, k, v, g, state, lengths, scale, normalize)
+
+    if not grads:
+        return trusted(_OP, forward, plain, (), few, forms=forward_forms)
+
+    def backward(d_o: Tensor, d_state: Tensor, o: Tensor | None, *args: Any) -> Any:
+        q, k, v, g, state = args[:5]
+        start = None if state is None else state.contiguous()
+        saved = None if o is None else plain(*args)[0].to(v.dtype)
+        return kernels.chunkwise_backward(
+            d_o, d_state.contiguous(), saved, q, k, v, g, start, scale, True, normalize, lengths
+        )
+
+    def plain_backward(d_o: Tensor, d_state: Tensor, o: Tensor | None, *args: Any) -> Any:
+        q, k, v, g, state = args[:5]
+        return varlen_reference.backward(d_o, d_state, q, k, v, g, state, lengths, scale, normalize)
+
+    def forms(args: Sequence[Any]) -> list[Sequence[Any]]:
+        return [(*args[:3], *form) for form in forward_forms(args[3:])]
+
+    given = (row(grads[0]), states(grads[1]), row(grads[2]))
+    return trusted(f"{_OP}_backward", backward, plain_backward, (), (*given, *few), forms=forms)
+
+
 @custom_op(f"lincompile::{_OP}", mutates_args=(), schema=f"({_ARGS}) -> (Tensor o, Tensor final_states)")
 @without_autocast
 def linear_attention_varlen(
@@ -89,7 +145,7 @@ def linear_attention_varlen(
     _check(q, k, v, log_decay, initial_state, cu_seqlens, normalize)
     lengths = lengths_of(cu_seqlens, k.shape[2])
     kernels = backend("linear_attention", q)
-    if kernels is not None and kernels.supports(q, k, v, log_decay, initial_state, True, varlen=True):
+    if kernels is not None and _serves(kernels, (), (q, k, v, log_decay, initial_state, scale, normalize)):
         o, state = kernels.chunkwise(q, k, v, log_decay, initial_state, scale, True, normalize, lengths)
         return o, state
     return varlen_reference.forward(q, k, v, log_decay, initial_state, lengths, scale, normalize)
@@ -134,7 +190,7 @@ def linear_attention_varlen_backward(
     lengths = lengths_of(cu_seqlens, k.shape[2])
     inputs = (q, k, v, log_decay, initial_state)
     kernels = backend("linear_attention", q)
-    if kernels is not None and kernels.supports(*inputs, True, varlen=True):
+    if kernels is not None and _serves(kernels, (grad_o, grad_state, o), (*inputs, scale, normalize)):
         grads = kernels.chunkwise_backward(grad_o, grad_state, o, *inputs, scale, True, normalize, lengths)
     else:
         grads = varlen_reference.backward(grad_o, grad_state, *inputs, lengths, scale, normalize)

@@ -92,7 +92,28 @@ def test_no_causal_order(case: tuple[int, int, bool, bool, int, int]) -> None:
     compare([o, end, *have], want)
 
 
+@needs_kernels
+def test_a_first_use_with_sequences_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lincompile.kernels import first_use, ops
+    from lincompile.kernels.linear_attention import triton as kernels
+    from lincompile.kernels.linear_attention import varlen
+
+    monkeypatch.setattr(varlen, "backend", lambda op, x: kernels)  # on a CPU, too
+    q, k, v, g, _ = (x if x is None else x.requires_grad_() for x in make("key", True, 90, 16, 16))
+    bounds, state = torch.tensor([0, 40, 40, 90]), torch.rand(3, 2, 16, 17, device=DEVICE)
+    monkeypatch.setattr(first_use, "_KNOWN", {})
+    o, _ = ops.linear_attention_varlen(q, k, v, g, state, bounds, 0.3, True)
+    o.sum().backward()
+    assert list(first_use._KNOWN.values()) == [True, True]
+    right = kernels.chunkwise
+    monkeypatch.setattr(kernels, "chunkwise", lambda *args: tuple(1.2 * x for x in right(*args)))
+    first_use._KNOWN.clear()
+    with pytest.warns(UserWarning, match="linear_attention_varlen differ from the reference"):
+        fallen_back, _ = ops.linear_attention_varlen(q, k, v, g, state, bounds, 0.3, True)
+    assert (fallen_back - o).norm() <= 2e-5 * o.norm()
+
+
 @needs_triton
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the cases run in this process")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, len(VARLEN) + len(BIDIRECTIONAL))
+    run_under_the_interpreter(__file__, len(VARLEN) + len(BIDIRECTIONAL) + 1)

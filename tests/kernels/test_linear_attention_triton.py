@@ -160,21 +160,15 @@ def test_the_state_of_a_segment_alone() -> None:
 
 
 @needs_kernels
-def test_what_is_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_left_to_the_reference() -> None:
     from lincompile.kernels.linear_attention import triton as kernels
 
     q, k, v, g, state = make("key", False, True, 5, 16, 16)
     assert q is not None and k is not None and v is not None and g is not None and state is not None
-    assert kernels.supports(q, k, v, g, state, True)
-    monkeypatch.setattr(kernels, "BIDIRECTIONAL", False)
-    assert not kernels.supports(q, k, v, None, state, False)
-    monkeypatch.setattr(kernels, "BIDIRECTIONAL", True)
-    assert kernels.supports(q, k, v, None, state, False)
-    monkeypatch.setattr(kernels, "VARLEN", False)
-    assert not kernels.supports(q, k, v, g, state, True, varlen=True)
-    assert not kernels.supports(q.double(), k, v, g, None, True)
-    assert not kernels.supports(q, k, v, g, state.double(), True)
-    assert not kernels.supports(q[:, :, :0], k[:, :, :0], v[:, :, :0], g[:, :, :0], None, True)
+    assert kernels.supports(q, k, v, g, state)
+    assert not kernels.supports(q.double(), k, v, g, None)
+    assert not kernels.supports(q, k, v, g, state.double())
+    assert not kernels.supports(q[:, :, :0], k[:, :, :0], v[:, :, :0], g[:, :, :0], None)
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the cases run in this process")
