@@ -35,10 +35,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lincompile.lowering.compiler import Options, rewrite
 from lincompile.lowering.text import read_tokens
 from lincompile.passes import sensitivity
 from lincompile.passes.canonicalize import Canonicalize
 from lincompile.passes.capture import capture
+from lincompile.passes.distil.adapter import apply_adapter
+from lincompile.passes.distil.logits import divergence
 from lincompile.passes.formats.load import load_model
 from lincompile.passes.identity import ProveAttention
 from lincompile.passes.linear_layers import LinearLayer, find_linears
@@ -86,6 +89,17 @@ def perplexity(program: Program, ids: Tensor, context: int, batch: int) -> float
     return math.exp(float(total) / count)
 
 
+@torch.no_grad()
+def kl(teacher: Program, program: Program, ids: Tensor, context: int, batch: int) -> float:
+    """Nats per token by which the outputs diverge on whole windows, ``batch`` at a time."""
+    groups = ids[: len(ids) // context * context].view(-1, context).split(batch)  # type: ignore[no-untyped-call]
+    total = 0.0
+    for tokens in groups:
+        inputs = batch_of(program, tokens)
+        total += float(divergence(program(**inputs), teacher(**inputs))) * tokens.numel()
+    return total / max(1, sum(tokens.numel() for tokens in groups))
+
+
 def spearman(a: list[float], b: list[float]) -> float:
     ranks = [torch.tensor(values).argsort().argsort().double() for values in (a, b)]
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
@@ -129,15 +143,14 @@ def read_moments(path: Path | None, arguments: argparse.Namespace, result: dict[
 
 def load_program(path: Path, device: str, adapter: Path | None) -> tuple[Program, Any]:
     """The float program, and what writes its tokenizer."""
-    if adapter is not None:
-        from lincompile.lowering.compiler import compile
-
-        options = {"attn": "lawcat", "window": 64, "adapter": str(adapter), "device": device}
-        compiled = compile(str(path), **options)  # type: ignore[arg-type]
-        return compiled.program, compiled.loaded.tokenizer
     loaded = load_model(path, device=device)
     program = capture(loaded.module, loaded.example, prefix=loaded.prefix)
-    return Pipeline([Canonicalize(), ProveAttention()])(program), loaded.tokenizer
+    teacher = Pipeline([Canonicalize(), ProveAttention()])(program)
+    if adapter is None:
+        return teacher, loaded.tokenizer
+    student = rewrite(teacher, Options(attn="lawcat", window=64, adapter=str(adapter), device=device))
+    apply_adapter(adapter, teacher, student, source_hash=loaded.source_hash)
+    return student, loaded.tokenizer
 
 
 def windows(program: Program, ids: Tensor, size: int, count: int) -> list[dict[str, Tensor]]:
@@ -200,6 +213,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=20470, help="of the text, 0: all")
     parser.add_argument("--eval-batch", type=int, default=1, help="windows at a time")
+    parser.add_argument("--kl-windows", type=int, default=16, help="windows of the text to measure the KL on")
     parser.add_argument("--calibration-batches", type=int, default=16)
     parser.add_argument("--calibration-context", type=int, default=1024)
     parser.add_argument("--score-batches", type=int, default=4, help="batches that choose and check plans")
@@ -257,11 +271,17 @@ def measure(arguments: argparse.Namespace) -> None:
         "plans": {},
     }  # fmt: skip
 
-    def perplexity_of(other: Program) -> float:
-        return perplexity(other, ids, arguments.context, arguments.eval_batch)
+    def evaluate(other: Program) -> dict[str, float]:
+        some = ids[: arguments.kl_windows * arguments.context]
+        found = perplexity(other, ids, arguments.context, arguments.eval_batch)
+        return {
+            "perplexity": found,
+            "change_percent": 100 * (found / result["float"] - 1),
+            "kl_on_text": kl(program, other, some, arguments.context, arguments.eval_batch),
+        }
 
     with run.part("float"):
-        result["float"] = perplexity_of(program)
+        result["float"] = perplexity(program, ids, arguments.context, arguments.eval_batch)
     print(f"float {result['float']:.4f}", flush=True)
     moments = read_moments(arguments.moments, arguments, result)
     for strength, names in STRENGTHS.items():
@@ -291,8 +311,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 )
                 record["activation_bits"] = average_bits(layers, plan)
                 student = packed(balanced, plan, rounder)
-                record["perplexity"] = perplexity_of(emulated(student))
-                record["change_percent"] = 100 * (record["perplexity"] / result["float"] - 1)
+                record |= evaluate(emulated(student))
                 result["plans"][name] = record
             print(name, json.dumps(record), flush=True)
             chosen = todo if arguments.tune_plans is None else arguments.tune_plans.split(",")
@@ -301,8 +320,7 @@ def measure(arguments: argparse.Namespace) -> None:
             with run.part(name + ", tuned"):
                 tuned = record["tuned"] = tuning(arguments, balanced, student, text)
             with run.part(name + ", perplexity after tuning"):
-                tuned["perplexity"] = perplexity_of(emulated(student))
-                tuned["change_percent"] = 100 * (tuned["perplexity"] / result["float"] - 1)
+                tuned |= evaluate(emulated(student))
             print(name, "tuned", json.dumps(tuned), flush=True)
         if arguments.every and not run.late("sensitivity"):
             scheme = "w6a8" if strength < 1 else "w6a6"
