@@ -74,7 +74,11 @@ def int8_linear(
     """As :func:`.reference.int8_linear`, for calls that :func:`supports` accepts."""
     assert supports(x, group_size, activation)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    if y.numel() and x.numel():
+    in_features = x.shape[-1]
+    aligned = in_features % 64 == 0 and weight.is_contiguous() and weight.data_ptr() % 16 == 0
+    if x.numel() == in_features and y.numel() and aligned:
+        _vector_bytes(x.reshape(1, in_features).contiguous(), weight, weight_scale.contiguous(), bias, y, activation)
+    elif y.numel() and x.numel():
         codes, scale = quantize_activation(x.reshape(-1, x.shape[-1]).contiguous(), activation, columns=True)
         scales = weight_scale.t().float().contiguous()
         _bytes(codes, scale, weight.contiguous(), scales, bias, y, 1.0, int8_config(codes.shape[0]))
@@ -179,6 +183,19 @@ def vector(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation
         codes.view(torch.int32), scale, hi.view(torch.int32), lo.view(torch.int32), weight_scale, bias, y, rows,
         hi.shape[1] // 4, lo.shape[1] // 4, weight_scale.shape[1], in_features // _GROUP,
         TAIL=in_features % _GROUP, BIAS=bias is not None, ASM=aligned, **options,
+    )  # fmt: skip
+
+
+def _vector_bytes(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor, activation: str
+) -> None:
+    """One token, eight-bit weights."""
+    codes, scale = quantize_activation(x, activation)
+    rows, in_features = weight.shape
+    options: dict[str, Any] = vector_config(in_features)
+    kernels.vector_bytes_kernel[(triton.cdiv(rows, options["BN"]),)](
+        codes.view(torch.int32), scale, weight.view(torch.int32), weight_scale, bias, y, rows, in_features // 4,
+        weight_scale.shape[1], in_features // 64, BIAS=bias is not None, ASM=not INTERPRET, **options,
     )  # fmt: skip
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .unpack_ptx import UNPACK_FIRST, UNPACK_SECOND, dot_half
+from .unpack_ptx import UNPACK_FIRST, UNPACK_SECOND, dot_bytes, dot_half
 
 _ASM_HALF_GROUP: tl.constexpr = tl.constexpr(dot_half(32))
 _ASM_HALF_TAIL: tl.constexpr = tl.constexpr(dot_half(16))
+_ASM_BYTES: tl.constexpr = tl.constexpr(dot_bytes())
 _ASM_FIRST: tl.constexpr = tl.constexpr(UNPACK_FIRST)
 _ASM_SECOND: tl.constexpr = tl.constexpr(UNPACK_SECOND)
 
@@ -137,6 +138,38 @@ def vector_kernel(
             part = _dot_words(hi, lo, a, rows >= 0, TAIL // 16, TAIL // 16)
         y += part.to(tl.float32) * (tl.load(sa_ptr + last) * tl.load(sw_ptr + row * G + last).to(tl.float32))
     y *= 0.25
+    if BIAS:
+        y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["N"])
+def vector_bytes_kernel(
+    a_ptr, sa_ptr, w_ptr, sw_ptr, bias_ptr, y_ptr, N, WORDS, G, COUNT,
+    BN: tl.constexpr, HALVES: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One token, eight-bit weights of COUNT half groups a row; tiles and pointers as :func:`vector_kernel`'s."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(rows, N - 1).to(tl.int64)[:, None]
+    half = tl.arange(0, HALVES)[None, :]
+    acc = tl.zeros([BN, HALVES], tl.float32)
+    for start in range(0, COUNT, HALVES):
+        inside = start + half < COUNT
+        index = tl.minimum(start + half, COUNT - 1)
+        w, a = w_ptr + row * WORDS + index * 16, a_ptr + index * 16 + row * 0
+        if ASM:
+            part = tl.inline_asm_elementwise(
+                _ASM_BYTES, "=r,l,l", [w.to(tl.int64), a.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+            )
+        else:
+            part = tl.zeros([BN, HALVES], tl.int32)
+            for word in tl.static_range(16):
+                weights, codes = tl.load(w + word), tl.load(a + word)
+                for byte in tl.static_range(4):
+                    part += _signed_byte(weights, byte) * _signed_byte(codes, byte)
+        scale = tl.load(sa_ptr + index // 2) * tl.load(sw_ptr + row * G + index // 2).to(tl.float32)
+        acc += tl.where(inside, part.to(tl.float32) * scale, 0.0)
+    y = tl.sum(acc, axis=1)
     if BIAS:
         y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
     tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)

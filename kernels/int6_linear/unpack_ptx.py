@@ -56,6 +56,18 @@ def dot_half(stride: int) -> str:
     return "{ " + " ".join(lines) + " mov.b32 $0, sum; }"
 
 
+def dot_bytes() -> str:
+    """PTX for ``Σ c·a`` over 64 weights of eight bits.
+
+    Operands: $0 the int32 sum, $1 the address of the weights, $2 of the activation codes.
+    """
+    lines = [".reg .b32 w<4>, a<4>, sum;", "mov.b32 sum, 0;"]
+    for start in range(0, 64, 16):
+        lines += [_load("w", "$1", start, stream=True), _load("a", "$2", start, stream=False)]
+        lines += [f"dp4a.s32.s32 sum, w{word}, a{word}, sum;" for word in range(4)]
+    return "{ " + " ".join(lines) + " mov.b32 $0, sum; }"
+
+
 def _load(name: str, address: str, offset: int, *, stream: bool) -> str:
     """A 16-byte load; ``stream`` keeps weights, which are read once, from displacing activations in the L1 cache."""
     hint = ".L1::no_allocate" if stream else ""

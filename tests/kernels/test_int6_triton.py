@@ -49,9 +49,9 @@ bias = torch.randn(70)
 kernels.small(wide, planes, bias, y, "a6", split)
 expected = reference.int6_linear_definition(wide, *planes, bias, 128, "a6")
 assert float((y - expected).norm() / expected.norm()) < 1e-6
-for width in (256, 208):
+for width, tokens in ((256, 5), (208, 5), (576, 1), (1024, 1)):
     codes, scale = q.quantize_weight(torch.randn(40, width), bits=8)
-    x = torch.randn(5, width)
+    x = torch.randn(tokens, width)
     got = kernels.int8_linear(x, codes, scale, bias[:40], 128, "a8").double()
     expected = reference.int8_linear_definition(x, codes, scale, bias[:40], 128, "a8")
     assert float((got - expected).norm() / expected.norm()) < 1e-6
@@ -117,13 +117,13 @@ def test_gpu_kernels_are_exact_in_the_integer_part(rows: int, width: int, tokens
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("width", [384, 336])
+@pytest.mark.parametrize("width", [384, 336, 576])
 @pytest.mark.parametrize("tokens", [1, 17, 200])
 def test_gpu_int8_linear_is_exact_in_the_integer_part(tokens: int, width: int) -> None:
     codes = torch.randint(-127, 128, (70, width), dtype=torch.int8)
     x = torch.randint(-127, 128, (tokens, width)).float()
     x[:, ::16] = 127
-    scale = torch.ones(70, 3, dtype=torch.float16).cuda()
+    scale = torch.ones(70, pack.group_count(width, 128), dtype=torch.float16).cuda()
     got = torch.ops.lincompile.int8_linear(x.cuda(), codes.cuda(), scale, None, 128, "a8")
     assert torch.equal(got.cpu().double(), x.double() @ codes.double().t())
 
