@@ -50,8 +50,8 @@ SMALL = [
 LARGE = [(128, 64, 4, 3), (128, 64, 4, 4), (64, 128, 4, 3), (64, 64, 4, 4), (128, 128, 8, 3), (128, 32, 4, 4)]
 # Gluon tiles: (ROWS, WARPS, STAGES) for a few tokens; (BM, BN, CHUNK, STAGES, BAND, WARPS, REGISTERS) for many.
 TILES = [(2, 4, 3), (1, 8, 3), (1, 4, 4), (2, 4, 2)]
-PREFILL = [(128, 128, 64, 3, 8, 8, 128), (128, 128, 64, 3, 16, 8, 128), (64, 128, 64, 3, 8, 4, 168),
-           (128, 128, 64, 3, 8, 8, 255), (128, 256, 128, 4, 8, 8, 255)]  # fmt: skip
+PREFILL = [(128, 128, 64, 3, 8, 4, 255), (64, 256, 64, 3, 8, 4, 255), (64, 256, 64, 2, 8, 4, 255),
+           (64, 128, 64, 3, 8, 4, 168), (128, 128, 64, 3, 8, 8, 128)]  # fmt: skip
 PAST_L2 = 320 << 20  # bytes of weights in one replay, at least
 WARM = {"on": False}  # one call of each kind, not timed
 
