@@ -140,10 +140,11 @@ def calls_native_operators(model: Path) -> bool:
     an ONNX file: its reader says so.
     """
     with model.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         while (tag := _varint(file)) is not None:
             number, kind = tag >> 3, tag & 7
             length = _varint(file)  # of a field of bytes; the value itself of a number
-            if length is None or kind not in (0, 2):
+            if length is None or kind not in (0, 2) or (kind == 2 and length > size - file.tell()):
                 return False
             if number == _OPSET_IMPORT and kind == 2:
                 if DOMAIN.encode() in file.read(length):

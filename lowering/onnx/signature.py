@@ -67,7 +67,7 @@ def bind_signature(model: ir.Model, states: Sequence[StateLike], dummy_conv: boo
     )
     convolutions = [node for node in graph if node.op_type == "CausalConvWithState"]
     mask_state = next((value for value, state in zip(past, states, strict=True) if state.role == "mask"), None)
-    new_mask = _derive_masks(graph, tokens, attention_mask, mask, mask_state)
+    new_mask = _read_last_columns(graph, tokens, positions, attention_mask, mask, mask_state)
     _keep_last_real_inputs(graph, convolutions, tokens, new_mask)
     present = list(graph.outputs)[1:]
 
@@ -162,32 +162,39 @@ def _all_values(graph: ir.Graph) -> Iterable[ir.Value]:
         yield from node.outputs
 
 
-def _derive_masks(
-    graph: ir.Graph, tokens: ir.Value, attention_mask: ir.Value, mask: ir.Value, mask_state: ir.Value | None
+def _read_last_columns(
+    graph: ir.Graph,
+    tokens: ir.Value,
+    positions: ir.Value,
+    attention_mask: ir.Value,
+    mask: ir.Value,
+    mask_state: ir.Value | None,
 ) -> ir.Value:
-    """``mask`` (bool) = the last T columns of ``attention_mask``; the past mask = the columns before them.
+    """The last T columns of ``position_ids``, and of ``attention_mask`` as ``mask`` (bool); the past mask = the others.
 
-    Returns those last columns as int64.
+    By index, which is an error where there are fewer: a runtime would stretch a single column over all tokens.
+
+    Returns the mask's last columns as int64.
     """
-
-    def constant(*values: int) -> ir.Node:
-        return ir.node("Constant", [], {"value_ints": list(values)})
-
-    axis, zero, last = constant(1), constant(0), constant(_LAST)
-    length = ir.node("Shape", [tokens], {"start": 1, "end": 2})
-    total = ir.node("Shape", [attention_mask], {"start": 1, "end": 2})
-    start = ir.node("Sub", [total.outputs[0], length.outputs[0]])
-    new = ir.node("Slice", [attention_mask, start.outputs[0], last.outputs[0], axis.outputs[0]])
-    new_bool = ir.node("Cast", [new.outputs[0]], {"to": ir.DataType.BOOL.value})
-    nodes = [axis, zero, last, length, total, start, new, new_bool]
+    users = list(positions.uses())
+    emit = Emitter(graph, graph[0])
+    length = emit("Shape", tokens, start=1, end=2)
+    # Not a range of negative numbers: onnxruntime 1.32 makes a Slice of that, which ends at 0.
+    numbers = emit("Range", emit.constant(0), emit("Squeeze", length, emit.constant([0])), emit.constant(1))
+    last = emit("Sub", numbers, length)
+    new = emit("Gather", attention_mask, last, axis=1)
+    _take_over(emit("Cast", new, to=ir.DataType.BOOL.value), mask)
     if mask_state is not None:
-        old = ir.node("Slice", [attention_mask, zero.outputs[0], start.outputs[0], axis.outputs[0]])
-        old_bool = ir.node("Cast", [old.outputs[0]], {"to": ir.DataType.BOOL.value})
-        nodes += [old, old_bool]
-        _take_over(old_bool.outputs[0], mask_state)
-    graph.insert_before(graph[0], nodes)
-    _take_over(new_bool.outputs[0], mask)
-    return new.outputs[0]
+        start = emit("Sub", emit("Shape", attention_mask, start=1, end=2), length)
+        old = emit("Slice", attention_mask, emit.constant([0]), start, emit.constant([1]))
+        _take_over(emit("Cast", old, to=ir.DataType.BOOL.value), mask_state)
+    if users:
+        read = emit("Gather", positions, last, axis=1)
+        read.shape, read.type = positions.shape, positions.type
+        for node, index in users:
+            node.replace_input_with(index, read)
+    positions.shape = tokens.shape
+    return new
 
 
 def _keep_last_real_inputs(graph: ir.Graph, convolutions: Sequence[ir.Node], tokens: ir.Value, mask: ir.Value) -> None:

@@ -114,6 +114,31 @@ def test_the_last_tokens_logits_alone(exported: Callable[[str], Exported], name:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_fewer_positions_or_mask_columns_than_tokens_are_errors(exported: Callable[[str], Exported], name: str) -> None:
+    """A loop of one's own can give these; a single position or column must not be stretched over all tokens."""
+    case = exported(name)
+    tokens, positions, mask = (x.numpy() for x in batch(case.step))
+    run = case.session._session
+    feed = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask.astype("int64")}
+    states = [item for item in run.get_inputs() if item.name.startswith("past_key_values")]
+    sizes = {item.name: [3, *(n if isinstance(n, int) else 0 for n in item.shape[1:])] for item in states}
+    feed |= {key: torch.zeros(shape).numpy() for key, shape in sizes.items()}
+    assert run.run(["logits"], feed)[0].shape[1] == 13
+    read = ["attention_mask"] + ["position_ids"] * (name not in ("int6", "window", "window-native", "delta-a6"))
+    for key, few in ((key, few) for key in read for few in (1, 12)):
+        with pytest.raises(Exception, match="idx=-13 must be within the inclusive range"):
+            run.run(["logits"], feed | {key: feed[key][:, :few].copy()})
+
+
+def test_a_batch_of_no_rows_is_an_error(exported: Callable[[str], Exported]) -> None:
+    """GroupQueryAttention of onnxruntime 1.32 divides by it and ends the process."""
+    session = exported("hybrid").session
+    none = torch.zeros(0, 3, dtype=torch.int64)
+    with pytest.raises(LincompileError, match=r"tokens must be \[batch ≥ 1, time ≥ 1\], got \[0, 3\]"):
+        session(none, none, none.bool(), session.initial_states(0))
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_greedy_tokens_equal_torch(exported: Callable[[str], Exported], name: str) -> None:
     case = exported(name)
     prompts = [[5, 6, 7, 8, 9], [11, 12, 13]]
