@@ -5,6 +5,9 @@
 The file is a checkpoint of llama2.c (first format, shared classifier). The model samples its own text: some sequences
 to calibrate on, others to measure the divergence of the outputs from the float model's (nats per token). All linear
 layers have six-bit weights, activations stay float; groups of 32, as the layers are narrow.
+
+With ``--tune-steps N`` also W6A8 as it is, and after tuning scales and codes (``lincompile/passes/tune.py``) on further
+sequences, each step on four.
 """
 
 from __future__ import annotations
@@ -21,8 +24,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lincompile.passes import sensitivity
 from lincompile.passes.capture import capture
+from lincompile.passes.distil.logits import divergence
 from lincompile.passes.linear_layers import find_linears
+from lincompile.passes.program import Program
+from lincompile.passes.quantize import Quantize
 from lincompile.passes.schemes import SCHEMES
+from lincompile.passes.sensitivity import Batch
 from lincompile.passes.weight_methods import WeightRounder
 
 GROUP = 32
@@ -80,10 +87,13 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=30, help="to calibrate on")
     parser.add_argument("--held-out", type=int, default=15)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--tune-steps", type=int, default=0)
+    parser.add_argument("--tune-sequences", type=int, default=320)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model = load(arguments.model)
-    count, length = arguments.sequences + arguments.held_out, arguments.length
+    more = arguments.tune_sequences if arguments.tune_steps else 0
+    count, length = arguments.sequences + arguments.held_out + more, arguments.length
     start = torch.ones(count, 1, dtype=torch.long)
     text = model.generate(start, do_sample=True, top_k=0, max_length=length, attention_mask=torch.ones_like(start))
     assert text.shape == (count, length)
@@ -95,7 +105,8 @@ def main() -> None:
     name = program.inputs[0].name
     assert len(program.inputs) == 1
     data = [{name: part} for part in text[: arguments.sequences].split(5)]
-    unseen = [{name: part} for part in text[arguments.sequences :].split(5)]
+    last = count - more
+    unseen = [{name: part} for part in text[arguments.sequences : last].split(5)]
     layers = [layer for layer in find_linears(program.graph_module) if layer.reason is None]
     plan = {"plan": {layer.name: SCHEMES["w6a16"] for layer in layers}}
     result: dict[str, Any] = {
@@ -119,6 +130,30 @@ def main() -> None:
         result["kl_nats_per_token"][label] = found
         print(f"{label}: {found:.6f} ({time.process_time() - began:.0f} s of processor time)", flush=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    if more:
+        result["w6a8"] = tuned(program, data, [{name: part} for part in text[last:].split(1)], unseen, arguments)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def tuned(
+    program: Program,
+    calibration: list[Batch],
+    training: list[Batch],
+    unseen: list[Batch],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """W6A8 by ``Quantize`` before and after tuning: the divergence on text that neither has seen."""
+    record: dict[str, Any] = {}
+    for mode in (None, "scales", "codes"):
+        began, student = time.process_time(), program.clone()
+        options = {"tune": mode, "tune_steps": arguments.tune_steps, "tune_batch": 4, "tune_data": training}
+        pass_ = Quantize("w6a8", group_size=GROUP, calibration=calibration, **(options if mode else {}))  # type: ignore[arg-type]
+        report = pass_.run(student).report
+        with torch.no_grad():
+            found = [float(divergence(student(**batch), program(**batch))) for batch in unseen]
+        record[str(mode)] = {"kl_nats_per_token": sum(found) / len(found)} | (report["tuning"] if mode else {})
+        print(f"w6a8, tuned: {mode}: {sum(found) / len(found):.6f} ({time.process_time() - began:.0f} s)", flush=True)
+    return record
 
 
 if __name__ == "__main__":

@@ -69,6 +69,16 @@ def test_compile_takes_the_options_of_the_command_line() -> None:
 
     names = {field.name for field in dataclasses.fields(Options)}
     assert names >= {"attn", "quant", "keep_softmax", "distil", "tokens", "time", "target", "device", "dtype", "seed"}
+    assert names >= {"quant_method", "quant_plan", "quant_scores", "quant_embeddings", "calibrate"}
+    assert names >= {"quant_tune", "quant_tune_steps", "quant_tune_time"}
+
+
+def test_the_options_of_tuning_are_pinned() -> None:
+    names = [field.name for field in dataclasses.fields(lincompile.Quantize)]
+    assert [name for name in names if name.startswith("tune")] == [
+        "tune", "tune_steps", "tune_time", "tune_batch", "tune_rate", "tune_seed", "tune_checkpoint", "tune_data",
+        "tune_progress",
+    ]  # fmt: skip
 
 
 def test_passes_are_frozen_dataclasses() -> None:

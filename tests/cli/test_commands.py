@@ -236,6 +236,20 @@ def test_quantization_is_calibrated_saved_edited_and_shown(cli: Run, tmp_path: P
     assert refused.code == 1 and "the plan names 'blocks.9.nothing'" in refused.error
 
 
+def test_stored_numbers_are_tuned_from_the_command_line(cli: Run, tmp_path: Path) -> None:
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.random.default_rng(0).integers(0, 60, 3000))
+    options = ("small_model:build", "--attn", "softmax", "--quant", "w6a8", "--calibrate", ids, "--quant-tune")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("quant-tune-steps: 3\n")
+    tuning = cli(*options, "scales", "--config", recipe, "-o", tmp_path / "a", "--json").json["quantization"]["tuning"]
+    assert (tuning["mode"], tuning["steps"], tuning["tokens"]) == ("scales", 3, 3 * 8 * 128)
+    limited = cli(*options, "codes", "--quant-tune-time", "1s", "-o", tmp_path / "b")
+    assert limited.code == 0 and ("codes tuned on" in limited.out or "tuning didn't lower" in limited.err)
+    unknown = cli(*options, "all", "-o", tmp_path / "c")
+    assert unknown.code == 2 and "'all' is not one of 'scales', 'codes'" in unknown.error
+
+
 def test_a_model_without_attention_can_still_be_quantized(cli: Run, tmp_path: Path) -> None:
     refused = cli("small_model:plain", "-o", tmp_path / "a")
     assert refused.code == 1
@@ -289,7 +303,7 @@ def test_durations(text: str, value: float) -> None:
     assert duration(text) == value
 
 
-def test_an_export_takes_the_place_of_the_one_before(cli: Run, tmp_path: Path) -> None:
+def test_an_export_takes_the_place_of_the_one_before(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of the one that compiling wrote: the manifest's hashes follow, and tell a damaged file."""
     pytest.importorskip("onnxruntime")
     out = tmp_path / "out"
@@ -312,3 +326,16 @@ def test_an_export_takes_the_place_of_the_one_before(cli: Run, tmp_path: Path) -
     shutil.rmtree(out / "onnx")
     assert cli("generate", out, *options).code == 0
     assert "has no ONNX program" in cli("generate", out, *options, "--runtime", "onnx").error
+
+
+def test_verbose_says_which_kernels_run(
+    cli: Run, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "out"
+    shutil.copytree(artefact, out)
+    assert cli("export", out, "--layout", "native").code == 0
+    generate = ["generate", out, "--prompt-ids", "1,2,3", "--max-new-tokens", "2", "--runtime", "onnx"]
+    monkeypatch.setenv("LINCOMPILE_NATIVE", "0")
+    assert "stock kernels run instead of native ones: the native library is switched off" in cli(*generate, "-v").err
+    assert "native" not in cli(*generate).err
