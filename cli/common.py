@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -61,10 +62,33 @@ def json_option(function: F) -> F:
 
 
 def verbose_option(function: F) -> F:
-    """``-v``, the same in every command."""
-    return click.option("-v", "--verbose", is_flag=True, help="Say more; show where an internal error happened.")(
-        function
-    )
+    """``-v``, the same in every command: what lincompile logs is shown too."""
+    return click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        callback=_show_log,
+        help="Say more; show where an internal error happened.",
+    )(function)
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+_NOTES = _Notes()
+
+
+def _show_log(ctx: click.Context, param: click.Parameter, verbose: bool) -> bool:
+    logger = logging.getLogger("lincompile")
+    if verbose:
+        logger.addHandler(_NOTES)
+        logger.setLevel(logging.INFO)
+    else:
+        logger.removeHandler(_NOTES)
+        logger.setLevel(logging.NOTSET)
+    return verbose
 
 
 def runtime_option(function: F) -> F:

@@ -82,7 +82,9 @@ def register(options: onnxruntime.SessionOptions) -> str | None:
         _log.info("stock kernels run instead of native ones: %s", error)
         return None
     options.register_custom_ops_library(str(path))
-    return _kernels(path)
+    kernels = _kernels(path)
+    _log.info("native operators run, on %s kernels", kernels)
+    return kernels
 
 
 def build(folder: Path | None = None) -> Path:

@@ -4,6 +4,9 @@ A session that has registered the library runs its kernels; onnxruntime without 
 function of the same name in the file and runs that. For ``lincompile.Int6LinearA8`` these are the two products of the
 ``planes`` layout, whose constants fold when the file is loaded, for ``lincompile.GatedLinearAttention`` the contrib
 operator: nothing is slower or larger for having asked. :mod:`.lawcat` has the operator of a whole attention site.
+
+An operator whose inputs, attributes or meaning change needs another name. The domain's version doesn't protect a newer
+file from an older library: onnxruntime 1.32 gives a node to any kernel whose first version isn't above the file's.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,9 @@ else:
     genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai isn't installed")
 
 from lincompile.lowering.generate import Session, generate
+from lincompile.lowering.native import library
 from lincompile.lowering.onnx.export import GENAI_FILE, MODEL_FILE
+from lincompile.passes.errors import LincompileError
 
 # A kept softmax layer; softmax alone; a constant window beside linear attention, also as both forms of the native
 # library's operator, whose bodies genai runs; sliding and linear layers.
@@ -41,12 +44,15 @@ def start(case: Exported, avoid: list[int], batch: int = 1, limit: int = LIMIT) 
     return ending_with(case, next(token for token in range(zoo.VOCAB) if token not in avoid), batch, limit)
 
 
-def ending_with(case: Exported, end: int, batch: int, limit: int = LIMIT) -> Any:
-    """A greedy generator of the case's file with another end token."""
+def ending_with(case: Exported, end: int, batch: int, limit: int = LIMIT, operators: Path | None = None) -> Any:
+    """A greedy generator of the case's file with another end token, and a library of operators."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / MODEL_FILE).symlink_to(case.folder / MODEL_FILE)
         config = json.loads((case.folder / GENAI_FILE).read_text())
         config["model"]["eos_token_id"] = [end]
+        if operators is not None:
+            shutil.copy(operators, Path(folder) / "operators.so")
+            config["model"]["decoder"]["session_options"]["custom_ops_library"] = "operators.so"
         (Path(folder) / GENAI_FILE).write_text(json.dumps(config))
         model = genai.Model(folder)
     params = genai.GeneratorParams(model)
@@ -80,6 +86,21 @@ def test_tokens_are_torchs_alone_and_in_a_padded_batch(exported: Get, name: str)
     generator = start(case, [token for row in wanted for token in row], batch=len(PROMPTS))
     feed(generator, *PROMPTS)
     assert take(generator, NEW) == wanted
+
+
+@pytest.mark.parametrize("name", ["window-native", "window-rotated-native"])
+def test_the_native_library_runs_there_too(exported: Get, name: str) -> None:
+    """From the model's own folder, as the documentation has it."""
+    try:
+        path = library.library_path()
+    except LincompileError as error:
+        pytest.skip(str(error))
+    case = exported(name)
+    wanted = torch_tokens(case, PROMPTS[0])
+    end = next(token for token in range(zoo.VOCAB) if token not in wanted)
+    generator = ending_with(case, end, 1, operators=path)
+    feed(generator, PROMPTS[0])
+    assert take(generator, NEW) == [wanted]
 
 
 @pytest.mark.parametrize("name", NAMES)
