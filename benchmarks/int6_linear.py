@@ -2,7 +2,7 @@
 
     python benchmarks/int6_linear.py --out benchmarks/results/int6_linear.json [--variants] [--sweep] [--peers]
 
-``--variants`` times the Gluon kernels' tiles, ``--sweep`` those of the others, ``--peers`` other libraries (humming's
+``--variants`` times the Gluon kernel's tiles, ``--sweep`` those of the others, ``--peers`` other libraries (humming's
 kernels are compiled beside the checks). The file is written after each part; the table comes last and counts, for each
 shape, the fastest of what was timed.
 
@@ -48,10 +48,8 @@ SMALL = [
     (128, 4, 3, 2),
 ]
 LARGE = [(128, 64, 4, 3), (128, 64, 4, 4), (64, 128, 4, 3), (64, 64, 4, 4), (128, 128, 8, 3), (128, 32, 4, 4)]
-# Gluon tiles: (ROWS, WARPS, STAGES) for a few tokens; (BM, BN, CHUNK, STAGES, BAND, WARPS, REGISTERS) for many.
+# Tiles of the Gluon kernel for a few tokens: (ROWS, WARPS, STAGES).
 TILES = [(2, 4, 3), (1, 8, 3), (1, 4, 4), (2, 4, 2)]
-PREFILL = [(128, 128, 64, 3, 8, 4, 255), (64, 256, 64, 3, 8, 4, 255), (64, 256, 64, 2, 8, 4, 255),
-           (64, 128, 64, 3, 8, 4, 168), (128, 128, 64, 3, 8, 8, 128)]  # fmt: skip
 PAST_L2 = 320 << 20  # bytes of weights in one replay, at least
 WARM = {"on": False}  # one call of each kind, not timed
 
@@ -97,55 +95,45 @@ def few_options(tokens: int, rows: int, width: int, tile: tuple[int, ...]) -> di
     return kernels.few_config(tokens, rows, width) | changed
 
 
-def prefill_options(tile: tuple[int, ...]) -> dict[str, int]:
-    return dict(zip(("BM", "BN", "CHUNK", "STAGES", "BAND", "WARPS", "REGISTERS"), tile, strict=True))
-
-
-def check_variants(path: str) -> dict[str, Any]:
-    """Every Gluon tile over poisoned memory, bit for bit as in :func:`check_exact`; a wrong one isn't timed."""
+def check_variants() -> dict[str, Any]:
+    """Every tile over poisoned memory, bit for bit as in :func:`check_exact`; a wrong one isn't timed."""
     verdicts: dict[str, Any] = {}
-    tiles = {
-        "few": list(itertools.product((3, 16, 29, 70), TILES)),
-        "prefill": list(itertools.product((130, 300), PREFILL)),
-    }
-    for tokens, tile in tiles[path]:
-        name = f"{path} {'/'.join(map(str, tile))}"
+    for tokens, tile in itertools.product((3, 16, 29, 70), TILES):
+        name = f"few {'/'.join(map(str, tile))}"
         try:
             for rows, width in ((257, 1152), (512, 2048), (130, 9088)):
-                options = few_options(tokens, rows, width, tile) if path == "few" else prefill_options(tile)
                 codes = torch.randint(-32, 32, (rows, width), dtype=torch.int8)
                 hi, lo = (plane.cuda() for plane in pack.pack(codes))
-                scale = torch.ones(rows, width // 128, dtype=torch.float16, device="cuda")
+                # Powers of two, so that every scale counts and sums stay exact.
+                scale = torch.randint(0, 3, (rows, width // 128)).exp2()
                 x = torch.randint(-127, 128, (tokens, width)).float()
                 x[:, ::16] = 127
+                spread = torch.randint(0, 3, (tokens, width // 128)).exp2().repeat_interleave(128, 1)
                 bias, y = torch.randint(-9, 9, (rows,)).float(), poisoned(tokens, rows)
-                getattr(kernels, path)(x.cuda(), (hi, lo, scale), bias.cuda(), y, "a8", options)
-                right = torch.equal(y.cpu().double(), x.double() @ codes.double().t() + bias.double())
-                if not right:
-                    wrong = (y.cpu().double() - x.double() @ codes.double().t() - bias.double()).abs()
-                    verdicts[name] = f"WRONG for M={tokens} {rows}x{width}: {int((wrong > 0).sum())} values differ"
+                planes = hi, lo, scale.half().cuda()
+                kernels.few((x * spread).cuda(), planes, bias.cuda(), y, "a8", few_options(tokens, rows, width, tile))
+                weight = codes.double() * scale.repeat_interleave(128, 1)
+                expected = (x * spread).double() @ weight.t() + bias.double()
+                wrong = int((y.cpu().double() != expected.float().double()).sum())
+                if wrong:
+                    verdicts[name] = f"WRONG for M={tokens} {rows}x{width}: {wrong} values differ"
             verdicts.setdefault(name, "exact")
         except Exception as error:
             verdicts[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
     return verdicts
 
 
-def measure_variants(path: str) -> None:
+def measure_variants() -> None:
     """Prints one JSON line per timed tile; runs in a process of its own, which may fail or hang alone."""
-    verdicts = check_variants(path)
+    verdicts = check_variants()
     print("CHILD", json.dumps({"shape": "exact"} | verdicts), flush=True)
 
     def timed(rows: int, width: int, tokens: int, name: str, options: dict[str, int] | None) -> None:
         record: dict[str, Any] = {}
-        kind = name.split()[0]
         if verdicts.get(name, "exact") == "exact":
-            attempt(record, name, lambda: int6_us(rows, width, tokens, kind, options))
+            attempt(record, name, lambda: int6_us(rows, width, tokens, name.split()[0], options))
             print("CHILD", json.dumps({"shape": f"{rows}x{width} M={tokens}"} | record), flush=True)
 
-    if path == "prefill":
-        for wide in PREFILL:
-            timed(28672, 8192, 4096, f"prefill {'/'.join(map(str, wide))}", prefill_options(wide))
-        return
     more = [(28672, 8192, 2), (28672, 8192, 64), (4096, 4096, 16), (4096, 4096, 32)]
     for rows, width, tokens in [*((*shape, tokens) for shape in DECODE[:2] for tokens in (16, 32)), *more]:
         for tile in TILES:
@@ -398,19 +386,19 @@ def summarise(result: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("int6_linear.json"))
-    parser.add_argument("--variants", action="store_true", help="also time the Gluon kernels' tiles")
+    parser.add_argument("--variants", action="store_true", help="also time the Gluon kernel's tiles")
     parser.add_argument("--sweep", action="store_true", help="also time other tile shapes")
     parser.add_argument("--peers", action="store_true", help="also time torchao and humming-kernels")
     parser.add_argument("--seconds", type=float, default=240, help="time for everything; the peers get what is left")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
-    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--variant", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--no-checks", dest="checks", action="store_false", help="times only")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     WARM["on"] = arguments.warm
     if arguments.peer or arguments.variant:
-        measure_peer(arguments.peer) if arguments.peer else measure_variants(arguments.variant)
+        measure_peer(arguments.peer) if arguments.peer else measure_variants()
         return 0
     started = time.time()
     result: dict[str, Any] = {
@@ -442,7 +430,7 @@ def main() -> int:
     if arguments.sweep:
         part("sweep", sweep())
         print(json.dumps(result["sweep"], indent=0), flush=True)
-    todo = [("variants", ["--variant", path], 80.0) for path in ("few", "prefill") if arguments.variants]
+    todo = [("variants", ["--variant"], 80.0)] if arguments.variants else []
     todo += [("peers", ["--peer", name], 70.0) for name in PEERS if arguments.peers]
     for index, (name, options, most) in enumerate(todo):
         left = started + arguments.seconds - time.time()

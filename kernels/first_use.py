@@ -61,6 +61,7 @@ def trusted(
     args: Sequence[Any],
     ahead: Callable[[], Any] | None = None,
     forms: Forms | None = None,
+    together: bool = True,
 ) -> bool:
     """Whether a kernel may serve this call.
 
@@ -72,6 +73,7 @@ def trusted(
         ahead: launches more kernels, which are compiled together with those of this call.
         forms: makes of the beginning of the inputs what is compared, instead of that itself: one list of arguments for
             each way that the kernel has to compute, none of them ill-conditioned.
+        together: the kernels are launched through ``compile_ahead.launcher`` and can be compiled before they run.
     """
     if os.environ.get("LINCOMPILE_KERNEL_CHECK", "1") == "0":
         return True
@@ -79,7 +81,7 @@ def trusted(
     if key not in _KNOWN:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return True  # nothing may be waited for here; a graph's warm-up has come this way before
-        if any(isinstance(x, Tensor) and x.is_cuda for x in args):
+        if together and any(isinstance(x, Tensor) and x.is_cuda for x in args):
             _compile(kernel, layouts, args, ahead)
         worst = _difference(kernel, reference, layouts, args, forms)
         if worst is None:
@@ -90,7 +92,7 @@ def trusted(
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
             warnings.warn(
                 f"lincompile: the kernels of {name} differ from the reference on {where} ({worst:.0f} times what "
-                "rounding explains), so the reference is used, which is slow; try another version of Triton",
+                "rounding explains), so a slower way is used; try another version of Triton",
                 stacklevel=2,
             )
     return _KNOWN[key]

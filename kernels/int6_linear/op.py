@@ -5,8 +5,7 @@ activations passes them straight through) and to ``bias``. Shapes: ``docs/archit
 
 CPU tensors run the C kernel of :mod:`.cpu` for up to 16 tokens, otherwise the reference. CUDA tensors run the Triton
 kernels for the calls those support (groups of 128, K a multiple of 16, ``a6`` or ``a8``, inputs of at most 32 bits)
-where Triton can be imported, otherwise the reference; ``int8_linear`` only where its kernel is switched on
-and K is a multiple of 128.
+where Triton can be imported and that are right on their first use, otherwise the reference.
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@ By the number of tokens M; every path quantizes the activations first (one small
 
 * M = 1: every thread unpacks whole 32-bit words of the planes and multiplies with ``dp4a``; nothing but packed weights
   crosses the memory bus (0.77 bytes per weight).
-* M up to ``FEW_TOKENS`` on Hopper: :func:`.gluon_few.few_kernel`.
+* M up to ``FEW_TOKENS`` on Hopper: :func:`.gluon.few_kernel`.
 * M up to ``_SMALL_M``: the same planes feed int8 tensor-core products of four 32-wide slices per group, weights first.
-* larger M: the planes are unpacked once into an int8 scratch matrix, then one int8 product per group of 128; on Hopper
-  from ``PREFILL_TOKENS`` by :func:`.gluon_many.prefill_kernel`.
+* larger M: the planes are unpacked once into an int8 scratch matrix, then one int8 product per group of 128.
+
+A way that differs from the reference on its first use isn't taken: the next one is, or the reference.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from ..first_use import trusted
+from . import reference
 from . import triton_kernels as kernels
 from .codes import LEVELS
 from .pack import group_count
@@ -29,8 +33,6 @@ from .pack import group_count
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # Up to so many tokens the Gluon kernel of a few is the fastest on Hopper.
 FEW_TOKENS = 64
-# From how many the Gluon kernel of many is used; 0: never, as it isn't faster yet.
-PREFILL_TOKENS = 0
 _SMALL_M = 256
 _GROUP = 128
 Planes = tuple[Tensor, Tensor, Tensor]
@@ -56,44 +58,79 @@ def int6_linear(
     activation: str = "a8",
 ) -> Tensor:
     """As :func:`.reference.int6_linear`, for the calls that :func:`supports` accepts."""
-    assert supports(x, group_size, activation)
-    in_features, rows = x.shape[-1], weight_hi.shape[0]
-    y = x.new_empty(*x.shape[:-1], rows)
-    tokens = x.numel() // in_features if in_features else 0
-    if tokens == 0 or rows == 0:
-        return y
     planes = (weight_hi.contiguous(), weight_lo.contiguous(), weight_scale.contiguous())
-    flat = x.reshape(tokens, in_features).contiguous()
-    path(tokens, in_features, x.device)(flat, planes, bias, y, activation)
-    return y
+    return _first_right(ways(x, planes), reference.int6_linear, x, planes, bias, group_size, activation)
 
 
 def int8_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group_size: int, activation: str
 ) -> Tensor:
     """As :func:`.reference.int8_linear`, for calls that :func:`supports` accepts."""
+    weights = (weight.contiguous(), weight_scale.contiguous())
+    aligned = x.shape[-1] % 64 == 0 and weights[0].data_ptr() % 16 == 0
+    launch = vector_bytes if x.numel() == x.shape[-1] and aligned else large_bytes
+    return _first_right([("int8", launch)], reference.int8_linear, x, weights, bias, group_size, activation)
+
+
+Weights = tuple[Tensor, ...]
+# (x [M, K], weights and their scales, bias, y, activation) -> None
+Launch = Callable[[Tensor, Any, Tensor | None, Tensor, str], None]
+
+
+def _first_right(
+    ways: list[tuple[str, Launch]], plain: Callable[..., Tensor], x: Tensor, weights: Weights, bias: Tensor | None,
+    group_size: int, activation: str,
+) -> Tensor:  # fmt: skip
+    """The first of the ways that was right when it was first used, or ``plain``."""
     assert supports(x, group_size, activation)
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    in_features = x.shape[-1]
-    aligned = in_features % 64 == 0 and weight.is_contiguous() and weight.data_ptr() % 16 == 0
-    if x.numel() == in_features and y.numel() and aligned:
-        _vector_bytes(x.reshape(1, in_features).contiguous(), weight, weight_scale.contiguous(), bias, y, activation)
-    elif y.numel() and x.numel():
-        codes, scale = quantize_activation(x.reshape(-1, x.shape[-1]).contiguous(), activation, columns=True)
-        scales = weight_scale.t().float().contiguous()
-        _bytes(codes, scale, weight.contiguous(), scales, bias, y, 1.0, int8_config(codes.shape[0]))
-    return y
+    y = x.new_empty(*x.shape[:-1], weights[-1].shape[0])
+    if not x.numel() or not y.numel():
+        return y
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    for name, launch in ways:
+        called = f"{name}_linear ({_called(launch)}, {activation})"
+        if _right(called, launch, plain, flat, weights, bias, activation):
+            launch(flat, weights, bias, y, activation)
+            return y
+    return plain(x, *weights, bias, group_size, activation)
 
 
-def path(tokens: int, in_features: int, device: torch.device) -> Any:
-    """The launcher for a call: ``(x [M, K], planes, bias, y, activation, config=None) -> None``."""
+def _called(launch: Launch) -> str:
+    """What a way is called: its function, and for how many tokens its tile is."""
+    if isinstance(launch, functools.partial):
+        return f"{launch.func.__name__} {launch.keywords['config']['BM']}"
+    return launch.__name__
+
+
+def _right(
+    name: str, launch: Launch, plain: Callable[..., Tensor], x: Tensor, weights: Weights, bias: Tensor | None,
+    activation: str,
+) -> bool:  # fmt: skip
+    def run(x: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
+        y = x.new_empty(x.shape[0], weights[-1].shape[0])
+        launch(x, weights, bias, y, activation)
+        return y
+
+    def expected(x: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
+        return plain(x, *weights, bias, _GROUP, activation)
+
+    # Some tokens, some rows of the weights; tiles are those of the whole call.
+    layouts = ("t.", "t", *("t." for _ in weights))
+    return trusted(name, run, expected, layouts, (x, bias, *weights), together=False)
+
+
+def ways(x: Tensor, planes: Planes) -> list[tuple[str, Launch]]:
+    """The launchers for a call, the fastest first."""
+    in_features, rows = x.shape[-1], planes[2].shape[0]
+    tokens = x.numel() // max(1, in_features)
     if tokens == 1:
-        return vector
-    if tokens <= FEW_TOKENS and in_features % _GROUP == 0 and hopper(device):
-        return few
-    if tokens <= _SMALL_M:
-        return small
-    return prefill if PREFILL_TOKENS and tokens >= PREFILL_TOKENS and hopper(device) else large
+        return [("int6", vector)]
+    if tokens > _SMALL_M:
+        return [("int6", large)]
+    found: list[tuple[str, Launch]] = []
+    if tokens <= FEW_TOKENS and in_features % _GROUP == 0 and in_features > _GROUP and hopper(x.device):
+        found.append(("int6", functools.partial(few, config=few_config(tokens, rows, in_features))))
+    return [*found, ("int6", functools.partial(small, config=small_config(tokens, rows, in_features)))]
 
 
 @functools.cache
@@ -112,7 +149,7 @@ def quantize_activation(
     Args:
         pad: tokens are made room for up to a multiple of this; what lies there is undefined.
         columns: scales as ``[ceil(K/128), M]``.
-        fragment: tokens per block of the order of :mod:`.gluon_few`; 0: codes in plain order.
+        fragment: tokens per block of the order of :mod:`.gluon`; 0: codes in plain order.
     """
     tokens, in_features = x.shape
     groups = group_count(in_features, _GROUP)
@@ -163,11 +200,6 @@ def int8_config(tokens: int) -> dict[str, int]:
     return {"BM": 16 if tokens <= 16 else 64, "BN": 32, "STAGES": 5, "BAND": 8, "num_warps": 4}
 
 
-def prefill_config() -> dict[str, int]:
-    """Tile of the many-token Gluon kernel."""
-    return {"BM": 128, "BN": 256, "CHUNK": 128, "STAGES": 4, "BAND": 8, "WARPS": 8}
-
-
 Config = dict[str, int] | None
 
 
@@ -186,10 +218,9 @@ def vector(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation
     )  # fmt: skip
 
 
-def _vector_bytes(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor, activation: str
-) -> None:
+def vector_bytes(x: Tensor, weights: Weights, bias: Tensor | None, y: Tensor, activation: str) -> None:
     """One token, eight-bit weights."""
+    weight, weight_scale = weights
     codes, scale = quantize_activation(x, activation)
     rows, in_features = weight.shape
     options: dict[str, Any] = vector_config(in_features)
@@ -201,7 +232,7 @@ def _vector_bytes(
 
 def few(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: str, config: Config = None) -> None:
     """A few tokens and whole groups on Hopper, in Gluon."""
-    from . import gluon_few
+    from . import gluon
 
     # TMA reads from 16-byte boundaries; a view into a file's memory may begin elsewhere.
     hi, lo = (plane if plane.data_ptr() % 16 == 0 else plane.clone() for plane in planes[:2])
@@ -216,13 +247,13 @@ def few(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: s
     shares = triton.cdiv(groups, span)
     out = y if shares == 1 else torch.empty(shares, tokens, rows, dtype=torch.float32, device=y.device)
     names = ("TILE", "UNPACK", "HIGH", "LOW", "TOKENS", "SCALES")
-    gluon_few.few_kernel[(triton.cdiv(rows, height), room // block_m, shares)](
-        gluon_few.descriptor(codes.view(torch.int32).view(-1, 32), 2 * block_m, 32),
-        gluon_few.descriptor(hi.view(torch.int32), height, 32), gluon_few.descriptor(lo.view(torch.int32), height, 16),
+    gluon.few_kernel[(triton.cdiv(rows, height), room // block_m, shares)](
+        gluon.descriptor(codes.view(torch.int32).view(-1, 32), 2 * block_m, 32),
+        gluon.descriptor(hi.view(torch.int32), height, 32), gluon.descriptor(lo.view(torch.int32), height, 16),
         scale, weight_scale, bias, out, tokens, rows, room, groups,
         BM=block_m, BLOCKS=blocks, SPAN=span, SHARE=triton.next_power_of_2(span), STAGES=options["STAGES"],
         WHOLE=shares == 1, BIAS=bias is not None, num_warps=warps,
-        **dict(zip(names, gluon_few.layouts(options["ROWS"], warps), strict=True)),
+        **dict(zip(names, gluon.layouts(options["ROWS"], warps), strict=True)),
     )  # fmt: skip
     if shares > 1:
         _reduce(out, bias, y)
@@ -272,6 +303,13 @@ def large(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation:
     _bytes(codes, scale, weight, weight_scale, bias, y, 0.25, config or large_config())
 
 
+def large_bytes(x: Tensor, weights: Weights, bias: Tensor | None, y: Tensor, activation: str) -> None:
+    """Any number of tokens, eight-bit weights."""
+    codes, scale = quantize_activation(x, activation, columns=True)
+    weight_scale = weights[1].t().float().contiguous()
+    _bytes(codes, scale, weights[0], weight_scale, bias, y, 1.0, int8_config(x.shape[0]))
+
+
 def _bytes(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor, factor: float,
     options: dict[str, Any],
@@ -281,23 +319,4 @@ def _bytes(
     kernels.large_kernel[(triton.cdiv(tokens, options["BM"]) * triton.cdiv(rows, options["BN"]),)](
         codes, scale, weight, weight_scale, bias, y, tokens, rows, tokens, rows, width, in_features, groups,
         BIAS=bias is not None, FACTOR=factor, PARTIAL=in_features % _GROUP != 0, **options,
-    )  # fmt: skip
-
-
-def prefill(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: str, config: Config = None) -> None:
-    """Many tokens on Hopper, in Gluon."""
-    from . import gluon_many
-
-    (tokens, in_features), (rows, groups) = x.shape, planes[2].shape
-    options: dict[str, Any] = dict(config or prefill_config())
-    registers = options.pop("REGISTERS", None)
-    codes, scale = quantize_activation(x, activation, pad=options["BM"], columns=True)
-    weight = unpack_to_int8(planes, in_features)
-    wide = triton.cdiv(rows, options["BN"]) * options["BN"]
-    weight_scale = torch.empty(groups, wide, dtype=torch.float32, device=x.device)
-    weight_scale[:, :rows].copy_(planes[2].t())
-    gluon_many.prefill_kernel[(triton.cdiv(tokens, options["BM"]) * (wide // options["BN"]),)](
-        gluon_many.descriptor(codes, options["BM"]), gluon_many.descriptor(weight, options["BN"]), scale, weight_scale,
-        bias, y, tokens, rows, scale.shape[1], wide, groups, BIAS=bias is not None, num_warps=options["WARPS"],
-        maxnreg=registers, **options,
     )  # fmt: skip

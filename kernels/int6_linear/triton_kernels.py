@@ -26,7 +26,7 @@ def quantize_kernel(
 ):  # fmt: skip
     """Dynamic symmetric codes of GB groups of one token; columns past K are written as 0.
 
-    With FRAGMENT, codes are stored as :mod:`.gluon_few` reads them, ``[M_PAD / FRAGMENT, G, FRAGMENT, 128]``: slices of
+    With FRAGMENT, codes are stored as :mod:`.gluon` reads them, ``[M_PAD / FRAGMENT, G, FRAGMENT, 128]``: slices of
     a group in the order 0, 2, 1, 3. COLUMNS stores the scales as ``[G, M_PAD]`` instead of ``[M, G]``.
     """
     token = tl.program_id(0).to(tl.int64)

@@ -148,8 +148,8 @@ def int6() -> None:
         getattr(int6_linear, name)(torch.zeros(tokens, 1024, dtype=BF16), planes, torch.zeros(300), y, "a8")
     for tokens in (1, 60):
         int8 = torch.zeros(300, 1024, dtype=torch.int8), planes[2]
-        int6_linear.int8_linear(torch.zeros(tokens, 1024, dtype=BF16), *int8, None, 128, "a8")
-    int6_linear.prefill(torch.zeros(300, 1024, dtype=BF16), planes, None, torch.zeros(300, 300, dtype=BF16), "a8")
+        launch = int6_linear.vector_bytes if tokens == 1 else int6_linear.large_bytes
+        launch(torch.zeros(tokens, 1024, dtype=BF16), int8, None, torch.zeros(tokens, 300, dtype=BF16), "a8")
 
 
 PARTS = (stages, attention, forms, small, sliding, int6)
