@@ -2,11 +2,10 @@
 
 Rounding methods look at one layer at a time. Here all layers learn together what the float program says about the next
 token: the loss is the forward KL(float ‖ quantized) over all positions, with activations rounded as they will be.
-``scales`` trains the group scales of the packed layers and the vectors left in float (norm weights, biases);
-``codes`` also the codes, each through a latent that begins at the code and moves by Adam in units of the scale, so
-that only a gradient of one sign over many steps makes it another (a straight-through estimator, as in LLM-QAT,
-arXiv 2305.17888; trained from the codes of GPTQ as in arXiv 2407.11062). What is stored has the same form and size as
-before: nothing is added at run time.
+``scales`` trains the group scales of the packed layers (as in the second phase of arXiv 2407.11062) and the vectors
+left in float (norm weights, biases); ``codes`` also the codes, each through a latent that begins at the code and moves
+by Adam in units of the scale, so that only a gradient of one sign over many steps makes it another (a straight-through
+estimator, as in arXiv 2305.17888). What is stored has the same form and size as before: nothing is added at run time.
 
 Memory beside both models and the activations of one step: for ``codes`` 16 bytes per quantized weight (the latent, its
 gradient, and Adam's two moments), for ``scales`` 16 per group. Products run in bfloat16 on a GPU, in float32 on a CPU;
@@ -55,7 +54,7 @@ class TuneOptions(LoopOptions):
     batch: int = 8
     seed: int = 0
     code_rate: float = 0.02
-    scale_rate: float = 5e-4
+    scale_rate: float = 1e-3
     compile: bool | None = False
 
     def __post_init__(self) -> None:
