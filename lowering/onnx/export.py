@@ -119,6 +119,7 @@ def export_onnx(
     """
     require("onnx", "onnxscript")
     from ..verify import holding
+    from .chosen_rows import choose_logits
     from .embeddings import lower_embeddings, lower_packed_embeddings
     from .functions import STANDARD_OPSET, attach_bodies, standard_operators_only
     from .genai import genai_config, genai_obstacles, shares_cache
@@ -128,7 +129,7 @@ def export_onnx(
     from .metadata import Signature
     from .native import lower_attention
     from .quantized import LAYOUTS, QuantizedReport, lower_quantized
-    from .signature import bind_signature, choose_logits
+    from .signature import bind_signature
     from .simplify import simplify
     from .sites import fuse_sites
     from .verify import verify as compare

@@ -4,7 +4,7 @@ The step graph takes ``tokens, positions, mask, *states``. The file takes ``inpu
 ``attention_mask [B, P]`` (the past and the new tokens; P ≥ T, and a purely linear model reads the last T columns only),
 ``position_ids [B, T]`` and, for the i-th attention site, ``past_key_values.<i>.recurrent_state``, ``.conv_state``,
 ``.key`` and ``.value``, each with its ``present.<i>.*`` output. The step graph's ``mask`` state disappears: the
-attention mask holds it. ``logits_from`` is optional (:func:`choose_logits`).
+attention mask holds it. ``logits_from`` is optional (:mod:`.chosen_rows`).
 """
 
 from __future__ import annotations
@@ -13,21 +13,15 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import onnx_ir as ir
 
 from ...passes.errors import LincompileError
-from .metadata import LOGITS_FROM, BoundState
-from .native import INT6_LINEAR
+from .metadata import BoundState
 from .quantized import Emitter
-from .schemas import CONTRIB_DOMAIN, PLACEHOLDER_DOMAIN
+from .schemas import PLACEHOLDER_DOMAIN
 from .windows import last_real_token
 
 _ROLES = {"recurrent": "recurrent_state", "conv": "conv_state", "key": "key", "value": "value"}
-_LAST = 9223372036854775807
-_KEPT = "kept"
-_LINEARS = (("", "MatMul"), (CONTRIB_DOMAIN, "MatMulNBits"), (PLACEHOLDER_DOMAIN, INT6_LINEAR))
-_ELEMENTWISE = ("Add", "Mul", "Div", "Tanh", "Cast", "Identity")
 
 
 class StateLike(Protocol):
@@ -265,50 +259,3 @@ def _merge_convolutions(
     join = ir.node("Concat", [after for _, _, after in members], {"axis": 1})
     graph.append(join)
     return (total, width), before, join.outputs[0]
-
-
-def choose_logits(model: ir.Model) -> bool:
-    """Add the optional input ``logits_from`` ``[1]``: the first token of a chunk whose logits are computed.
-
-    It has a default, 0: a runtime that doesn't know it gets them all. A prompt needs those of its last token, −1, which
-    spares a small model's largest product.
-
-    Returns:
-        Whether there is one; the logits must be a linear layer's output, or come from it by elementwise operators.
-    """
-    graph = model.graph
-    heads: list[ir.Node] = []
-    if not _heads_of(graph.outputs[0].producer(), heads):
-        return False
-    sources = {id(node.inputs[0]): node.inputs[0] for node in heads}
-    hidden = next(iter(sources.values()))
-    if len(sources) != 1 or hidden is None or hidden.shape is None or len(hidden.shape) != 3:
-        return False
-    emit = Emitter(graph, next(node for node in graph if node in heads))
-    start = emit.weight(LOGITS_FROM, np.zeros(1, np.int64))
-    kept = emit("Slice", hidden, start, emit.constant([_LAST]), emit.constant([1]))
-    kept.type, kept.shape = hidden.type, ir.Shape([hidden.shape[0], _KEPT, hidden.shape[2]])
-    for node in heads:
-        node.replace_input_with(0, kept)
-    graph.inputs.append(start)
-    after = [kept]
-    while after:  # the axis has its own length from here on
-        for node, _ in after.pop().uses():
-            for value in node.outputs:
-                if value.shape is not None and len(value.shape) == 3 and value.shape[1] != _KEPT:
-                    value.shape = ir.Shape([value.shape[0], _KEPT, value.shape[2]])
-                    after.append(value)
-    return True
-
-
-def _heads_of(node: ir.Node | None, found: list[ir.Node]) -> bool:
-    """The linear layers that a value comes from through elementwise operators, into ``found``; False for others."""
-    if node is None:
-        return False
-    if (node.domain, node.op_type) in _LINEARS:
-        found.append(node)
-        return True
-    computed = [value for value in node.inputs if value is not None and value.const_value is None]
-    if node.domain != "" or node.op_type not in _ELEMENTWISE or not computed:
-        return False
-    return all(_heads_of(value.producer(), found) for value in computed)
