@@ -227,8 +227,7 @@ def main() -> None:
     parser.add_argument("--tune-steps", type=int, default=200)
     parser.add_argument("--tune-batch", type=int, default=8, help="windows per step")
     parser.add_argument("--tune-tokens", type=int, help="by default as many as the steps read once")
-    parser.add_argument("--tune-rate", type=float, help="of the codes")
-    parser.add_argument("--tune-scale-rate", type=float)
+    parser.add_argument("--tune-rate", type=float, default=1.0, help="times the rates that tuning chooses")
     parser.add_argument("--tune-compile", action="store_true", help="compile what lies between products (a minute)")
     parser.add_argument("--seconds", type=float, help="begin no part after so long")
     arguments = parser.parse_args()
@@ -349,8 +348,7 @@ def tuning(arguments: argparse.Namespace, teacher: Program, student: Program, te
     """Tune a packed program in place, on windows half a stride away from those that it was calibrated on."""
     options = TuneOptions(
         mode=arguments.tune, steps=arguments.tune_steps, batch=arguments.tune_batch, compile=arguments.tune_compile,
-        code_rate=arguments.tune_rate or TuneOptions.code_rate,
-        scale_rate=arguments.tune_scale_rate or TuneOptions.scale_rate,
+        rate=arguments.tune_rate,
     )  # fmt: skip
     size = arguments.calibration_context
     count = (arguments.tune_tokens or options.tokens(size)) // size
@@ -362,7 +360,7 @@ def tuning(arguments: argparse.Namespace, teacher: Program, student: Program, te
             print(f"  step {step} of {expected}: KL {loss:.5f}, {rate:,.0f} tokens/s", flush=True)
 
     done = tune(teacher, student, weights, windows(teacher, shifted, size, count), options, progress=say)
-    return done | {"code_rate": options.code_rate, "scale_rate": options.scale_rate, "batch": options.batch}
+    return done | {"rate": options.rate, "batch": options.batch}
 
 
 def average_bits(layers: list[LinearLayer], plan: Plan) -> float:

@@ -73,7 +73,7 @@ class Quantize:
         tune_steps: optimizer steps; with ``tune_time`` alone as many as it has time for, otherwise 200.
         tune_time: seconds.
         tune_batch: batches of calibration per step.
-        tune_rate: peak learning rate of the codes, in codes per step; that of scales and vectors follows it.
+        tune_rate: of the learning rates, a multiple of those that tuning chooses.
         tune_seed: of the order of batches.
         tune_checkpoint: a file that tuning saves itself to and resumes from.
         tune_data: batches to tune on (one in eight is held out to judge the result), by default ``calibration``.
@@ -108,7 +108,7 @@ class Quantize:
     tune_steps: int | None = None
     tune_time: float | None = None
     tune_batch: int = 8
-    tune_rate: float | None = None
+    tune_rate: float = 1.0
     tune_seed: int = 0
     tune_checkpoint: str | None = None
     tune_data: Sequence[Batch] | None = field(default=None, metadata={"text": False}, repr=False)
@@ -189,7 +189,7 @@ class Quantize:
     def _tuning(self) -> TuneOptions | None:
         """The options of tuning, checked before anything is changed; None where it isn't asked for."""
         if self.tune is None:
-            names = ("tune_steps", "tune_time", "tune_rate", "tune_checkpoint", "tune_data")
+            names = ("tune_steps", "tune_time", "tune_checkpoint", "tune_data")
             unused = [name for name in names if getattr(self, name) is not None]
             if unused:
                 raise LincompileError(f"quantize: {unused[0]} is about tuning: give tune='scales' or tune='codes', too")

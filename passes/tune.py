@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ from .tuned_layers import Precision, find_parts, learn_by, store
 MODES = ("scales", "codes")
 _CHECKS = 6  # measurements of the held-out divergence during a run
 _HELD_OUT, _MOST_HELD_OUT = 8, 32  # one batch in so many, and at most so many
+# A latent that follows noise alone ends about a ninth of a code from where it began, hardly ever at another code.
+_WALK = 0.18
+# Of the divergence, what the first step of scales and vectors would take away if it were linear in them.
+_FIRST = 0.25
+_FASTEST = 2e-3  # relative, per step
+_USUAL = 300  # steps that a run of unknown length is taken to have
 
 
 @dataclass(frozen=True)
@@ -46,23 +53,23 @@ class TuneOptions(LoopOptions):
     Args:
         mode: ``scales`` or ``codes``.
         batch: calibration batches per step.
-        code_rate: peak learning rate of the codes, in codes per step.
-        scale_rate: of scales and vectors, relative per step.
+        rate: of the peak learning rates, a multiple of those that are chosen. For codes that is as much as noise
+            allows in so many steps; for scales and vectors it follows from the first step's gradient, since many of
+            them add up to a larger change.
     """
 
     mode: str = "codes"
     batch: int = 8
     seed: int = 0
-    code_rate: float = 0.02
-    scale_rate: float = 1e-3
+    rate: float = 1.0
     compile: bool | None = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mode not in MODES:
             raise LincompileError(f"quantize: unknown tuning '{self.mode}'; the choices are {', '.join(MODES)}")
-        if self.batch < 1 or not (self.code_rate > 0 and self.scale_rate > 0):
-            raise LincompileError("quantize: tuning needs at least one batch per step, and rates above 0")
+        if self.batch < 1 or not self.rate > 0:
+            raise LincompileError("quantize: tuning needs at least one batch per step, and a rate above 0")
 
     def tokens(self, length: int) -> int:
         """Tokens that a run of ``steps`` reads, the held-out ones included, where batches have ``length`` tokens."""
@@ -75,19 +82,12 @@ def options_for(
     steps: int | None = None,
     seconds: float | None = None,
     batch: int = 8,
-    rate: float | None = None,
+    rate: float = 1.0,
     seed: int = 0,
 ) -> TuneOptions:
-    """Options as ``Quantize`` has them: 200 steps without a budget, and as many as fit where only time is limited.
-
-    ``rate`` is that of the codes; that of scales and vectors keeps its proportion to it.
-    """
-    plain = TuneOptions(mode=mode)
-    count = steps if steps is not None else plain.steps if seconds is None else UNLIMITED
-    options = replace(plain, steps=count, seconds=seconds, batch=batch, seed=seed)
-    if rate is None:
-        return options
-    return replace(options, code_rate=rate, scale_rate=plain.scale_rate * rate / plain.code_rate)
+    """Options as ``Quantize`` has them: 200 steps without a budget, and as many as fit where only time is limited."""
+    count = steps if steps is not None else TuneOptions.steps if seconds is None else UNLIMITED
+    return TuneOptions(mode=mode, steps=count, seconds=seconds, batch=batch, rate=rate, seed=seed)
 
 
 @dataclass
@@ -159,6 +159,7 @@ class _Tuner:
         self.training, self.held_out = training, held_out
         self.precision = Precision()
         self.held_out_tokens = 0
+        self.rates: dict[str, float] = {}
         self.parts = find_parts(student, weights, options.mode == "codes", self.precision)
         if not self.parts.linears:
             raise LincompileError("quantize: there is no layer to tune: none has been packed that no embedding reads")
@@ -183,10 +184,11 @@ class _Tuner:
             if not math.isfinite(report.before):
                 raise LincompileError("the divergence isn't finite before any step: the model or the text gives NaN")
         parameters = self.parts.parameters()
-        rates = {name: options.code_rate if name.endswith("/latent") else options.scale_rate for name in parameters}
         losses_of: Callable[[int], tuple[Tensor, int]] = self._by_batches
         if self.windows is not None:
             losses_of = self._by_windows(self.windows, list(parameters.values()), report)
+        with self._learning():
+            rates = self._rates(parameters, losses_of)
 
         def after_step(step: int, expected: int, loss: float, rate: float) -> None:
             if progress:
@@ -201,7 +203,7 @@ class _Tuner:
                 value for batch in (*self.training, *self.held_out) for value in batch.values()
             )
         parts = [Part("the quantized layers", parameters, rates)]
-        with torch.inference_mode(False), torch.enable_grad(), frozen(self.teacher), frozen(self.student):
+        with self._learning():
             train(
                 parts,
                 losses_of,
@@ -214,6 +216,34 @@ class _Tuner:
         if report.steps and report.steps not in dict(report.measured):
             self._check(report)
         return report
+
+    @contextmanager
+    def _learning(self) -> Iterator[None]:
+        """Gradients for what learns, whatever the caller has switched off, and for nothing else."""
+        with torch.inference_mode(False), torch.enable_grad(), frozen(self.teacher), frozen(self.student):
+            yield
+
+    def _rates(
+        self, parameters: dict[str, nn.Parameter], losses_of: Callable[[int], tuple[Tensor, int]]
+    ) -> dict[str, float]:
+        """Peak rates by parameter; those of scales and vectors from the gradient of step 0."""
+        options = self.options
+        known = options.steps < UNLIMITED
+        codes = options.rate * _WALK / math.sqrt(max(options.steps, 1) if known else _USUAL)
+        scales = options.rate * _FASTEST
+        if options.steps:
+            losses, _ = losses_of(0)
+            slope = sum(
+                float(parameter.grad.abs().sum(dtype=torch.float64))
+                for name, parameter in parameters.items()
+                if parameter.grad is not None and not name.endswith("/latent")
+            )
+            for parameter in parameters.values():
+                parameter.grad = None
+            if slope > 0 and math.isfinite(slope):
+                scales = options.rate * min(_FASTEST, _FIRST * float(losses.sum()) / slope)
+        self.rates = {"codes": codes, "scales": scales} if options.mode == "codes" else {"scales": scales}
+        return {name: codes if name.endswith("/latent") else scales for name in parameters}
 
     def finish(self, report: TuneReport) -> dict[str, Any]:
         """Write the best state, if it is better than what was there, and say what happened."""
@@ -231,6 +261,7 @@ class _Tuner:
             "kl": {"before": report.before, "after": best},
             "measured": [list(item) for item in report.measured],
             "best_step": best_step,
+            "rates": self.rates,
             "steps": report.steps,
             "tokens": report.tokens,
             "seconds": round(report.seconds, 2),
