@@ -151,10 +151,11 @@ def _name_shapes(graph: ir.Graph) -> None:
         source = node.inputs[0] if node.inputs else None
         if len(node.outputs) != 1 or node.outputs[0].shape is not None or source is None or source.shape is None:
             continue
-        if (node.domain, node.op_type) in _ELEMENTWISE and len(node.inputs) == 1:
-            node.outputs[0].shape = source.shape
+        if (node.domain, node.op_type) in _ELEMENTWISE and len(node.inputs) == 1 and node.op_type != "Cast":
+            node.outputs[0].shape, node.outputs[0].type = source.shape, source.type
         elif "N" in node.attributes and (node.domain, node.op_type) in _LINEARS:
             node.outputs[0].shape = ir.Shape([*list(source.shape)[:-1], node.attributes["N"].as_int()])
+            node.outputs[0].type = source.type
 
 
 def _is_rows(value: ir.Value, hidden: ir.Value) -> bool:

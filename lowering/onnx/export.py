@@ -163,7 +163,7 @@ def export_onnx(
     states = constant_windows(model, lower_sites(model, step.states), step.windows)
     growing = {state.site for state in states if state.role == "key"}
     windows = {site: window for site, window in step.windows.items() if site in growing}
-    bound = bind_signature(model, states, dummy_conv=genai)
+    bound = bind_signature(model, states, dummy_conv=genai, whole_mask=bool(growing - set(windows)))
     signature = Signature(
         bound,
         _vocabulary(model),

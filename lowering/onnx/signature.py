@@ -37,7 +37,9 @@ class StateLike(Protocol):
     def shape(self) -> Sequence[int | None]: ...
 
 
-def bind_signature(model: ir.Model, states: Sequence[StateLike], dummy_conv: bool = True) -> list[BoundState]:
+def bind_signature(
+    model: ir.Model, states: Sequence[StateLike], dummy_conv: bool = True, whole_mask: bool = False
+) -> list[BoundState]:
     """Rename and regroup a step graph's inputs and outputs in place.
 
     Args:
@@ -45,6 +47,7 @@ def bind_signature(model: ir.Model, states: Sequence[StateLike], dummy_conv: boo
         states: the specifications of the states, in that order.
         dummy_conv: give linear sites without convolution a ``[B, 1, 1]`` state that passes through, without which
             onnxruntime-genai doesn't recognise the layer.
+        whole_mask: some layer attends to the whole past, whose mask is then asked for.
     """
     graph = model.graph
     if len(graph.inputs) != 3 + len(states) or len(graph.outputs) != 1 + len(states):
@@ -61,7 +64,7 @@ def bind_signature(model: ir.Model, states: Sequence[StateLike], dummy_conv: boo
     )
     convolutions = [node for node in graph if node.op_type == "CausalConvWithState"]
     mask_state = next((value for value, state in zip(past, states, strict=True) if state.role == "mask"), None)
-    new_mask = _read_last_columns(graph, tokens, positions, attention_mask, mask, mask_state)
+    new_mask = _read_last_columns(graph, tokens, positions, attention_mask, mask, mask_state, whole_mask)
     _keep_last_real_inputs(graph, convolutions, tokens, new_mask)
     present = list(graph.outputs)[1:]
 
@@ -163,6 +166,7 @@ def _read_last_columns(
     attention_mask: ir.Value,
     mask: ir.Value,
     mask_state: ir.Value | None,
+    whole: bool,
 ) -> ir.Value:
     """The last T columns of ``position_ids``, and of ``attention_mask`` as ``mask`` (bool); the past mask = the others.
 
@@ -180,6 +184,13 @@ def _read_last_columns(
     _take_over(emit("Cast", new, to=ir.DataType.BOOL.value), mask)
     if mask_state is not None:
         start = emit("Sub", emit("Shape", attention_mask, start=1, end=2), length)
+        if users and whole:
+            # A mask without the past would be read as that of a shorter one: a token at position p has p before it,
+            # so that there must be a column p. Found by index, again; what is found adds nothing.
+            farthest = emit("ReduceMax", positions, keepdims=0)
+            column = emit("Gather", attention_mask, farthest, axis=1)
+            nothing = emit("Min", emit("ReduceMin", column, keepdims=0), emit.constant(0))
+            start = emit("Add", start, nothing)
         old = emit("Slice", attention_mask, emit.constant([0]), start, emit.constant([1]))
         _take_over(emit("Cast", old, to=ir.DataType.BOOL.value), mask_state)
     if users:
