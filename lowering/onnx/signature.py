@@ -213,11 +213,10 @@ def _keep_last_real_inputs(graph: ir.Graph, convolutions: Sequence[ir.Node], tok
     emit = Emitter(graph, convolutions[0])
     last = last_real_token(emit, tokens, mask)
     for node in convolutions:
-        x, weight, _, past = node.inputs
-        assert weight is not None and weight.shape is not None
-        width = weight.shape[2]
-        if past is None or not isinstance(width, int) or width == 1:
+        x, _, _, past = node.inputs
+        if past is None or past.shape is None or not isinstance(past.shape[2], int) or past.shape[2] == 0:
             continue
+        width = past.shape[2] + 1
         # Inputs last … last + W − 2 of [past, x] along time: [B, 1, W − 1], the same for every channel.
         columns = emit("Unsqueeze", emit("Add", last, emit.constant(list(range(width - 1)))), emit.constant([1]))
         index = emit("Expand", columns, emit("Shape", past))

@@ -19,6 +19,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
+import lincompile  # noqa: E402
 from lincompile.lowering.generate import Session, generate  # noqa: E402
 from lincompile.lowering.onnx.export import DATA_FILE, GENAI_FILE, MODEL_FILE, export_onnx  # noqa: E402
 from lincompile.lowering.onnx.session import OnnxSession  # noqa: E402
@@ -224,6 +225,19 @@ def test_standard_operators_only(exported: Callable[[str], Exported], tmp_path: 
     wanted, _ = case.session(*inputs, case.session.initial_states(3))
     logits, _ = in_chunks(session, session.initial_states(3), inputs, (5, 6))
     assert close("hybrid", (logits - wanted)[inputs[2]])
+
+
+def test_convolutions_of_wide_models(tmp_path: Path) -> None:
+    """More than 8,192 taps: the exporter's optimizer leaves their reshaping in the graph."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=32,
+        num_key_value_heads=2, head_dim=128,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    report = export_onnx(lincompile.compile(model, attn="lawcat").session.program, tmp_path)
+    assert report.verified["max_error"] < 1e-4
+    assert "conv" in [state["role"] for state in report.states]
 
 
 def test_encoders(tmp_path: Path) -> None:
