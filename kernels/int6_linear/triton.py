@@ -174,7 +174,7 @@ def few_config(tokens: int, rows: int, in_features: int) -> dict[str, int]:
     """Tile of the few-token Gluon kernel; groups are shared out until each multiprocessor has two programs."""
     block_m, groups = (16 if tokens <= 16 else 32), group_count(in_features, _GROUP)
     programs = triton.cdiv(rows, 128) * triton.cdiv(tokens, block_m)
-    shares = max(1, min(264 // programs, groups // 4))
+    shares = max(1, min(264 // max(1, programs), groups // 4))  # of a call without tokens, too
     return {"BM": block_m, "ROWS": 2, "WARPS": 4, "STAGES": 3, "SHARES": shares}
 
 

@@ -114,8 +114,8 @@ class OnnxSession:
             logits float32 ``[B, t, V]`` and the new states.
 
         Raises:
-            LincompileError: shapes that don't belong together, naming the input or state; token ids or positions that
-                the model doesn't have.
+            LincompileError: shapes that don't belong together, naming the input or state; token ids or positions below
+                0 or past the model's tables. How long a sequence may be is ``generate``'s to ask.
         """
         return self._run(tokens, positions, mask, states, {})
 

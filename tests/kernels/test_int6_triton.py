@@ -55,6 +55,8 @@ for width, tokens in ((256, 5), (208, 5), (576, 1), (1024, 1)):
     got = kernels.int8_linear(x, codes, scale, bias[:40], 128, "a8").double()
     expected = reference.int8_linear_definition(x, codes, scale, bias[:40], 128, "a8")
     assert float((got - expected).norm() / expected.norm()) < 1e-6
+assert kernels.int6_linear(wide[:0], *planes, None, 128, "a8").shape == (0, 70)
+assert kernels.few_config(0, 70, 256)["SHARES"] == 1
 rows_codes, rows_scale = kernels.quantize_activation(wide, "a8")
 few_codes, few_scale = kernels.quantize_activation(wide, "a8", pad=4, columns=True, fragment=4)
 assert few_codes.shape == (8, 640) and few_scale.shape == (5, 8)
