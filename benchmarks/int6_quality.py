@@ -5,7 +5,7 @@ Once, anywhere (token ids from all over a text, so that no GPU waits for a token
     python benchmarks/int6_quality.py MODEL --encode corpus.npy --calibration corpus-train.parquet
     python benchmarks/int6_quality.py MODEL --encode wikitext.npy --calibration wikitext2-test.txt --encode-tokens 0
 
-Then on one H200, about two minutes for each of the two::
+Then on one H200, meant to take about two minutes each (``--seconds`` begins nothing later)::
 
     python benchmarks/int6_quality.py MODEL --device cuda --text wikitext.npy --calibration corpus.npy --tokens 0 \\
         --calibration-batches 64 --eval-batch 8 --every 0 --plans "w6a8,int6,w6a6,flexq rule" \\
