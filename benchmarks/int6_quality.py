@@ -41,6 +41,7 @@ from lincompile.passes import sensitivity
 from lincompile.passes.canonicalize import Canonicalize
 from lincompile.passes.capture import capture
 from lincompile.passes.distil.adapter import apply_adapter
+from lincompile.passes.distil.instrument import batch_of
 from lincompile.passes.distil.logits import divergence
 from lincompile.passes.formats.load import load_model
 from lincompile.passes.identity import ProveAttention
@@ -58,20 +59,6 @@ from lincompile.passes.weight_methods import Moments, WeightRounder
 Plan = dict[str, Scheme]
 # The strengths of smoothing that the pass uses by default, by plan.
 STRENGTHS = {0.5: ("w6a8", "int6", "w8a8", "w6a16"), 1.0: ("w6a6", "flexq rule", "int6 at the rule's cost")}
-
-
-def batch_of(program: Program, tokens: Tensor) -> dict[str, Tensor]:
-    """The program's inputs for whole, unpadded sequences ``tokens [B, T]``."""
-    values = {}
-    for item in program.inputs:
-        example = program.example[item.name]
-        if item.role == "tokens":
-            values[item.name] = tokens
-        elif item.role == "positions":
-            values[item.name] = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        else:
-            values[item.name] = torch.ones(tokens.shape, dtype=example.dtype, device=tokens.device)
-    return values
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..passes.canonicalize import Canonicalize
 from ..passes.capture import capture, from_exported
 from ..passes.distil.adapter import apply_adapter, rotary_of
-from ..passes.distil.instrument import model_inputs
+from ..passes.distil.instrument import batch_of
 from ..passes.distil.logits import LogitDistillation
 from ..passes.distil.recipe import Distilled, Extension, Listener, Recipe, run_recipe
 from ..passes.distil.retrieval import Needles
@@ -558,9 +558,8 @@ def windows_of(student: Program, ids: Tensor, tokens: int, device: str) -> list[
     length = min(CALIBRATION_LENGTH, student.max_positions or CALIBRATION_LENGTH, ids.numel())
     count = max(1, min(tokens // length, ids.numel() // length))
     stride = ids.numel() // count
-    names = [item.name for item in student.inputs]
     windows = [ids[i * stride : i * stride + length][None].to(device) for i in range(count)]
-    return [dict(zip(names, model_inputs(student, window), strict=True)) for window in windows]
+    return [batch_of(student, window) for window in windows]
 
 
 def plan_for(asked: Options) -> str:

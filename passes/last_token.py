@@ -14,13 +14,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .graph import INT_MAX, argument, aten, finish, is_symbolic, same_dim, target_of, value_of
-from .op_kinds import CASTS, OPAQUE_POINTWISE, POINTWISE, SAME
+from .op_kinds import CASTS, POINTWISE, SAME, is_pointwise
 from .program import share_tensors
 from .stateful import StepProgram
 from .verify import op_name
 
 _PACKED = ("int6_linear", "int8_linear")
-_ELEMENTWISE = POINTWISE | OPAQUE_POINTWISE | SAME | {aten.silu.default, aten.gelu.default, aten.to.dtype}
 _NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 
 
@@ -85,7 +84,8 @@ def _treats_tokens_alone(node: Node, projection: Node) -> bool:
         return _is_rows(node.args[0], projection) and all(item.op == "get_attr" for item in inputs[1:])
     if target is aten.mean.dim:
         return argument(node, 1, "dim") == [-1] and bool(argument(node, 2, "keepdim", False))
-    return target in _ELEMENTWISE and all(_is_rows(item, projection) or _is_channels(item) for item in inputs)
+    # A look-up's table is neither rows nor channels, and one along the tokens has other rows.
+    return is_pointwise(target) and all(_is_rows(item, projection) or _is_channels(item) for item in inputs)
 
 
 def _is_rows(node: Any, projection: Node) -> bool:

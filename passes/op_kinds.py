@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .graph import aten
 
 ELEMENTWISE_OF_SCORES = frozenset(
@@ -145,3 +147,12 @@ OPAQUE_POINTWISE = frozenset(
         aten.index_select.default,
     }
 )
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether each output element depends on the same elements of the inputs alone, by torch's word or the tables.
+
+    Look-ups count as well (OPAQUE_POINTWISE): ask about their axes first.
+    """
+    tags = getattr(target, "tags", ())
+    return torch.Tag.pointwise in tags or target in POINTWISE | OPAQUE_POINTWISE | COMPARISONS | CASTS | SAME

@@ -10,12 +10,11 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
 from .graph import VIEWS, argument, aten, expression, is_symbolic, symbols_in, target_of, tensor_of, value_of
-from .op_kinds import CASTS, COMPARISONS, OPAQUE_POINTWISE, POINTWISE, SAME
+from .op_kinds import COMPARISONS, OPAQUE_POINTWISE, POINTWISE, is_pointwise
 from .program import Program, content_nodes
 from .verify import op_name
 
@@ -138,9 +137,7 @@ def _mixes(node: Node, content: set[Node], sequence: str) -> str | None:
     if target in (aten.conv1d.default, aten.conv2d.default):
         kernel = tensor_of(node.args[1]).shape[2:]
         return None if all(int(n) == 1 for n in kernel) else f"{what} reaches other tokens"
-    tags = getattr(target, "tags", ())
-    pointwise = torch.Tag.pointwise in tags or target in POINTWISE | OPAQUE_POINTWISE | COMPARISONS | CASTS | SAME
-    if pointwise or target in LAYOUT:
+    if is_pointwise(target) or target in LAYOUT:
         return None
     return f"{what} isn't known to keep tokens apart"
 

@@ -15,8 +15,7 @@ divergences that are reported and compared are always measured in full precision
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distil.instrument import TrainingGraph, model_inputs, unpadded, weights_checksum
+from .distil.instrument import TrainingGraph, batch_of, checksum, unpadded, weights_checksum
 from .distil.logits import divergence
 from .distil.loop import LoopOptions, LoopReport, Part, Progress, train
 from .distil.pieces import Pieces
@@ -196,12 +195,10 @@ class _Tuner:
             if step * _CHECKS // expected > (step - 1) * _CHECKS // expected:
                 self._check(report)
 
-        identity: dict[str, Any] = {"stage": "quantize", "codes": _checksum(self.before.values())}
+        identity: dict[str, Any] = {"stage": "quantize", "codes": checksum(self.before.values())}
         if checkpoint is not None:
             identity["model"] = weights_checksum(self.teacher)
-            identity["text"] = _checksum(
-                value for batch in (*self.training, *self.held_out) for value in batch.values()
-            )
+            identity["text"] = checksum(value for batch in (*self.training, *self.held_out) for value in batch.values())
         parts = [Part("the quantized layers", parameters, rates)]
         with self._learning():
             train(
@@ -384,10 +381,10 @@ def token_windows(program: Program, batches: Sequence[Batch]) -> list[Tensor] | 
         return None
     for batch, window in zip(batches, windows, strict=True):
         try:
-            plain = model_inputs(program, window)
+            plain = batch_of(program, window)
         except LincompileError:  # an input that isn't made from tokens
             return None
-        if not all(torch.equal(batch[each.name], value) for each, value in zip(program.inputs, plain, strict=True)):
+        if not all(torch.equal(batch[name], value) for name, value in plain.items()):
             return None
     return windows
 
@@ -398,21 +395,13 @@ def _merged(program: Program, batches: Sequence[Batch], count: int) -> Sequence[
     if windows is None:
         return batches
     joined = [torch.cat(windows[start : start + count]) for start in range(0, len(windows), count)]
-    names = [item.name for item in program.inputs]
-    return [dict(zip(names, model_inputs(program, tokens), strict=True)) for tokens in joined]
+    return [batch_of(program, tokens) for tokens in joined]
 
 
 def _output(result: object) -> Tensor:
     """The first floating-point output of a graph."""
     values = result if isinstance(result, (tuple, list)) else (result,)
     return next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
-
-
-def _checksum(tensors: Iterable[Tensor]) -> int:
-    total = 0
-    for tensor in tensors:
-        total = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), total)
-    return total
 
 
 __all__ = ["MODES", "TuneOptions", "TuneReport", "options_for", "tune"]

@@ -59,7 +59,7 @@ def int6_linear(
 ) -> Tensor:
     """As :func:`.reference.int6_linear`, for the calls that :func:`supports` accepts."""
     planes = (weight_hi.contiguous(), weight_lo.contiguous(), weight_scale.contiguous())
-    return _first_right(ways(x, planes), reference.int6_linear, x, planes, bias, group_size, activation)
+    return _first_right("int6_linear", ways(x, planes), reference.int6_linear, x, planes, bias, group_size, activation)
 
 
 def int8_linear(
@@ -69,7 +69,7 @@ def int8_linear(
     weights = (weight.contiguous(), weight_scale.contiguous())
     aligned = x.shape[-1] % 64 == 0 and weights[0].data_ptr() % 16 == 0
     launch = vector_bytes if x.numel() == x.shape[-1] and aligned else large_bytes
-    return _first_right([("int8", launch)], reference.int8_linear, x, weights, bias, group_size, activation)
+    return _first_right("int8_linear", [launch], reference.int8_linear, x, weights, bias, group_size, activation)
 
 
 Weights = tuple[Tensor, ...]
@@ -78,7 +78,7 @@ Launch = Callable[[Tensor, Any, Tensor | None, Tensor, str], None]
 
 
 def _first_right(
-    ways: list[tuple[str, Launch]], plain: Callable[..., Tensor], x: Tensor, weights: Weights, bias: Tensor | None,
+    op: str, ways: list[Launch], plain: Callable[..., Tensor], x: Tensor, weights: Weights, bias: Tensor | None,
     group_size: int, activation: str,
 ) -> Tensor:  # fmt: skip
     """The first of the ways that was right when it was first used, or ``plain``."""
@@ -87,8 +87,8 @@ def _first_right(
     if not x.numel() or not y.numel():
         return y
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    for name, launch in ways:
-        called = f"{name}_linear ({_called(launch)}, {activation})"
+    for launch in ways:
+        called = f"{op} ({_called(launch)}, {activation})"
         if _right(called, launch, plain, flat, weights, bias, activation):
             launch(flat, weights, bias, y, activation)
             return y
@@ -119,18 +119,18 @@ def _right(
     return trusted(name, run, expected, layouts, (x, bias, *weights), together=False)
 
 
-def ways(x: Tensor, planes: Planes) -> list[tuple[str, Launch]]:
+def ways(x: Tensor, planes: Planes) -> list[Launch]:
     """The launchers for a call, the fastest first."""
     in_features, rows = x.shape[-1], planes[2].shape[0]
     tokens = x.numel() // max(1, in_features)
     if tokens == 1:
-        return [("int6", vector)]
+        return [vector]
     if tokens > _SMALL_M:
-        return [("int6", large)]
-    found: list[tuple[str, Launch]] = []
+        return [large]
+    found: list[Launch] = []
     if tokens <= FEW_TOKENS and in_features % _GROUP == 0 and in_features > _GROUP and hopper(x.device):
-        found.append(("int6", functools.partial(few, config=few_config(tokens, rows, in_features))))
-    return [*found, ("int6", functools.partial(small, config=small_config(tokens, rows, in_features)))]
+        found.append(functools.partial(few, config=few_config(tokens, rows, in_features)))
+    return [*found, functools.partial(small, config=small_config(tokens, rows, in_features))]
 
 
 @functools.cache

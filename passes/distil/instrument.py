@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -256,11 +256,22 @@ def first_nonfinite(graph: TrainingGraph, tokens: Tensor) -> str:
 
 def weights_checksum(program: Program) -> int:
     """CRC-32 of every parameter, so that a checkpoint isn't continued on another model."""
+    return checksum(program.graph_module.parameters())
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """CRC-32 of the tensors' bytes, one after the other."""
     total = 0
-    for parameter in program.graph_module.parameters():
-        flat = parameter.detach().cpu().contiguous().flatten()
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().flatten()
         total = zlib.crc32(flat.view(torch.uint8).numpy().tobytes(), total)
     return total
+
+
+def batch_of(program: Program, tokens: Tensor) -> dict[str, Tensor]:
+    """:func:`model_inputs` by name."""
+    names = (item.name for item in program.inputs)
+    return dict(zip(names, model_inputs(program, tokens), strict=True))
 
 
 def model_inputs(program: Program, tokens: Tensor) -> list[Tensor]:
