@@ -40,6 +40,7 @@ from lincompile.passes.canonicalize import Canonicalize
 from lincompile.passes.distil.adapter import apply_adapter, save_adapter
 from lincompile.passes.distil.choose import choose
 from lincompile.passes.distil.data import Batches, TokenWindows
+from lincompile.passes.distil.echo import WithEchoes
 from lincompile.passes.distil.instrument import instead, unpadded
 from lincompile.passes.distil.logits import LogitDistillation, distil_logits, own_parameters
 from lincompile.passes.distil.loop import LoopOptions, LoopReport
@@ -109,10 +110,11 @@ class Run:
         )
 
     def data(self, stage: Stage, seed: int) -> Batches:
-        windows = TokenWindows(
+        plain = TokenWindows(
             self.corpus.ids, stage.length, stage.batch, seed, held_out=HELD_OUT, documents=self.corpus.documents
         )
-        say(windows.summary())
+        say(plain.summary())
+        windows: Batches = WithEchoes(plain, stage.echoes, seed) if stage.echoes else plain
         if not stage.retrieval:
             return windows
         tokenizer = self.loaded.tokenizer
@@ -250,7 +252,7 @@ def recipe_of(asked: argparse.Namespace) -> Recipe:
     recipe = replace(recipe, **given)
     changes: dict[str, dict[str, Any]] = {"transfer": {}, "logits": {}, "extension": {}}
     for stage in changes:
-        for name, kind in (("seconds", float), ("length", int), ("batch", int), ("steps", int)):
+        for name, kind in (("seconds", float), ("length", int), ("batch", int), ("steps", int), ("echoes", float)):
             value = getattr(asked, f"{stage}_{name}")
             if value is not None:
                 changes[stage][name] = kind(value)
@@ -292,8 +294,8 @@ def parsed() -> argparse.Namespace:
     recipe.add_argument("--passkey", type=as_numbers, metavar="N,N", help="tokens of the passkey prompts")
     recipe.add_argument("--measures", type=lambda text: tuple(text.split(",")) if text else ())
     for stage in ("transfer", "logits", "extension"):
-        for name in ("seconds", "length", "batch", "steps"):
-            recipe.add_argument(f"--{stage}-{name}", type=float if name == "seconds" else int)
+        for name in ("seconds", "length", "batch", "steps", "echoes"):
+            recipe.add_argument(f"--{stage}-{name}", type=float if name in ("seconds", "echoes") else int)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--limit", type=int, default=None, help="evaluate on so many tokens of each text")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")

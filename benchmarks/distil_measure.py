@@ -28,6 +28,7 @@ from lincompile.passes.methods import Shares
 from lincompile.passes.program import Program
 
 ABLATION_TOKENS = 40_960  # of each text
+FAR = 64  # tokens: what came again from farther back, no window of the recipes holds
 CALIBRATION_TOKENS = 1 << 16  # of the training text, for int6
 STAGES = ("transfer", "after_transfer", "choice", "logits", "extension")
 BEFORE_TRAINING = ("options", "versions", "command", "teacher", "start", "seconds")
@@ -86,17 +87,34 @@ class Results:
 
 @torch.no_grad()
 def perplexity(graph: TrainingGraph, ids: Tensor, context: int, limit: int | None) -> dict[str, float]:
-    """Non-overlapping windows, each predicting its tokens but the first; the last may be shorter."""
-    total, count = 0.0, 0
+    """Non-overlapping windows, each predicting its tokens but the first; the last may be shorter.
+
+    ``recalled`` is the same (nats per token) over tokens that followed the same token before, last more than ``FAR``
+    tokens ago: what a model must look up (the associative recall of arXiv 2312.04927).
+    """
+    total, count, recalled, found = 0.0, 0, 0.0, 0
     ids = ids[:limit]
     for start in range(0, len(ids), context):
         window = ids[start : start + context].long()[None].to(graph.device)
         if window.shape[1] < 2:
             break
         logits = logits_of(graph, window)[0, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").double())
-        count += window.shape[1] - 1
-    return {"perplexity": math.exp(total / count), "nll": total / count, "tokens": count}
+        losses = torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="none").double().cpu()
+        far = from_afar(window[0].tolist())
+        total, count = total + float(losses.sum()), count + len(losses)
+        recalled, found = recalled + float(losses[far].sum()), found + int(far.sum())
+    figures = {"perplexity": math.exp(total / count), "nll": total / count, "tokens": count}
+    return figures | ({"recalled": recalled / found, "recalled_tokens": found} if found else {})
+
+
+def from_afar(tokens: list[int]) -> Tensor:
+    """Which tokens but the first followed the same token before, last more than ``FAR`` tokens ago: bool ``[T - 1]``."""
+    last: dict[tuple[int, int], int] = {}
+    far = []
+    for place, pair in enumerate(zip(tokens, tokens[1:], strict=False)):
+        far.append(pair in last and place - last[pair] > FAR)
+        last[pair] = place
+    return torch.tensor(far, dtype=torch.bool)
 
 
 class Measures:
@@ -134,12 +152,13 @@ class Measures:
         return found
 
     def summary(self, found: dict[str, Any]) -> str:
-        """``valid 29.2 (1.081x), …``."""
+        """``valid 29.2 (1.081x, recalled 1.69), …``."""
         teacher = self.results.values.get("teacher", found)
 
         def one(name: str) -> str:
             value = found[name]["perplexity"]
-            return f"{name} {value:.3f} ({value / teacher[name]['perplexity']:.3f}x)"
+            recalled = f", recalled {found[name]['recalled']:.2f}" if "recalled" in found[name] else ""
+            return f"{name} {value:.3f} ({value / teacher[name]['perplexity']:.3f}x{recalled})"
 
         return ", ".join(map(one, found)) or "no text"
 

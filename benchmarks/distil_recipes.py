@@ -17,6 +17,7 @@ class Stage:
         steps: at most; for runs that must repeat exactly, without a clock.
         length, batch: tokens per window and windows per step.
         retrieval: share of the windows that are retrieval examples (of the extension).
+        echoes: share of the windows that repeat spans of themselves (``passes/distil/echo.py``).
         rates: the learning rates of the stage, times this.
     """
 
@@ -25,6 +26,7 @@ class Stage:
     batch: int
     steps: int = 1 << 30
     retrieval: float = 0.0
+    echoes: float = 0.0
     rates: float = 1.0
 
 

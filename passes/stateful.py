@@ -245,7 +245,7 @@ class _Stepper:
         with self.graph.inserting_after(self.last_input):
             node = self.graph.placeholder(name)
         with fake_mode_of(self.module):
-            node.meta["val"] = torch.empty(tuple(shape), dtype=dtype)
+            node.meta["val"] = torch.empty(tuple(shape), dtype=dtype, device=tensor_of(self.tokens).device)
         self.last_input = node
         return node
 

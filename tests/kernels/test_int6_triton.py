@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lincompile.kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompile)
 from lincompile.kernels.int6_linear import codes as q
 from lincompile.kernels.int6_linear import pack, reference
 

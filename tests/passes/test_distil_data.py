@@ -1,4 +1,4 @@
-"""Windows of documents: never mixed, never padded, in an order that a seed and a step give; retrieval examples."""
+"""Windows of documents: never mixed, never padded, in an order that a seed and a step give; echoes; retrieval."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from distil_models import LENGTH, windows
 from torch import Tensor
 
 from lincompile.passes.distil.data import TokenWindows
+from lincompile.passes.distil.echo import NEAREST, WithEchoes
 from lincompile.passes.distil.retrieval import Needles, WithRetrieval
 from lincompile.passes.errors import LincompileError
 
@@ -155,3 +156,57 @@ def test_windows_that_ranks_share_have_sizes_that_divide() -> None:
     assert [w.size for w in TokenWindows(ids, 80, 1, documents=starts, multiple=4).sizes] == [20]
     with pytest.raises(LincompileError, match="less than two windows"):
         TokenWindows(ids, 80, 1, documents=starts, multiple=8)
+
+
+# ---- echoes
+
+
+def test_echoes_repeat_spans_of_the_window_itself() -> None:
+    base = TokenWindows(torch.arange(40_000), 1024, 4)
+    data = WithEchoes(base, share=0.5, seed=1)
+    plain = made = 0
+    distances: list[int] = []
+    for index in range(8):
+        for window, original in zip(data.step(index), base.step(index), strict=True):
+            if torch.equal(window, original):
+                plain += 1
+                continue
+            made += 1
+            first: dict[int, int] = {}
+            own: list[int] = []
+            before = -1
+            repeated = 0
+            for place, token in enumerate(window.tolist()):
+                if token in first:
+                    repeated += 1
+                    if token != before + 1:  # an echo begins
+                        distances.append(place - first[token])
+                else:
+                    first[token] = place
+                    own.append(token)
+                before = token
+            assert own == original[: len(own)].tolist()  # without its echoes it is the window, from its beginning
+            assert 10 < repeated < 512
+    assert plain > 5 and made > 5
+    assert min(distances) >= NEAREST and max(distances) > 500
+    near = sum(NEAREST <= d < 64 for d in distances) / len(distances)
+    assert 0.15 < near < 0.6  # as many in each doubling of the distance, rather than in each token of it
+    assert torch.equal(data.step(3), data.step(3)) and torch.equal(data.measure(2), base.measure(2))
+    assert data.length == 1024
+    others: list[Any] = [WithEchoes(base, share, seed) for share, seed in ((0.5, 2), (0.4, 1))]
+    assert all(data.fingerprint() != other.fingerprint() for other in [base, *others])
+
+
+@pytest.mark.parametrize("length", [8, 16, 17, 96, 97])
+def test_short_windows_keep_their_length_and_their_tokens(length: int) -> None:
+    base = TokenWindows(torch.arange(1000), length, 2)
+    for index in range(20):
+        window, original = WithEchoes(base, share=1.0).step(index)[0], base.step(index)[0]
+        assert len(window) == length and set(window.tolist()) <= set(original.tolist())
+
+
+def test_no_share_leaves_windows_alone_and_a_wrong_one_is_refused() -> None:
+    base = TokenWindows(torch.arange(4000), 256, 2)
+    assert torch.equal(WithEchoes(base, share=0.0).step(1), base.step(1))
+    with pytest.raises(LincompileError, match="echoes in a share of 1.5 of the windows: give 0 to 1"):
+        WithEchoes(base, share=1.5)

@@ -293,3 +293,18 @@ def test_dynamic_rotary_scaling_is_refused_and_a_fixed_one_is_not() -> None:
 def test_models_without_a_step_form_say_why(proved: Proved, name: str, reason: str) -> None:
     with pytest.raises(RefusedError, match=reason):
         make_stateful(proved(name).program)
+
+
+@pytest.mark.parametrize(("attn", "options"), [("softmax", {}), ("lawcat", {"window": 5})])
+def test_caches_and_inputs_are_declared_where_the_model_is(proved: Proved, attn: str, options: dict[str, Any]) -> None:
+    """A model captured on a GPU has its values there: caches declared elsewhere would be refused beside them."""
+    program = student(proved("llama-gqa"), attn, **options)
+    elsewhere = torch.device("meta")
+    program.graph_module.to(elsewhere)
+    for node in program.graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            node.meta["val"] = value.to(elsewhere)
+    step = make_stateful(program, check=False)
+    values = [node.meta["val"] for node in step.graph_module.graph.nodes if node.op == "placeholder"]
+    assert len(values) > 4 and all(value.device == elsewhere for value in values)
