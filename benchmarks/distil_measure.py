@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -108,10 +109,10 @@ def perplexity(graph: TrainingGraph, ids: Tensor, context: int, limit: int | Non
 
 
 def from_afar(tokens: list[int]) -> Tensor:
-    """Which tokens but the first followed the same token before, last more than ``FAR`` tokens ago: bool ``[T - 1]``."""
+    """Which tokens but the first followed the same token before, last over ``FAR`` tokens ago: bool ``[T - 1]``."""
     last: dict[tuple[int, int], int] = {}
     far = []
-    for place, pair in enumerate(zip(tokens, tokens[1:], strict=False)):
+    for place, pair in enumerate(itertools.pairwise(tokens)):
         far.append(pair in last and place - last[pair] > FAR)
         last[pair] = place
     return torch.tensor(far, dtype=torch.bool)

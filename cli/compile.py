@@ -140,6 +140,12 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
     default=0.0,
     help="Share of --extend's windows that ask for facts in them.",
 )
+@click.option(
+    "--echoes",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Share of all training windows that repeat spans of themselves: teaches looking back by content.",
+)
 @click.option("--length", type=common.count, help="Tokens per training window.")
 @click.option("--batch", type=common.count, help="Training windows per step.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="File to save distillation to and resume from.")

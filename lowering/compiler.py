@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..passes.canonicalize import Canonicalize
 from ..passes.capture import capture, from_exported
 from ..passes.distil.adapter import apply_adapter, rotary_of
+from ..passes.distil.echo import check_share
 from ..passes.distil.instrument import batch_of
 from ..passes.distil.logits import LogitDistillation
 from ..passes.distil.recipe import Distilled, Extension, Listener, Recipe, run_recipe
@@ -90,6 +91,7 @@ class Options:
     transfer_loss: str | None = None
     extend: int | None = None
     retrieval: float = 0.0
+    echoes: float = 0.0
     target: str = "eager"
     device: str = "cpu"
     dtype: str = "float32"
@@ -112,6 +114,9 @@ class Options:
         for name, value in (("--transfer-loss", self.transfer_loss), ("--extend", self.extend)):
             if value is not None and self.distil is None:
                 raise LincompileError(f"{name} is about distillation: add --distil FILE")
+        check_share(self.echoes)
+        if self.echoes and self.distil is None:
+            raise LincompileError("--echoes is about distillation: add --distil FILE")
         if self.retrieval and not (self.extend and 0 < self.retrieval <= 1):
             raise LincompileError(
                 "--retrieval is a share, above 0 and up to 1, of --extend's windows: add --extend LENGTH"
@@ -306,9 +311,9 @@ def compile(
         checkpoint: file that distillation saves itself to and resumes from.
         options: ``attn``, ``quant``, ``keep_softmax``, ``rewrite_sliding``, ``alibi``, ``window``, ``rotary``,
             ``distil`` (a text file, token ids, or ``hf:name``), ``tokens``, ``time`` (seconds), ``train``,
-            ``transfer_loss``, ``extend``, ``retrieval``, ``adapter``, ``length``, ``batch``, ``target``, ``device``,
-            ``dtype``, ``seed``, ``shard`` (under torchrun, after ``init_process_group``): as in the CLI. With an
-            adapter and no budget, ``distil`` only calibrates quantization.
+            ``transfer_loss``, ``extend``, ``retrieval``, ``echoes``, ``adapter``, ``length``, ``batch``, ``target``,
+            ``device``, ``dtype``, ``seed``, ``shard`` (under torchrun, after ``init_process_group``): as in the CLI.
+            With an adapter and no budget, ``distil`` only calibrates quantization.
 
     Raises:
         LincompileError: anything that can't be done as asked; nothing is ever done silently instead.
@@ -460,6 +465,7 @@ def distil(
         length=min(asked.length or (1024 if on_gpu else 256), limit),
         batch=asked.batch or (16 if on_gpu else 1),
         seed=asked.seed,
+        echoes=asked.echoes,
         transfer=transfer_options or Transfer(),
         logits=logit_options,
         extension=extension_for(asked, loaded, corpus, teacher.max_positions),

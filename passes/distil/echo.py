@@ -45,8 +45,7 @@ class WithEchoes:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise LincompileError(f"echoes in a share of {self.share} of the windows: give 0 to 1")
+        check_share(self.share)
 
     @property
     def length(self) -> int:
@@ -71,9 +70,16 @@ class WithEchoes:
         return windows
 
 
+def check_share(share: float) -> None:
+    """Raises ``LincompileError`` for a share of windows that isn't between 0 and 1."""
+    if not 0 <= share <= 1:
+        raise LincompileError(f"--echoes {share:g}: the share of windows that repeat spans is from 0 to 1")
+
+
 def echoed(length: int, draw: random.Random) -> list[int]:
     """Where each token of a window of ``length`` with echoes stands in the window without."""
-    places = sorted(draw.randrange(NEAREST, length) for _ in range(length // SPACING)) if length > NEAREST else []
+    count = max(1, length // SPACING) if length > NEAREST else 0
+    places = sorted(draw.randrange(NEAREST, length) for _ in range(count))
     order: list[int] = []
     taken = 0
     for place in places:

@@ -18,6 +18,7 @@ from ..linearize import MODULE_PREFIX
 from ..program import Program
 from .choose import Choice, choose
 from .data import Batches, TokenWindows
+from .echo import WithEchoes, check_share
 from .logits import LogitDistillation, LogitReport, distil_logits, lora_rank
 from .loop import LoopOptions
 from .retrieval import Needles, WithRetrieval
@@ -70,6 +71,7 @@ class Recipe:
         tokens: budget in tokens; seconds: budget in time. With two stages the transfer gets 35% of either, and what
             an extension gets is taken from both.
         length, batch: tokens per window and windows per step.
+        echoes: share of the windows that repeat spans of themselves, in every stage that trains.
         transfer, logits, extension: the stages' options; their ``steps`` count where no budget is given.
         start: "transfer", or "logits" for a student whose projections are no longer the teacher's: attention that is
             fitted to the teacher's own q, k and v would be wrong for it.
@@ -83,11 +85,13 @@ class Recipe:
     length: int = 256
     batch: int = 1
     seed: int = 0
+    echoes: float = 0.0
     transfer: Transfer = field(default_factory=Transfer)
     logits: LogitDistillation = field(default_factory=LogitDistillation)
     extension: Extension | None = None
 
     def __post_init__(self) -> None:
+        check_share(self.echoes)
         if self.extension is not None and self.train == "none":
             raise LincompileError("--extend trains on the teacher's logits: add --train lora:R or --train full")
         if self.extension is not None and self.extension.length <= self.length:
@@ -169,15 +173,19 @@ def run_recipe(
     def progress(what: str) -> Callable[[int, int, float, float], None]:
         return lambda step, total, loss, rate: tell.advance(step, total, f"{what} {loss:.3f}, {rate:,.0f} tokens/s")
 
+    def echoing(windows: TokenWindows) -> Batches:
+        return WithEchoes(windows, recipe.echoes, recipe.seed) if recipe.echoes else windows
+
+    windows = echoing(data)
     moved = transfer(
-        teacher, student, data, first, checkpoint=checkpoint, progress=progress("relative error"), note=tell.note
+        teacher, student, windows, first, checkpoint=checkpoint, progress=progress("relative error"), note=tell.note
     )
     result = Distilled(student, moved)
     if recipe.keep:
         tell.stage("choose layers")
-        windows = data.measure(CHOICE_WINDOWS)
+        held_out = data.measure(CHOICE_WINDOWS)
         result.choice = choose(
-            teacher, student, windows, recipe.keep, lambda done, total: tell.advance(done, total, "sites measured")
+            teacher, student, held_out, recipe.keep, lambda done, total: tell.advance(done, total, "sites measured")
         )
         result.student = with_branches_of(student, relinearize(result.choice.kept))
     if recipe.train == "none":
@@ -202,13 +210,16 @@ def run_recipe(
 
     tell.stage("distil logits")
     options = dataclasses.replace(recipe.logits, train=recipe.train)
-    data = dataclasses.replace(data, seed=recipe.seed + 1)
-    result.logits = later("logits", data, options, shares[1], shares[1] + shares[2], recipe.length)
+    windows = echoing(dataclasses.replace(data, seed=recipe.seed + 1))
+    result.logits = later("logits", windows, options, shares[1], shares[1] + shares[2], recipe.length)
     if recipe.extension is not None:
         tell.stage("extend length")
         extension = recipe.extension
         options = dataclasses.replace(options.scaled(extension.rates), steps=extension.steps)
-        longer = _longer(ids, documents, recipe, extension, tell)
+        longer: Batches = echoing(_longer(ids, documents, recipe, extension, tell))
+        if extension.retrieval:
+            assert extension.needles is not None
+            longer = WithRetrieval(longer, extension.needles, extension.retrieval, recipe.seed)
         result.extension = later("extension", longer, options, shares[2], shares[2], extension.length)
     return result
 
@@ -238,8 +249,10 @@ def _ranks() -> int:
     return 1 if together is None else together.world
 
 
-def _longer(ids: Tensor, documents: Tensor | None, recipe: Recipe, extension: Extension, tell: Listener) -> Batches:
-    """The extension's batches."""
+def _longer(
+    ids: Tensor, documents: Tensor | None, recipe: Recipe, extension: Extension, tell: Listener
+) -> TokenWindows:
+    """The extension's windows."""
     batch = max(1, recipe.batch * recipe.length // extension.length)
     data = TokenWindows(ids, extension.length, batch, recipe.seed + 2, documents=documents, multiple=_ranks())
     longest = data.sizes[0].size
@@ -248,10 +261,7 @@ def _longer(ids: Tensor, documents: Tensor | None, recipe: Recipe, extension: Ex
             f"--extend {extension.length}: no document of the text is longer than the windows of {recipe.length} before"
         )
     tell.note(f"extension: {data.summary()}")
-    if not extension.retrieval:
-        return data
-    assert extension.needles is not None
-    return WithRetrieval(data, extension.needles, extension.retrieval, recipe.seed)
+    return data
 
 
 def with_branches_of(trained: Program, fresh: Program) -> Program:

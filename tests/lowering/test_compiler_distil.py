@@ -109,6 +109,7 @@ def test_all_stages_with_their_options_reach_the_manifest() -> None:
         transfer_loss="both",
         extend=2 * LENGTH,
         retrieval=0.5,
+        echoes=0.25,
         tokens=20 * 4 * LENGTH,
         length=LENGTH,
         batch=4,
@@ -117,6 +118,7 @@ def test_all_stages_with_their_options_reach_the_manifest() -> None:
     assert done["extension"]["tokens"] == 3 * 4 * LENGTH and done["logits"]["steps"] > 0 and done["steps"] > 0
     options = compiled.manifest()["options"]
     assert (options["transfer_loss"], options["extend"], options["retrieval"]) == ("both", 2 * LENGTH, 0.5)
+    assert options["echoes"] == 0.25
 
 
 def test_an_extension_beyond_the_positions_is_refused() -> None:
@@ -132,6 +134,8 @@ def test_an_extension_beyond_the_positions_is_refused() -> None:
         ({"extend": 64}, "--extend is about distillation: add --distil FILE"),
         ({"transfer_loss": "mse"}, "--transfer-loss is about distillation: add --distil FILE"),
         ({"transfer_loss": "l2", "distil": "t"}, "--transfer-loss l2: the choice is mse, weights, both"),
+        ({"echoes": 0.5}, "--echoes is about distillation: add --distil FILE"),
+        ({"echoes": 1.5, "distil": "t"}, "--echoes 1.5: the share of windows that repeat spans is from 0 to 1"),
         ({"retrieval": 0.1, "distil": "t"}, "--retrieval is a share, .* of --extend's windows: add --extend LENGTH"),
         ({"retrieval": 3.0, "extend": 9, "distil": "t"}, "--retrieval is a share, above 0 and up to 1"),
     ],

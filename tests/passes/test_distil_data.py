@@ -208,5 +208,5 @@ def test_short_windows_keep_their_length_and_their_tokens(length: int) -> None:
 def test_no_share_leaves_windows_alone_and_a_wrong_one_is_refused() -> None:
     base = TokenWindows(torch.arange(4000), 256, 2)
     assert torch.equal(WithEchoes(base, share=0.0).step(1), base.step(1))
-    with pytest.raises(LincompileError, match="echoes in a share of 1.5 of the windows: give 0 to 1"):
+    with pytest.raises(LincompileError, match=r"--echoes 1\.5: the share of windows that repeat spans is from 0 to 1"):
         WithEchoes(base, share=1.5)

@@ -51,6 +51,16 @@ def run(teacher: Program, recipe: Recipe, **options: Any) -> Any:
     )
 
 
+def test_echoes_are_heard_in_every_stage(teacher: Program) -> None:
+    """Each stage's losses change, and by the same echoes every time."""
+    plain, echoing, again = (run(teacher, extended(echoes=share)) for share in (0.0, 0.5, 0.5))
+    for stage in ("transfer", "logits", "extension"):
+        losses = [getattr(done, stage).losses for done in (plain, echoing, again)]
+        assert losses[0] != losses[1] and losses[1] == losses[2], stage
+    with pytest.raises(LincompileError, match="--echoes -1: the share of windows"):
+        Recipe(echoes=-1)
+
+
 def test_the_extension_goes_on_where_the_logits_ended(teacher: Program, tmp_path: Path) -> None:
     notes: list[str] = []
     stages: list[str] = []
