@@ -34,9 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from versions import versions
 
-from lincompile.lowering.compiler import Options, capture_loaded, rewrite
+from lincompile.lowering.compiler import Options, capture_loaded, prove, rewrite
 from lincompile.lowering.text import Corpus, read_corpus, read_tokens, retrieval_needles
-from lincompile.passes.canonicalize import Canonicalize
 from lincompile.passes.distil.adapter import apply_adapter, save_adapter
 from lincompile.passes.distil.choose import choose
 from lincompile.passes.distil.data import Batches, TokenWindows
@@ -50,8 +49,6 @@ from lincompile.passes.distil.transfer import Transfer, transfer
 from lincompile.passes.errors import LincompileError
 from lincompile.passes.formats.load import load_model
 from lincompile.passes.formats.loaded import LoadedModel
-from lincompile.passes.identity import ProveAttention
-from lincompile.passes.pipeline import Pipeline
 from lincompile.passes.program import Program
 
 HELD_OUT = 0.005  # of the training text, for the divergences before and after
@@ -332,7 +329,8 @@ def main() -> None:
         zero_shot.check(asked.tasks, list(zero_shot.TASKS))
     loaded = load_model(asked.model, dtype=torch.float32, device=asked.device)
     program = capture_loaded(loaded)
-    teacher = Pipeline([Canonicalize(), ProveAttention()])(program)
+    kept = None if recipe.keep and recipe.keep.startswith("auto:") else recipe.keep
+    teacher = prove(program, Options(attn=recipe.attn, keep_softmax=kept))
     say(f"loaded; proved {sum(site.proved for site in teacher.sites)} of {len(teacher.sites)} sites")
     texts = {name: tokens_of(path, loaded) for name, path in (item.split("=", 1) for item in asked.eval)}
     corpus = read_corpus(asked.train, loaded.tokenizer) if asked.train else Corpus(torch.zeros(0), torch.zeros(0))
@@ -350,7 +348,7 @@ def main() -> None:
     results.values["command"] = " ".join(sys.argv)
     results.set("versions", versions())
     run = Run(asked, recipe, loaded, teacher, corpus, results)
-    run.kept = None if recipe.keep and recipe.keep.startswith("auto:") else recipe.keep
+    run.kept = kept
     measures = Measures(
         results, teacher, loaded, texts, asked.context, asked.limit, say, functools.partial(_in_time, asked)
     )

@@ -62,7 +62,7 @@ class Recipe:
 
 
 PURE = Recipe()
-WINDOW = Recipe(window=64, rotary="keep", measures=("ablations", "generation", "int6", "zero-shot"))
+WINDOW = Recipe(window=64, measures=("ablations", "generation", "int6", "zero-shot"))
 HYBRID = replace(WINDOW, keep="auto:6")
 # Nothing is trained on more than 1,024 tokens; 8 and 22 times as many are asked for.
 SHORT = Recipe(

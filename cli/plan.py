@@ -16,18 +16,15 @@ def print_plan(model: str, asked: Options, *, builder: str | None, trust: bool, 
     Raises:
         LincompileError: the model can't be captured, or the request changes nothing.
     """
-    from ..lowering.compiler import rewrite
+    from ..lowering.compiler import prove, rewrite
     from ..lowering.report import human_bytes
-    from ..passes.canonicalize import Canonicalize
-    from ..passes.identity import ProveAttention
-    from ..passes.pipeline import Pipeline
     from ..passes.plan import plan
     from .inspect import site_table
 
     loaded = common.load(model, builder=builder, trust=trust, device=asked.device, dtype=asked.dtype, meta=True)
     program = common.captured(loaded)
     with common.working("proving and rewriting, on shapes alone"):
-        teacher = Pipeline([Canonicalize(), ProveAttention(alibi=asked.alibi)])(program)
+        teacher = prove(program, asked)
         student = rewrite(teacher, asked)
         document = plan(teacher, student, asked.quant, embeddings=asked.quant_embeddings)
     document |= {"format": loaded.format, "notes": [*loaded.notes, *program.notes]}

@@ -37,6 +37,7 @@ from ..passes.program import Program
 from ..passes.quantize import Quantize, parse_plan
 from ..passes.shard import SequenceParallel
 from ..passes.shard_check import check_fingerprints, fingerprint
+from ..passes.split_heads import SplitHeads, named_parts, parse_heads
 from ..passes.stateful import StepProgram, make_full, make_stateful
 from ..passes.tune import options_for
 from ..passes.weight_methods import resolve
@@ -339,7 +340,7 @@ def compile(
         program = capture_loaded(loaded)
         notes += program.notes
     with _timed(say, times, "prove"):
-        teacher = Pipeline([Canonicalize(), ProveAttention(alibi=asked.alibi)])(program)
+        teacher = prove(program, asked)
     with _timed(say, times, "rewrite"):
         student = rewrite(teacher, asked)
     with _timed(say, times, "distil"):
@@ -392,6 +393,17 @@ def capture_loaded(loaded: LoadedModel) -> Program:
     return program
 
 
+def prove(program: Program, asked: Options) -> Program:
+    """The program with every softmax attention proved, and cut apart where single KV heads are to stay softmax.
+
+    Raises:
+        RefusedError: ``keep_softmax`` names a KV head that there isn't, or of a site that isn't proved.
+    """
+    heads = parse_heads(asked.keep_softmax) if asked.attn != "softmax" else ()
+    apart = [SplitHeads(heads)] if heads else []
+    return Pipeline([Canonicalize(), ProveAttention(alibi=asked.alibi), *apart])(program)
+
+
 def rewrite(teacher: Program, asked: Options) -> Program:
     """A copy of the program with its sites rewritten; refuses when a request for linear attention changes nothing."""
     student = teacher.clone()
@@ -405,7 +417,7 @@ def rewrite(teacher: Program, asked: Options) -> Program:
     indices, count, _ = parse_keep(asked.keep_softmax) if asked.keep_softmax else ((), 0, 0)
     pass_ = LinearizeAttention(
         asked.attn,
-        keep=indices,
+        keep=indices or named_parts(teacher),
         count=count,
         sliding=asked.rewrite_sliding,
         window=asked.window or 0,

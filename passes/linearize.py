@@ -27,6 +27,7 @@ from .graph import (
 from .methods import LinearMethod, SiteShape, method_class
 from .pipeline import PassResult, register
 from .program import AttentionSite, Program, content_nodes
+from .split_heads import parse_heads, whole
 
 MODULE_PREFIX = "lincompile_attention"
 PROJECTIONS = frozenset(
@@ -267,21 +268,23 @@ def find_operands(
     if site.bias == "alibi":  # its slopes are the decays, so no gate reads hidden states
         return Operands(*without_positions(q, k), v, None, padding, "none")
     hidden = hidden_states(k, q, make)
+    near = (q, k) if window else ()
     if hidden is None and (cls.gated or window):
         what = cls.method if cls.gated else "--window"
         return f"{what} needs the hidden states that k is projected from, and no projection was found above k"
     kept = cls.rotary if rotary is None else rotary
-    near = (q, k) if window else ()
     if not any(_tables(x, content) for x in (q, k)):
         return Operands(q, k, v, hidden, padding, "none", near)
     if kept:
         return Operands(q, k, v, hidden, padding, "kept", near)
-    before_q, before_k = (pre_rotary(x, make, content) for x in (q, k))
-    for reason in (before_q, before_k):
-        if isinstance(reason, str):
-            return f"{cls.method} reads q and k before their positions, but {reason} (--rotary keep reads them after)"
-    assert isinstance(before_q, Node) and isinstance(before_k, Node)
-    return Operands(before_q, before_k, v, hidden, padding, "removed", near)
+    before: list[Node] = []
+    for operand in (q, k):
+        source, heads = whole(site, operand)
+        found = pre_rotary(source, make, content)
+        if isinstance(found, str):
+            return f"{cls.method} reads q and k before their positions, but {found} (--rotary keep reads them after)"
+        before.append(found if heads is None else make(aten.slice.Tensor, found, 1, *heads))
+    return Operands(before[0], before[1], v, hidden, padding, "removed", near)
 
 
 @dataclass
@@ -472,11 +475,13 @@ def _batch_first(node: Node, batch: Any, time: Any, make: Builder) -> Node | Non
 def parse_keep(text: str) -> tuple[tuple[int, ...], int, int]:
     """``--keep-softmax``: ``"0,5,9"`` → sites, ``"6"`` → a count evenly spaced, ``"auto:6"`` → a count chosen by KL.
 
-    Returns (site indices, evenly spaced count, automatic count).
+    Returns (site indices, evenly spaced count, automatic count); none of them for KV heads (see ``parse_heads``).
 
     Raises:
         LincompileError: anything else.
     """
+    if parse_heads(text):
+        return (), 0, 0
     try:
         if text.startswith("auto:"):
             return (), 0, int(text[5:])
@@ -484,4 +489,6 @@ def parse_keep(text: str) -> tuple[tuple[int, ...], int, int]:
             return tuple(int(part) for part in text.split(",") if part.strip()), 0, 0
         return (), int(text), 0
     except ValueError:
-        raise LincompileError(f"--keep-softmax {text}: write a number (6), 'auto:6', or site indices (0,5,9)") from None
+        raise LincompileError(
+            f"--keep-softmax {text}: write a number (6), 'auto:6', site indices (0,5,9), or KV heads (17.1,18.2)"
+        ) from None

@@ -23,6 +23,7 @@ from ..graph import get_attribute, parent_of
 from ..linearize import MODULE_PREFIX
 from ..methods import method_class
 from ..program import AttentionSite, Program
+from ..split_heads import heads_text
 from .logits import own_parameters
 from .lora import PREFIX, Addition, merge_lora
 
@@ -53,7 +54,10 @@ def _described(site: AttentionSite) -> str:
 
 def _options(sites: dict[str, str]) -> str:
     """The options that make these sites."""
-    kept = [str(index) for index, method in enumerate(sites.values()) if method == "softmax"]
+    softmax = [method == "softmax" for method in sites.values()]
+    heads = heads_text(list(sites), softmax)
+    kept = [str(index) for index, stays in enumerate(softmax) if stays]
+    keep = ",".join(kept) + ("," if len(kept) == 1 else "") if heads is None else heads
     method, _, rotary = next((m for m in sites.values() if m != "softmax"), "softmax").partition(" ")
     attn, _, window = method.partition("+")
     options = f"--attn {attn}"
@@ -61,7 +65,7 @@ def _options(sites: dict[str, str]) -> str:
         options += f" --window {window}"
     if rotary in ROTARY and ROTARY[rotary] != ("keep" if method_class(attn).rotary else "remove"):
         options += f" --rotary {ROTARY[rotary]}"
-    return options + (f" --keep-softmax {','.join(kept)}{',' if len(kept) == 1 else ''}" if kept else "")
+    return options + (f" --keep-softmax {keep}" if keep else "")
 
 
 def save_adapter(

@@ -15,11 +15,12 @@ import lincompile
 from lincompile.passes.program import Program
 from lincompile.passes.shard import SequenceParallel, shard_batch
 from lincompile.passes.shard_sites import Eager, Slices
+from lincompile.passes.split_heads import SplitHeads, named_parts
 
 ops = torch.ops.lincompile
 Site = Callable[..., Tensor]
-# name, model, method, sites kept softmax, window, length (uneven ones are padded), head–tail balance
-MODELS: dict[str, tuple[str, str, tuple[int, ...], int, int, bool]] = {
+# name, model, method, kept softmax: sites or (site, KV head), window, length (uneven: padded), head–tail balance
+MODELS: dict[str, tuple[str, str, tuple[Any, ...], int, int, bool]] = {
     "gla": ("llama-gqa", "gla", (), 0, 12, False),
     "lawcat-window": ("llama-gqa", "lawcat", (), 5, 17, False),
     "hybrid": ("nanogpt", "lawcat", (0,), 0, 12, True),
@@ -28,6 +29,7 @@ MODELS: dict[str, tuple[str, str, tuple[int, ...], int, int, bool]] = {
     "sliding": ("mistral", "softmax", (), 0, 12, False),
     "gated-delta": ("gpt2", "gated-delta", (), 3, 13, False),
     "hedgehog-hybrid": ("llama-gqa", "hedgehog", (1,), 0, 16, True),
+    "some-heads": ("llama-gqa", "lawcat", ((1, 0),), 5, 17, False),
 }
 _captured: dict[Any, tuple[Program, list[Tensor]]] = {}
 
@@ -61,11 +63,13 @@ def proved(name: str, dtype: torch.dtype = torch.float64) -> Program:
     return _copy((name, dtype, "proved"), lambda: lincompile.Pipeline(passes)(captured(name, dtype)))
 
 
-def student(name: str, attn: str, keep: tuple[int, ...] = (), window: int = 0, dtype: Any = torch.float64) -> Program:
+def student(name: str, attn: str, keep: tuple[Any, ...] = (), window: int = 0, dtype: Any = torch.float64) -> Program:
     def build() -> Program:
         torch.manual_seed(0)
-        rewrite = lincompile.LinearizeAttention(attn, keep=keep, window=window)
-        return lincompile.Pipeline([rewrite])(proved(name, dtype))
+        heads = tuple(item for item in keep if isinstance(item, tuple))
+        teacher = lincompile.Pipeline([SplitHeads(heads)])(proved(name, dtype))
+        rewrite = lincompile.LinearizeAttention(attn, keep=named_parts(teacher) if heads else keep, window=window)
+        return lincompile.Pipeline([rewrite])(teacher)
 
     return _copy((name, dtype, attn, keep, window), build)
 
