@@ -77,6 +77,9 @@ RECIPES: dict[str, Recipe] = {
     "lawcat": PURE,
     "lawcat-window64": WINDOW,
     "lawcat-window64-softmax6": HYBRID,
+    # SmolLM2-135M's KV heads in which recall.py finds that the teacher looks back most.
+    "lawcat-window64-heads2": replace(WINDOW, keep="17.1,18.2"),
+    "lawcat-window64-heads4": replace(WINDOW, keep="17.1,18.2,20.2,23.0"),
     # The softmax model given the same training: its windows, steps, additions and rates, on the text itself.
     "control": Recipe(attn="softmax", transfer=None, measures=("generation", "zero-shot"), steps_of="lawcat-window64"),
     "lawcat-passkey": SHORT,

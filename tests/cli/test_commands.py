@@ -209,6 +209,9 @@ def test_a_plan_reads_shapes_and_writes_nothing(cli: Run, module: Path) -> None:
     document = cli("small_model:build", "--attn", "hedgehog", "--quant", "w6a8", "--plan", "--json").json
     assert [site["method"] for site in document["sites"]] == ["hedgehog", "hedgehog"]
     assert document["weight_bytes"]["after"] < document["weight_bytes"]["before"]
+    heads = cli("small_model:build", "--attn", "lawcat", "--keep-softmax", "1.0", "--plan", "--json").json
+    assert [site["path"].rpartition(".")[2] for site in heads["sites"] if site["method"] == "softmax"] == ["kv0"]
+    assert "KV heads are written SITE.HEAD" in cli("small_model:build", "--keep-softmax", "1,1.0", "--plan").error
     assert [item for item in sorted(module.parent.iterdir()) if item.name != "__pycache__"] == [
         item for item in before if item.name != "__pycache__"
     ]

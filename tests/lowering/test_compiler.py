@@ -10,6 +10,8 @@ import zoo
 from torch import nn
 
 import lincompile
+from lincompile.lowering.generate import generate
+from lincompile.lowering.subject import open_subject
 from lincompile.passes.errors import LincompileError, ModelLoadError, RefusedError
 
 
@@ -28,6 +30,25 @@ def test_every_method_compiles_saves_and_continues(attn: str, tmp_path: Path) ->
     assert artefact.generate(prompt, 6) == compiled.generate(prompt, 6)
     assert artefact.manifest["sites"][0]["method"] == attn
     assert artefact.manifest["quantization"]["plan"] == "w6a8"
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_single_kv_heads_stay_softmax(window: int | None, tmp_path: Path) -> None:
+    """One of three KV heads of the second layer: in torch, saved, and in ONNX."""
+    module, example = zoo.build("llama-gqa")
+    compiled = lincompile.compile(
+        module, example=example, attn="lawcat", keep_softmax="1.2", window=window, target="onnx", quant="w6a16"
+    )
+    methods = {site.path.rpartition(".")[2]: site.method for site in compiled.sites[1:]}
+    assert methods == {"kv0_1": "lawcat", "kv2": "softmax"}
+    folder = compiled.save(tmp_path / "out")
+    prompt = [5, 3, 1, 8, 8, 2]
+    expected = compiled.generate(prompt, 12)
+    assert lincompile.open(folder).generate(prompt, 12) == expected
+    session = open_subject(str(folder), runtime="onnx").session
+    assert generate(session, [prompt], 12).tokens[0][-12:] == expected[-12:]
+    with pytest.raises(RefusedError, match=r"--keep-softmax 1\.3: '.*' has 3 KV heads \(0 to 2\)"):
+        lincompile.compile(module, example=example, attn="lawcat", keep_softmax="1.3")
 
 
 def test_distillation_lowers_the_error_and_is_recorded() -> None:
