@@ -23,7 +23,7 @@ from .conftest import Run
         (["m", "--attn", "linear"], "'linear' is not one of 'gla', 'hedgehog'"),
         (["m", "--quant", "int5"], "unknown quantization 'int5'; the choices are none, int6"),
         (["m", "--quant", "auto:99"], "ask for 6 to 16 bits"),
-        (["m", "--keep-softmax", "some"], "write a number (6), 'auto:6', or site indices"),
+        (["m", "--keep-softmax", "some"], "write a number (6), 'auto:6', site indices (0,5,9), or KV heads"),
         (["m", "--tokens", "many"], "isn't a positive whole number such as"),
         (["m", "--tokens", "0"], "isn't a positive whole number such as"),
         (["m", "--time", "soon"], "isn't a time such as 90s"),

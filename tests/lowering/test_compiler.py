@@ -32,12 +32,11 @@ def test_every_method_compiles_saves_and_continues(attn: str, tmp_path: Path) ->
     assert artefact.manifest["quantization"]["plan"] == "w6a8"
 
 
-@pytest.mark.parametrize("window", [None, 8])
-def test_single_kv_heads_stay_softmax(window: int | None, tmp_path: Path) -> None:
-    """One of three KV heads of the second layer: in torch, saved, and in ONNX."""
+def test_single_kv_heads_stay_softmax(tmp_path: Path) -> None:
+    """One of three KV heads of the second layer, beside a window: in torch, saved, and in ONNX."""
     module, example = zoo.build("llama-gqa")
     compiled = lincompile.compile(
-        module, example=example, attn="lawcat", keep_softmax="1.2", window=window, target="onnx", quant="w6a16"
+        module, example=example, attn="lawcat", keep_softmax="1.2", window=8, target="onnx", quant="w6a16"
     )
     methods = {site.path.rpartition(".")[2]: site.method for site in compiled.sites[1:]}
     assert methods == {"kv0_1": "lawcat", "kv2": "softmax"}
