@@ -27,14 +27,11 @@ from torch import Tensor
 from versions import versions
 
 from lincompile.kernels.registration import triton_module
-from lincompile.lowering.compiler import Options, capture_loaded, rewrite
+from lincompile.lowering.compiler import Options, capture_loaded, prove, rewrite
 from lincompile.lowering.text import read_tokens
-from lincompile.passes.canonicalize import Canonicalize
 from lincompile.passes.distil.adapter import apply_adapter
 from lincompile.passes.distil.instrument import TrainingGraph, instead, unpadded
 from lincompile.passes.formats.load import load_model
-from lincompile.passes.identity import ProveAttention
-from lincompile.passes.pipeline import Pipeline
 
 # op: the function of its kernels and its reference that a forward pass calls
 OPS = {
@@ -98,8 +95,8 @@ def using(chosen: Callable[[str], Any]) -> Iterator[None]:
 def build(asked: argparse.Namespace, dtype: torch.dtype) -> tuple[TrainingGraph, TrainingGraph, Tensor]:
     """The student, its teacher and the tokens: a float32 model computes under bfloat16 autocast on a GPU."""
     loaded = load_model(asked.model, dtype=dtype, device=asked.device)
-    teacher = Pipeline([Canonicalize(), ProveAttention()])(capture_loaded(loaded))
     shape = Options(attn=asked.attn, window=asked.window, keep_softmax=asked.keep_softmax, adapter=str(asked.adapter))
+    teacher = prove(capture_loaded(loaded), shape)
     student = rewrite(teacher, shape)
     apply_adapter(asked.adapter, teacher, student, source_hash=loaded.source_hash)
     graph = instead(teacher, student)

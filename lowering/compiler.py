@@ -415,6 +415,8 @@ def rewrite(teacher: Program, asked: Options) -> Program:
             "quantize it alone with --attn softmax --quant int6"
         )
     indices, count, _ = parse_keep(asked.keep_softmax) if asked.keep_softmax else ((), 0, 0)
+    if parse_heads(asked.keep_softmax) and not named_parts(teacher):
+        raise LincompileError(f"--keep-softmax {asked.keep_softmax}: the program's heads weren't cut apart by prove()")
     pass_ = LinearizeAttention(
         asked.attn,
         keep=indices or named_parts(teacher),

@@ -268,11 +268,11 @@ def find_operands(
     if site.bias == "alibi":  # its slopes are the decays, so no gate reads hidden states
         return Operands(*without_positions(q, k), v, None, padding, "none")
     hidden = hidden_states(k, q, make)
-    near = (q, k) if window else ()
     if hidden is None and (cls.gated or window):
         what = cls.method if cls.gated else "--window"
         return f"{what} needs the hidden states that k is projected from, and no projection was found above k"
     kept = cls.rotary if rotary is None else rotary
+    near = (q, k) if window else ()
     if not any(_tables(x, content) for x in (q, k)):
         return Operands(q, k, v, hidden, padding, "none", near)
     if kept:

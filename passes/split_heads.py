@@ -46,8 +46,8 @@ class SplitHeads:
     def run(self, program: Program) -> PassResult:
         named: dict[int, set[int]] = {}
         for index, head in self.heads:
-            site = self._site(program, index, head)
-            named.setdefault(program.sites.index(site), set()).add(head)
+            self._check(program, index, head)
+            named.setdefault(index, set()).add(head)
         sites: list[AttentionSite] = []
         for index, site in enumerate(program.sites):
             sites += split(program, site, named[index]) if index in named else [site]
@@ -56,7 +56,7 @@ class SplitHeads:
         finish(program.graph_module)
         return PassResult(program, bool(named), {"sites": len(named), "parts": parts})
 
-    def _site(self, program: Program, index: int, head: int) -> AttentionSite:
+    def _check(self, program: Program, index: int, head: int) -> None:
         number = len(program.sites)
         what = f"--keep-softmax {index}.{head}"
         if not 0 <= index < number:
@@ -69,7 +69,6 @@ class SplitHeads:
         assert site.kv_heads is not None
         if not 0 <= head < site.kv_heads:
             raise RefusedError(f"{what}: '{site.path}' has {site.kv_heads} KV heads (0 to {site.kv_heads - 1})")
-        return site
 
 
 def split(program: Program, site: AttentionSite, named: Iterable[int]) -> list[AttentionSite]:

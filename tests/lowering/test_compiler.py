@@ -10,6 +10,7 @@ import zoo
 from torch import nn
 
 import lincompile
+from lincompile.lowering.compiler import Options, prove, rewrite
 from lincompile.lowering.generate import generate
 from lincompile.lowering.subject import open_subject
 from lincompile.passes.errors import LincompileError, ModelLoadError, RefusedError
@@ -48,6 +49,12 @@ def test_single_kv_heads_stay_softmax(tmp_path: Path) -> None:
     assert generate(session, [prompt], 12).tokens[0][-12:] == expected[-12:]
     with pytest.raises(RefusedError, match=r"--keep-softmax 1\.3: '.*' has 3 KV heads \(0 to 2\)"):
         lincompile.compile(module, example=example, attn="lawcat", keep_softmax="1.3")
+
+
+def test_heads_of_a_program_that_was_not_cut_apart_are_refused() -> None:
+    whole = prove(lincompile.capture(*zoo.build("llama-gqa")), Options())
+    with pytest.raises(LincompileError, match=r"--keep-softmax 1\.2: the program's heads weren't cut apart by prove"):
+        rewrite(whole, Options(attn="lawcat", keep_softmax="1.2"))
 
 
 def test_distillation_lowers_the_error_and_is_recorded() -> None:
