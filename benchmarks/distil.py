@@ -178,7 +178,7 @@ def train(run: Run, measures: Measures) -> Program:
         run.tokens = int(run.results["start"].get("tokens", 0))
     elif recipe.transfer is not None:
         data = run.data(recipe.transfer, seed)
-        options = run.options(recipe.transfer, Transfer(loss=recipe.transfer_loss))
+        options = run.options(recipe.transfer, Transfer(loss=recipe.transfer_loss, longest=recipe.longest))
         file = run.file(".transfer.ckpt")
         moved = transfer(run.teacher, student, data, options, checkpoint=file, progress=progress("transfer"), **told)
         run.report("transfer", moved)

@@ -33,6 +33,8 @@ FAR = 64  # tokens: what came again from farther back, no window of the recipes 
 CALIBRATION_TOKENS = 1 << 16  # of the training text, for int6
 STAGES = ("transfer", "after_transfer", "choice", "logits", "extension")
 BEFORE_TRAINING = ("options", "versions", "command", "teacher", "start", "seconds")
+# What the test was published with hides the key in (arXiv 2305.16300).
+REPEATED = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 ABLATIONS = {"window only": (0, 1), "linear only": (1, 0), "no attention": (0, 0)}
 Say = Callable[[str], None]
 
@@ -222,11 +224,18 @@ class Measures:
         return found
 
     def passkey(self, student: Program, passkey: tuple[int, ...] = (), seed: int = 0, **_: Any) -> dict[str, Any]:
-        """Retrieval by student and teacher, kept cell by cell; the teacher only as far as its positions reach."""
-        haystack = lincompile.cli.eval.HAYSTACK.read_text(encoding="utf-8")
+        """Retrieval from prose and from a sentence over and over, by student and teacher, kept cell by cell.
+
+        The teacher is asked only as far as its positions reach.
+        """
+        prose = lincompile.cli.eval.HAYSTACK.read_text(encoding="utf-8")
+        subjects = {
+            name: of_program(program, self.loaded, name)
+            for name, program in (("student", student), ("teacher", self.teacher))
+        }
         found: dict[str, Any] = {}
-        for name, program in (("student", student), ("teacher", self.teacher)):
-            subject = of_program(program, self.loaded, name)
+        for (name, subject), haystack in itertools.product(subjects.items(), (prose, REPEATED)):
+            what = f"{name}, repeated" if haystack == REPEATED else name
             lengths = passkey
             if name == "student":
                 subject = subject.beyond_configuration()
@@ -235,12 +244,12 @@ class Measures:
             if not lengths:
                 continue
 
-            def keep(result: PasskeyResult, name: str = name) -> None:
-                found[name] = result.record()
+            def keep(result: PasskeyResult, what: str = what) -> None:
+                found[what] = result.record()
                 self.results.set("passkey", found | {"partial": True})
 
             result = retrieve(subject, haystack, Passkey(lengths, seed=seed), on_cell=keep)
-            self.say(f"passkey, {name}: " + ", ".join(f"{n}: {result.accuracy(n):.0%}" for n in lengths))
+            self.say(f"passkey, {what}: " + ", ".join(f"{n}: {result.accuracy(n):.0%}" for n in lengths))
         return found
 
     def zero_shot(

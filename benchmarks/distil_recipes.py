@@ -44,6 +44,7 @@ class Recipe:
         measures: beside perplexity: ``ablations``, ``generation``, ``int6``, ``passkey``, ``zero-shot`` (the last one
             where a folder of tasks is given).
         passkey: tokens of the passkey prompts.
+        longest: half-life of the slowest features at the start, in tokens.
         steps_of: the row whose number of logit steps the control takes, where that row has been run.
     """
 
@@ -58,6 +59,7 @@ class Recipe:
     extension: Stage | None = None
     measures: tuple[str, ...] = ("generation", "int6", "zero-shot")
     passkey: tuple[int, ...] = ()
+    longest: float = 4096.0
     steps_of: str | None = None
 
 
@@ -67,10 +69,11 @@ HYBRID = replace(WINDOW, keep="auto:6")
 # Nothing is trained on more than 1,024 tokens; 8 and 22 times as many are asked for.
 SHORT = Recipe(
     transfer=Stage(100, 512, 32),
-    logits=Stage(300, 512, 32),
-    extension=Stage(180, 1024, 16, retrieval=0.2, rates=0.5),
+    logits=Stage(300, 512, 32, retrieval=0.3),
+    extension=Stage(180, 1024, 16, retrieval=0.5, rates=0.5),
     measures=("passkey", "generation"),
     passkey=(1024, 2048, 4096, 8192, 22528),
+    longest=131072.0,
 )
 
 RECIPES: dict[str, Recipe] = {

@@ -183,9 +183,9 @@ def half_life_bias(features: int) -> Tensor:
     return logits_of_half_lives(spread_half_lives(features))
 
 
-def spread_half_lives(features: int) -> Tensor:
-    """Half-lives from the first to the last of ``HALF_LIVES``, evenly in log-space (float64)."""
-    exponents = torch.linspace(math.log2(HALF_LIVES[0]), math.log2(HALF_LIVES[-1]), features, dtype=torch.float64)
+def spread_half_lives(features: int, longest: float = HALF_LIVES[-1]) -> Tensor:
+    """Half-lives from the first of ``HALF_LIVES`` to ``longest``, evenly in log-space (float64)."""
+    exponents = torch.linspace(math.log2(HALF_LIVES[0]), math.log2(longest), features, dtype=torch.float64)
     return torch.exp2(exponents)
 
 

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods import DecayGate, LinearMethod, half_life_bias, logits_of_half_lives, spread_half_lives
+from ..methods import HALF_LIVES, DecayGate, LinearMethod, half_life_bias, logits_of_half_lives, spread_half_lives
 from ..program import Program
 from .instrument import beside
 from .spread import alone
 from .weights import columns_of, teacher_weights
 
 LONGEST = 2048  # tokens of a window that are looked at
-FARTHEST = 4096.0
 FAR = 4
 
 
@@ -47,24 +46,24 @@ class _Nothing(nn.Module):
         return wanted.new_zeros(())
 
 
-def half_lives(profile: Tensor, count: int) -> Tensor:
+def half_lives(profile: Tensor, count: int, longest: float = HALF_LIVES[-1]) -> Tensor:
     """Distances that split each head's weights ``[heads, T]`` into ``count`` equal parts, ``[heads, count]``.
 
-    No distance is farther than the windows were long, so every ``FAR``-th feature keeps its place in the even spread:
-    without them a student would start with no memory beyond its training length.
+    No distance is farther than the windows were long, so every ``FAR``-th feature keeps its place in the even spread up
+    to ``longest``: without them a student would start with no memory beyond its training length.
     """
     shares = profile.cumsum(-1) / profile.sum(-1, keepdim=True).clamp(min=1e-12)
     parts = ((torch.arange(count, dtype=profile.dtype) + 0.5) / count).expand(profile.shape[0], count)
-    found = torch.searchsorted(shares.contiguous(), parts.contiguous()).double().clamp(1, FARTHEST)
-    return torch.where(torch.arange(count) % FAR == FAR - 1, spread_half_lives(count), found)
+    found = torch.searchsorted(shares.contiguous(), parts.contiguous()).double().clamp(1, longest)
+    return torch.where(torch.arange(count) % FAR == FAR - 1, spread_half_lives(count, longest), found)
 
 
 @torch.no_grad()
-def calibrate(teacher: Program, student: Program, windows: Tensor) -> int:
+def calibrate(teacher: Program, student: Program, windows: Tensor, longest: float = HALF_LIVES[-1]) -> int:
     """Sets the biases of gates that nobody has trained yet; returns how many.
 
     Each feature of a KV head gets the half-life that is a quantile of the distances at which the teacher's query heads
-    of that group look, over the windows ``[n, T]``.
+    of that group look, over the windows ``[n, T]``; every ``FAR``-th keeps a place in the spread up to ``longest``.
     """
     with alone():
         fresh = {
@@ -88,7 +87,7 @@ def calibrate(teacher: Program, student: Program, windows: Tensor) -> int:
         for window in windows:
             graph(window[None].to(graph.device))
     for path, gate in fresh.items():
-        gate.bias.copy_(logits_of_half_lives(half_lives(profiles[path].total, gate.features)).flatten())
+        gate.bias.copy_(logits_of_half_lives(half_lives(profiles[path].total, gate.features, longest)).flatten())
     return len(fresh)
 
 

@@ -17,7 +17,9 @@ from ..errors import LincompileError
 from .data import Batches
 
 SPAN = 8  # tokens of a cue and of its answer, where facts are made from token ids alone
-SPACING = 256  # tokens of a window for each fact
+SPACING = 256  # tokens of a window for each fact, at least
+LOOPS = 0.5  # share of the examples whose text is a few sentences over and over
+LOOP = (32, 256)  # tokens of such a passage
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,21 @@ class WithRetrieval:
         return windows
 
     def example(self, window: Tensor, generator: torch.Generator) -> Tensor:
-        """A window ``[T]`` with one fact for every ``SPACING`` tokens, and all of them asked for at its end.
+        """A window ``[T]`` with one to ``T / SPACING`` facts, and all of them asked for at its end.
 
-        The window's own last tokens make room; windows too short for a fact come back as they are.
+        The window's own last tokens make room, or, in half of the examples, all but a passage of it, which is repeated:
+        what comes again and again is not worth keeping. Windows too short for a fact come back as they are.
         """
-        count = min(max(1, len(window) // SPACING), len(self.needles.facts))
+        most = min(max(1, len(window) // SPACING), len(self.needles.facts))
+        count = int(torch.randint(1, most + 1, (1,), generator=generator))
         picked = torch.randperm(len(self.needles.facts), generator=generator)[:count].tolist()
         asked = [picked[i] for i in torch.randperm(count, generator=generator).tolist()]
         needed = sum(len(self.needles.facts[i]) + len(self.needles.answers[i]) for i in picked)
         filler = window[: len(window) - needed] if needed < len(window) // 2 else window
         if len(filler) == len(window):
             return window
+        if float(torch.rand((), generator=generator)) < LOOPS:
+            filler = self._looped(filler, generator)
         places = torch.randint(0, len(filler) + 1, (count,), generator=generator).sort().values.tolist()
         parts: list[Tensor] = []
         for begin, end, fact in zip([0, *places], places, picked, strict=False):
@@ -94,3 +100,10 @@ class WithRetrieval:
         parts.append(filler[places[-1] :])
         parts += [self.needles.answers[i] for i in asked]
         return torch.cat([part.to(window) for part in parts])
+
+    def _looped(self, filler: Tensor, generator: torch.Generator) -> Tensor:
+        """As many tokens of a passage from ``filler``, over and over."""
+        size = int(torch.randint(*LOOP, (1,), generator=generator))
+        start = int(torch.randint(0, max(1, len(filler) - size), (1,), generator=generator))
+        passage = filler[start : start + size]
+        return passage.repeat(len(filler) // len(passage) + 1)[: len(filler)]

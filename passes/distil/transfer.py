@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LincompileError
-from ..methods import LinearMethod, mixed
+from ..methods import HALF_LIVES, LinearMethod, mixed
 from ..program import Program
 from .calibrate import calibrate
 from .data import Batches
@@ -46,6 +46,8 @@ class Transfer(LoopOptions):
             width); or "both", their sum.
         calibration: windows on which to measure where the teacher's heads look, for untrained gates to start with
             half-lives that fit (0: they start alike).
+        longest: half-life in tokens of the slowest feature with which such gates start; farther than the training
+            windows for students that must remember farther.
     """
 
     rate: float = 1e-2
@@ -53,11 +55,14 @@ class Transfer(LoopOptions):
     bias_rate: float = 3e-1
     loss: str = "mse"
     calibration: int = 4
+    longest: float = HALF_LIVES[-1]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.loss not in LOSSES:
             raise LincompileError(f"--transfer-loss {self.loss}: the choice is {', '.join(LOSSES)}")
+        if not self.longest > HALF_LIVES[0]:
+            raise LincompileError(f"Transfer(longest={self.longest}): the slowest feature halves in over 64 tokens")
 
     def rate_of(self, name: str) -> float:
         """Peak rate of a parameter, by its name within its attention module."""
@@ -197,7 +202,7 @@ def transfer(
         LincompileError: nothing to distil, a loss that isn't finite, or a checkpoint of another run.
     """
     if options.calibration and options.steps and (checkpoint is None or not checkpoint.exists()):
-        calibrate(teacher, student, data.step(0)[: options.calibration])
+        calibrate(teacher, student, data.step(0)[: options.calibration], options.longest)
     errors = Errors(teacher, student, options.loss)
     parts = [
         Part(path, dict(branch.named_parameters()), {n: options.rate_of(n) for n, _ in branch.named_parameters()})

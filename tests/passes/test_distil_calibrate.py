@@ -11,6 +11,7 @@ from distil_models import LENGTH, linear, proved, windows
 
 from lincompile.passes.distil.calibrate import calibrate, half_lives
 from lincompile.passes.distil.transfer import Transfer, transfer
+from lincompile.passes.errors import LincompileError
 from lincompile.passes.methods import GATE_TEMPERATURE
 from lincompile.passes.program import Program
 
@@ -26,6 +27,7 @@ def test_half_lives_are_the_quantiles_of_distances() -> None:
     found = half_lives(profile, 4)
     assert found[0].tolist() == [10.0, 10.0, 10.0, 4096.0], "one in four keeps its place in the even spread"
     assert found[1].tolist() == pytest.approx([12, 37, 62, 4096], abs=1)
+    assert half_lives(profile, 4, longest=65536.0)[1].tolist() == pytest.approx([12, 37, 62, 65536], abs=1)
     assert half_lives(torch.zeros(1, 8, dtype=torch.float64), 2).isfinite().all(), (
         "a head that rests on the first token"
     )
@@ -74,3 +76,13 @@ def test_trained_gates_are_not_started_again(tmp_path: Path) -> None:
     plain = linear(teacher)
     transfer(teacher, plain, windows(), Transfer(steps=1, calibration=0))
     assert not torch.equal(biases(plain)[0], biases(student)[0])
+
+
+def test_the_slowest_feature_remembers_as_far_as_asked() -> None:
+    teacher = proved()
+    student = linear(teacher)
+    transfer(teacher, student, windows(), Transfer(steps=1, bias_rate=1e-9, longest=65536.0))
+    slowest = GATE_TEMPERATURE / -torch.log2(torch.sigmoid(biases(student)[0].double().max()))
+    assert slowest.item() == pytest.approx(65536, rel=0.05)
+    with pytest.raises(LincompileError, match=r"longest=10.*the slowest feature halves in over 64 tokens"):
+        Transfer(longest=10)

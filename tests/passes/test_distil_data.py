@@ -110,22 +110,31 @@ def needles() -> Needles:
 def test_retrieval_examples_hold_their_facts_and_ask_for_each_at_the_end() -> None:
     base = TokenWindows(torch.arange(800).repeat(10), 512, 4)
     data = WithRetrieval(base, needles(), share=0.5, seed=1)
-    plain = made = 0
-    for index in range(6):
+    plain = looped = 0
+    facts = [0, 0, 0]
+    for index in range(12):
         for window, original in zip(data.step(index), base.step(index), strict=True):
             assert len(window) == 512
             if torch.equal(window, original):
                 plain += 1
                 continue
-            made += 1
-            asked = window[-6:].view(2, 3)
+            count = int((window == 999).sum())
+            facts[count] += 1
+            asked, rest = window[-3 * count :].view(count, 3), window[: -3 * count]
             assert (asked[:, 2] == 999).all()
             for cue, answer in asked[:, :2].tolist():
-                (place,) = (window[:-6] == cue).nonzero().flatten().tolist()
-                assert window[place + 1] == answer == cue + 50
-            filler = window[:-6][window[:-6] < 900]
-            assert torch.equal(filler, original[: len(filler)]) and len(filler) == 512 - 6 - 4
-    assert plain > 5 and made > 5
+                (place,) = (rest == cue).nonzero().flatten().tolist()
+                assert rest[place + 1] == answer == cue + 50
+            filler = rest[rest < 900]
+            assert len(filler) == 512 - 5 * count
+            if torch.equal(filler, original[: len(filler)]):
+                continue
+            looped += 1
+            period = int((filler[1:] == filler[0]).nonzero()[0]) + 1
+            assert 32 <= period < 256 and torch.equal(filler[period:], filler[:-period])
+            assert torch.isin(filler, original).all()
+    assert plain > 15 and 5 < looped < sum(facts) - 5
+    assert not facts[0] and facts[1] > 5 and facts[2] > 5
     assert torch.equal(data.step(3), data.step(3)) and torch.equal(data.measure(2), base.measure(2))
     other: list[Any] = [WithRetrieval(base, needles(), share, seed) for share, seed in ((0.5, 2), (0.4, 1))]
     assert all(data.fingerprint() != o.fingerprint() for o in [base, *other])
