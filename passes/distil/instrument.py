@@ -220,12 +220,21 @@ def _autocast(program: Program) -> torch.dtype | None:
 def _simplify_softmax(program: Program, autocast: torch.dtype | None, content: set[Node]) -> None:
     """Drops the padding masks, and casts q, k and v (a rotary embedding leaves float32) so that SDPA can fuse."""
     module = program.graph_module
+    parts = {site.node for site in program.sites if "part" in site.details}
     for node in [n for n in module.graph.nodes if is_lincompile_op(n, "softmax_attention")]:
         q, k, v, padding, *rest = node.args
         if autocast is not None:
             make = Builder(module, node)
-            q, k, v = (make(aten.to.dtype, item, autocast) for item in (q, k, v))
+            q, k, v = (_cast(make, item, autocast, node in parts) for item in (q, k, v))
         node.args = (q, k, v, padding if padding in content else None, *rest)
+
+
+def _cast(make: Builder, operand: Node, dtype: torch.dtype, part: bool) -> Node:
+    """The operand in ``dtype``; what ``SplitHeads`` cut is cast before the cut, so that ``whole`` finds the cut."""
+    if not part:
+        return make(aten.to.dtype, operand, dtype)
+    source, *cut_at = operand.args
+    return make(aten.slice.Tensor, make(aten.to.dtype, source, dtype), *cut_at)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 import zoo
 from distil_models import LENGTH, linear, proved, text, windows
 
+from lincompile.passes.distil import instrument
 from lincompile.passes.distil.adapter import apply_adapter, save_adapter
 from lincompile.passes.distil.logits import LogitDistillation, distil_logits
 from lincompile.passes.distil.transfer import Transfer, transfer
@@ -162,6 +163,18 @@ def test_distillation_and_adapters(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(fresh, tokens), logits(student, tokens), rtol=1e-4, atol=1e-4)
     with pytest.raises(LincompileError, match=r"is for \d+ sites with lawcat, softmax: give .*--keep-softmax 1\.0$"):
         apply_adapter(file, teacher, linear(proved()))
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_heads_apart_train_in_mixed_precision(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: q, k and v of the teacher are cast, which must not hide where they were cut."""
+    monkeypatch.setattr(instrument, "_autocast", lambda program: torch.bfloat16)
+    teacher = apart(proved(), (0, 1))
+    student = linear(teacher, window=window, keep=named_parts(teacher))
+    moved = transfer(teacher, student, windows(), Transfer(steps=2, compile=False))
+    assert len(moved.after) == len(student.sites) - 1 and all(0 < error < 2 for error in moved.after.values())
+    report = distil_logits(teacher, student, windows(), LogitDistillation(steps=6, train="lora:2", compile=False))
+    assert report.after < report.before
 
 
 @pytest.mark.parametrize(
