@@ -2,7 +2,8 @@
 
 Triton 3.4 to 3.7.0 generate wrong code for some kernels on Hopper, and which ones depends on shapes and types. So the
 first call of a kernel for a device, its types and its head sizes is run on the beginning of its own inputs as well, in
-float64 by the reference. Kernels that differ aren't used, and a warning says so. ``LINCOMPILE_KERNEL_CHECK=0`` skips
+float64 by the reference. Kernels that differ, or that the compiler or the chip refuses, aren't used, and a warning
+says so. ``LINCOMPILE_KERNEL_CHECK=0`` skips
 the comparison. The kernels of a first call are compiled together, before any of them runs.
 """
 
@@ -81,21 +82,38 @@ def trusted(
     if key not in _KNOWN:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return True  # nothing may be waited for here; a graph's warm-up has come this way before
-        if together and any(isinstance(x, Tensor) and x.is_cuda for x in args):
-            _compile(kernel, layouts, args, ahead)
-        worst = _difference(kernel, reference, layouts, args, forms)
+        try:
+            if together and any(isinstance(x, Tensor) and x.is_cuda for x in args):
+                _compile(kernel, layouts, args, ahead)
+            worst = _difference(kernel, reference, layouts, args, forms)
+        except _refusals() as error:
+            worst, problem = float("inf"), f"can't run on {_where(args)} ({' '.join(str(error).split())[:200]})"
+        else:
+            problem = f"differ from the reference on {_where(args)} ({worst or 0:.0f} times what rounding explains)"
         if worst is None:
             return True
         _KNOWN[key] = worst <= 1
         if worst > 1:
-            device = next(x.device for x in args if isinstance(x, Tensor))
-            where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
             warnings.warn(
-                f"lincompile: the kernels of {name} differ from the reference on {where} ({worst:.0f} times what "
-                "rounding explains), so a slower way is used; try another version of Triton",
+                f"lincompile: the kernels of {name} {problem}, so a slower way is used; try another version of Triton",
                 stacklevel=2,
             )
     return _KNOWN[key]
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What Triton raises where it can't compile a kernel, or where the chip has too little room for it."""
+    try:
+        from triton.errors import TritonError  # Triton isn't everywhere that this module is
+    except ImportError:
+        return ()
+    return (TritonError,)
+
+
+def _where(args: Sequence[Any]) -> str:
+    """The device of a call, by name."""
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _compile(kernel: Function, layouts: Sequence[str], args: Sequence[Any], ahead: Callable[[], Any] | None) -> None:

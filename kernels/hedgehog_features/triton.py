@@ -188,6 +188,11 @@ def _options(
     }  # fmt: skip
 
 
+def _stages(fits: bool, options: dict[str, Any]) -> int:
+    """Loads under way: where a state is read too, three tiles of both may be more than a block's shared memory."""
+    return 3 if fits or not options["HAS_INITIAL"] else 1
+
+
 def _parts(x: Tensor, rows: int, programs: int) -> tuple[int, int]:
     """Into how many programs a head's tiles are cut, and tiles per program: about ``programs`` a processor."""
     tiles, heads = triton.cdiv(x.shape[2], rows), x.shape[0] * x.shape[1]
@@ -216,7 +221,8 @@ def forward(
         x, None if conv_weight is None else conv_weight.t().contiguous(),
         initial_state.contiguous() if initial_state is not None and options["HAS_INITIAL"] else None,
         weight.to(x.dtype).contiguous(), bias.contiguous(), mask_bytes(mask), features, state, *x.stride(), length,
-        heads, heads // weight.shape[0], each, num_warps=4 if options["BD"] <= 64 else 8, **options,
+        heads, heads // weight.shape[0], each, num_warps=4 if options["BD"] <= 64 else 8,
+        num_stages=_stages(x.dtype != torch.float32, options), **options,
     )  # fmt: skip
     return features, state
 
@@ -246,7 +252,7 @@ def backward(
         initial_state.contiguous() if initial_state is not None and options["HAS_INITIAL"] else None,
         weight.to(x.dtype).contiguous(), bias.contiguous(), keep, d_mixed, d_weight, d_bias,
         *grad.stride()[:3], *x.stride(), *d_mixed.stride()[:3], length, heads, heads // maps, each,
-        num_warps=8, **options,
+        num_warps=8, num_stages=_stages(options["BD"] * x.element_size() <= 128, options), **options,
     )  # fmt: skip
     own = (d_weight.sum((0, 1, 3)).to(weight.dtype), d_bias.sum((0, 1, 3))[:, None].to(bias.dtype))
     if conv_weight is None:

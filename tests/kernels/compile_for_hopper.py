@@ -62,6 +62,12 @@ def stages() -> None:
     mask = torch.ones(2, 256, dtype=torch.bool)
     args = (x, torch.zeros(256, 4), torch.zeros(2, 256, 3, dtype=BF16), torch.zeros(2, 64, 64), torch.zeros(2, 1, 64))
     features.backward(*features.forward(*args, mask, True), *args, mask, True)
+    # What a session goes on from, a convolution's state, takes room for loads too.
+    for dim, dtype in ((64, torch.float32), (128, BF16)):
+        x = torch.zeros(2, 256, 4, dim, dtype=dtype).transpose(1, 2)
+        taps, state = torch.zeros(4 * dim, 4), torch.zeros(2, 4 * dim, 3, dtype=dtype)
+        args = (x, taps, state, torch.zeros(2, dim, dim), torch.zeros(2, 1, dim))
+        features.backward(*features.forward(*args, mask, True), *args, mask, True)
     z = torch.zeros(2, 256, 16, dtype=BF16)
     projection = (torch.zeros(256, 16), torch.zeros(256), mask, 2, 16.0)
     gate.backward(gate.forward(z, *projection), z, *projection)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -131,6 +132,29 @@ def test_wrong_kernels_are_found_and_not_used(name: str, monkeypatch: pytest.Mon
     with pytest.warns(UserWarning, match="differ from the reference on cpu") as said:
         got = results(call)
     assert f"the kernels of {name} differ" in str(said[0].message)
+    with warnings.catch_warnings(action="error"):  # said once
+        again = results(call)
+    for a, b, c in zip(wanted, got, again, strict=True):
+        torch.testing.assert_close(b, a)
+        torch.testing.assert_close(c, a)
+
+
+@pytest.mark.filterwarnings("ignore:lincompile. the kernels of gated_delta")  # forward and backward, each once
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton isn't installed")
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_that_a_chip_has_no_room_for_are_not_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    def refuse(*args: Any) -> None:
+        raise OutOfResources(329728, 232448, "shared memory")
+
+    call, module, reference, wrong = CASES[name]
+    wanted = results(call)
+    kernels = kernels_of(reference, wrong, 1.0)
+    setattr(kernels, wrong, refuse)
+    monkeypatch.setattr(module, "backend", lambda *_: kernels)
+    with pytest.warns(UserWarning, match=rf"the kernels of {name} can't run on cpu \(.*shared memory.*329728"):
+        got = results(call)
     with warnings.catch_warnings(action="error"):  # said once
         again = results(call)
     for a, b, c in zip(wanted, got, again, strict=True):
