@@ -24,11 +24,11 @@ from ..passes.distil.recipe import Distilled, Extension, Listener, Recipe, run_r
 from ..passes.distil.retrieval import Needles
 from ..passes.distil.spread import spread
 from ..passes.distil.transfer import Transfer, TransferReport
+from ..passes.embeddings import vocabulary
 from ..passes.errors import LincompileError, RefusedError
 from ..passes.formats.load import load_model
 from ..passes.formats.loaded import LoadedModel, check_finite
 from ..passes.identity import ProveAttention
-from ..passes.linear_layers import token_tables
 from ..passes.linearize import LinearizeAttention, parse_keep
 from ..passes.methods import METHODS, method_class
 from ..passes.offsets import position_limit
@@ -543,7 +543,7 @@ def quantize(student: Program, asked: Options, ids: Tensor | None, say: Reporter
         return student
     calibration = text = None
     if ids is not None:
-        rows = min(token_tables(student.graph_module), default=None)
+        rows = vocabulary(student)
         if not ids.numel() or (rows is not None and int(ids.max()) >= rows):
             problem = f"token {int(ids.max())}, and the model knows {rows}" if ids.numel() else "no tokens"
             raise LincompileError(f"the text to calibrate quantization on holds {problem}: give other text")
