@@ -285,7 +285,7 @@ def parsed() -> argparse.Namespace:
     recipe.add_argument("--attn")
     recipe.add_argument("--rotary", choices=("keep", "remove"), help="as the CLI's")
     recipe.add_argument("--window", type=int, help="softmax over the nearest tokens beside the linear part")
-    recipe.add_argument("--keep-softmax", help="as in the CLI; auto:N chooses by KL after the transfer")
+    recipe.add_argument("--keep-softmax", help="as in the CLI; auto:N chooses by KL after the transfer, heads:N before")
     recipe.add_argument("--mode", help="full or lora:R")
     as_numbers = functools.partial(_numbers, parser)
     recipe.add_argument("--passkey", type=as_numbers, metavar="N,N", help="tokens of the passkey prompts")
@@ -330,7 +330,7 @@ def main() -> None:
     loaded = load_model(asked.model, dtype=torch.float32, device=asked.device)
     program = capture_loaded(loaded)
     kept = None if recipe.keep and recipe.keep.startswith("auto:") else recipe.keep
-    teacher = prove(program, Options(attn=recipe.attn, keep_softmax=kept))
+    teacher = prove(program, Options(attn=recipe.attn, keep_softmax=kept, window=recipe.window, seed=asked.seed))
     say(f"loaded; proved {sum(site.proved for site in teacher.sites)} of {len(teacher.sites)} sites")
     texts = {name: tokens_of(path, loaded) for name, path in (item.split("=", 1) for item in asked.eval)}
     corpus = read_corpus(asked.train, loaded.tokenizer) if asked.train else Corpus(torch.zeros(0), torch.zeros(0))
@@ -347,6 +347,10 @@ def main() -> None:
         say(f"going on from {path}: it has {', '.join(name for name in results.values if name != 'options')}")
     results.values["command"] = " ".join(sys.argv)
     results.set("versions", versions())
+    for entry in teacher.history:
+        if entry["pass"] == "choose-heads":
+            say(teacher.notes[-1])
+            results.set("heads", entry["report"])
     run = Run(asked, recipe, loaded, teacher, corpus, results)
     run.kept = kept
     measures = Measures(

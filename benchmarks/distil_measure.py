@@ -32,7 +32,7 @@ ABLATION_TOKENS = 40_960  # of each text
 FAR = 64  # tokens: what came again from farther back, no window of the recipes holds
 CALIBRATION_TOKENS = 1 << 16  # of the training text, for int6
 STAGES = ("transfer", "after_transfer", "choice", "logits", "extension")
-BEFORE_TRAINING = ("options", "versions", "command", "teacher", "start", "seconds")
+BEFORE_TRAINING = ("options", "versions", "command", "heads", "teacher", "start", "seconds")
 # What the test was published with hides the key in (arXiv 2305.16300).
 REPEATED = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 ABLATIONS = {"window only": (0, 1), "linear only": (1, 0), "no attention": (0, 0)}

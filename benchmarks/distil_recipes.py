@@ -37,7 +37,7 @@ class Recipe:
     Args:
         attn: the method; ``softmax`` for the control, which learns to predict the text itself.
         window, rotary: as ``--window`` and ``--rotary``.
-        keep: as ``--keep-softmax``; ``auto:N`` chooses by KL after the transfer.
+        keep: as ``--keep-softmax``; ``auto:N`` chooses by KL after the transfer, ``heads:N`` before it.
         transfer_loss: ``mse``, ``weights`` or ``both``.
         train: what logit distillation trains: ``full`` or ``lora:R``.
         extension: logits again at another length, or None.
@@ -80,9 +80,9 @@ RECIPES: dict[str, Recipe] = {
     "lawcat": PURE,
     "lawcat-window64": WINDOW,
     "lawcat-window64-softmax6": HYBRID,
-    # SmolLM2-135M's KV heads in which recall.py finds that the teacher looks back most.
-    "lawcat-window64-heads2": replace(WINDOW, keep="17.1,18.2"),
-    "lawcat-window64-heads4": replace(WINDOW, keep="17.1,18.2,20.2,23.0"),
+    # Of SmolLM2-135M these are 17.1, 18.2 and then 20.2, 23.0.
+    "lawcat-window64-heads2": replace(WINDOW, keep="heads:2"),
+    "lawcat-window64-heads4": replace(WINDOW, keep="heads:4"),
     # The softmax model given the same training: its windows, steps, additions and rates, on the text itself.
     "control": Recipe(attn="softmax", transfer=None, measures=("generation", "zero-shot"), steps_of="lawcat-window64"),
     "lawcat-passkey": SHORT,

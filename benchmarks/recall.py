@@ -29,7 +29,7 @@ from lincompile.lowering.compiler import Options, capture_loaded, prove, rewrite
 from lincompile.lowering.text import read_tokens
 from lincompile.passes.distil.adapter import apply_adapter
 from lincompile.passes.distil.instrument import TrainingGraph, beside, instead, unpadded
-from lincompile.passes.distil.weights import check_weights, columns_of, teacher_weights
+from lincompile.passes.distil.weights import check_weights, mean_weights, teacher_weights
 from lincompile.passes.errors import LincompileError
 from lincompile.passes.formats.load import load_model
 from lincompile.passes.methods import LinearMethod
@@ -59,18 +59,13 @@ class Looks(nn.Module):
             result, (q, k, v, x) = self.branch(*operands), operands[:4]
         else:
             result, site_q, site_k, q, k, v, x = operands[:7]
-        found = torch.zeros(self.branch.shape.heads)
-        for start, columns in columns_of(v, self.branch.shape.value_dim):
-            here = (self.keys >= start) & (self.keys < start + columns.shape[3])
-            if not bool(here.any()):
-                continue
+
+        def attend(columns: Tensor, rows: Tensor) -> Tensor:
             if self.softmax is None:
-                weights = self.branch.attend(q, k, columns, x, None)
-            else:
-                weights = teacher_weights(self.softmax, site_q, site_k, columns, None)
-            rows, keys = self.rows[here].to(v.device), (self.keys[here] - start).to(v.device)
-            found += weights[0, :, rows, keys].float().sum(1).cpu()
-        self.sums.append(found / len(self.rows))
+                return self.branch.attend(q, k, columns, x, None)[:, :, rows]
+            return teacher_weights(self.softmax, site_q, site_k, columns, None)[:, :, rows]
+
+        self.sums.append(mean_weights(attend, v, self.branch.shape.value_dim, self.rows, self.keys))
         return result
 
 

@@ -77,10 +77,10 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
 )
 @click.option(
     "--keep-softmax",
-    metavar="N|auto:N|I,J,…|I.H,…",
+    metavar="N|auto:N|I,J,…|I.H,…|heads:N",
     callback=keep_option,
-    help="Sites that stay softmax: a number of evenly spaced ones, as many chosen by KL (auto:N), their indices, or "
-    "single KV heads of sites (17.1,18.2).",
+    help="Sites that stay softmax: a number of evenly spaced ones, as many chosen by KL (auto:N), their indices, "
+    "single KV heads of sites (17.1,18.2), or the N KV heads that look back by content most (heads:N).",
 )
 @click.option("--rewrite-sliding", is_flag=True, help="Also rewrite sliding-window sites.")
 @click.option("--alibi", is_flag=True, help=common.ALIBI_HELP)

@@ -75,7 +75,10 @@ def command(
         canonical = program.clone() if explain is not None else program
         program = Pipeline([ProveAttention(alibi=alibi)])(program)
         explanation = None if explain is None else explain_site(canonical, program, explain, alibi)
+        told = len(program.notes)
         program = Pipeline(passes)(program)
+    for remark in program.notes[told:]:
+        common.note(remark)
     changes = difference(before, listing(program)) if diff else []
     if as_json:
         document = {

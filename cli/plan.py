@@ -23,10 +23,13 @@ def print_plan(model: str, asked: Options, *, builder: str | None, trust: bool, 
 
     loaded = common.load(model, builder=builder, trust=trust, device=asked.device, dtype=asked.dtype, meta=True)
     program = common.captured(loaded)
+    told = len(program.notes)
     with common.working("proving and rewriting, on shapes alone"):
         teacher = prove(program, asked)
         student = rewrite(teacher, asked)
         document = plan(teacher, student, asked.quant, embeddings=asked.quant_embeddings)
+    for remark in teacher.notes[told:]:
+        common.note(remark)
     document |= {"format": loaded.format, "notes": [*loaded.notes, *program.notes]}
     if as_json:
         common.print_json(document)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..passes.canonicalize import Canonicalize
 from ..passes.capture import capture, from_exported
+from ..passes.choose_heads import ChooseHeads
 from ..passes.distil.adapter import apply_adapter, rotary_of
 from ..passes.distil.echo import check_share
 from ..passes.distil.instrument import batch_of
@@ -24,20 +25,20 @@ from ..passes.distil.recipe import Distilled, Extension, Listener, Recipe, run_r
 from ..passes.distil.retrieval import Needles
 from ..passes.distil.spread import spread
 from ..passes.distil.transfer import Transfer, TransferReport
+from ..passes.embeddings import vocabulary
 from ..passes.errors import LincompileError, RefusedError
 from ..passes.formats.load import load_model
 from ..passes.formats.loaded import LoadedModel, check_finite
 from ..passes.identity import ProveAttention
-from ..passes.linear_layers import token_tables
 from ..passes.linearize import LinearizeAttention, parse_keep
 from ..passes.methods import METHODS, method_class
 from ..passes.offsets import position_limit
-from ..passes.pipeline import Pipeline
+from ..passes.pipeline import Pass, Pipeline
 from ..passes.program import Program
 from ..passes.quantize import Quantize, parse_plan
 from ..passes.shard import SequenceParallel
 from ..passes.shard_check import check_fingerprints, fingerprint
-from ..passes.split_heads import SplitHeads, named_parts, parse_heads
+from ..passes.split_heads import SplitHeads, named_parts, parse_head_count, parse_heads
 from ..passes.stateful import StepProgram, make_full, make_stateful
 from ..passes.tune import options_for
 from ..passes.weight_methods import resolve
@@ -108,6 +109,11 @@ class Options:
             raise LincompileError(
                 "--keep-softmax auto:N chooses layers by what they are worth after training: add --distil FILE"
             )
+        if self.attn == "softmax" and parse_head_count(self.keep_softmax):
+            raise LincompileError(
+                f"--keep-softmax {self.keep_softmax} chooses among heads that would be rewritten; with --attn softmax "
+                "all of them stay softmax: leave it out"
+            )
         if self.train is not None:
             Recipe(train=self.train)
         if self.transfer_loss is not None:
@@ -144,6 +150,11 @@ class Options:
                 raise LincompileError("to train on from an adapter, add --distil FILE; without, leave out the budget")
             if self.keep_softmax is not None and parse_keep(self.keep_softmax)[2]:
                 raise LincompileError("--adapter goes with sites already chosen: name them in --keep-softmax")
+            if parse_head_count(self.keep_softmax):
+                raise LincompileError(
+                    "--adapter goes with KV heads already chosen: name them in --keep-softmax (17.1,18.2), not "
+                    f"{self.keep_softmax}; without --keep-softmax, the message says which they are"
+                )
             if not Path(self.adapter).is_file():
                 raise LincompileError(f"the adapter {self.adapter} doesn't exist")
 
@@ -338,9 +349,9 @@ def compile(
         notes += loaded.notes
     with _timed(say, times, "capture"):
         program = capture_loaded(loaded)
-        notes += program.notes
     with _timed(say, times, "prove"):
         teacher = prove(program, asked)
+        notes += teacher.notes
     with _timed(say, times, "rewrite"):
         student = rewrite(teacher, asked)
     with _timed(say, times, "distil"):
@@ -397,10 +408,15 @@ def prove(program: Program, asked: Options) -> Program:
     """The program with every softmax attention proved, and cut apart where single KV heads are to stay softmax.
 
     Raises:
-        RefusedError: ``keep_softmax`` names a KV head that there isn't, or of a site that isn't proved.
+        RefusedError: ``keep_softmax`` names a KV head that there isn't, or of a site that isn't proved, or asks for
+            more KV heads to be chosen than there are.
     """
-    heads = parse_heads(asked.keep_softmax) if asked.attn != "softmax" else ()
-    apart = [SplitHeads(heads)] if heads else []
+    apart: list[Pass] = []
+    if asked.attn != "softmax":
+        if count := parse_head_count(asked.keep_softmax):
+            apart = [ChooseHeads(count, asked.window or 0, asked.seed)]
+        elif heads := parse_heads(asked.keep_softmax):
+            apart = [SplitHeads(heads)]
     return Pipeline([Canonicalize(), ProveAttention(alibi=asked.alibi), *apart])(program)
 
 
@@ -415,7 +431,8 @@ def rewrite(teacher: Program, asked: Options) -> Program:
             "quantize it alone with --attn softmax --quant int6"
         )
     indices, count, _ = parse_keep(asked.keep_softmax) if asked.keep_softmax else ((), 0, 0)
-    if parse_heads(asked.keep_softmax) and not named_parts(teacher):
+    by_head = parse_head_count(asked.keep_softmax) or parse_heads(asked.keep_softmax)
+    if by_head and not named_parts(teacher):
         raise LincompileError(f"--keep-softmax {asked.keep_softmax}: the program's heads weren't cut apart by prove()")
     pass_ = LinearizeAttention(
         asked.attn,
@@ -543,7 +560,7 @@ def quantize(student: Program, asked: Options, ids: Tensor | None, say: Reporter
         return student
     calibration = text = None
     if ids is not None:
-        rows = min(token_tables(student.graph_module), default=None)
+        rows = vocabulary(student)
         if not ids.numel() or (rows is not None and int(ids.max()) >= rows):
             problem = f"token {int(ids.max())}, and the model knows {rows}" if ids.numel() else "no tokens"
             raise LincompileError(f"the text to calibrate quantization on holds {problem}: give other text")

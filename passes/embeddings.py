@@ -18,7 +18,7 @@ from ..kernels import ops as _ops  # noqa: F401  registers torch.ops.lincompile
 from ..kernels.int6_linear.codes import dequantize, quantize_weight, sqnr_db
 from ..kernels.int6_linear.pack import pack
 from .errors import LincompileError, RefusedError
-from .graph import Builder, aten, finish, get_attribute, set_tensor, target_of
+from .graph import Builder, aten, finish, get_attribute, set_tensor, target_of, tensor_of
 from .linear_layers import LinearLayer, index_origin, readers_of
 from .program import Program
 from .weight_methods import clip
@@ -49,6 +49,11 @@ def token_lookups(program: Program) -> list[Node]:
         if origin is not None and origin.name == tokens.name and isinstance(table, Node) and table.op == "get_attr":
             found.append(node)
     return found
+
+
+def vocabulary(program: Program) -> int | None:
+    """How many token ids the program knows: rows of the smallest table that tokens index (None: they index none)."""
+    return min((int(tensor_of(node.args[0]).shape[0]) for node in token_lookups(program)), default=None)
 
 
 def find_tables(program: Program, lookups: list[Node], layers: list[LinearLayer]) -> list[Table]:
@@ -131,4 +136,4 @@ def pack_table(module: GraphModule, table: Table, codes: Tensor, scale: Tensor, 
     }
 
 
-__all__ = ["LOOKUP", "Table", "find_tables", "pack_table", "table_codes", "token_lookups"]
+__all__ = ["LOOKUP", "Table", "find_tables", "pack_table", "table_codes", "token_lookups", "vocabulary"]

@@ -27,7 +27,7 @@ from .graph import (
 from .methods import LinearMethod, SiteShape, method_class
 from .pipeline import PassResult, register
 from .program import AttentionSite, Program, content_nodes
-from .split_heads import parse_heads, whole
+from .split_heads import parse_head_count, parse_heads, whole
 
 MODULE_PREFIX = "lincompile_attention"
 PROJECTIONS = frozenset(
@@ -475,12 +475,13 @@ def _batch_first(node: Node, batch: Any, time: Any, make: Builder) -> Node | Non
 def parse_keep(text: str) -> tuple[tuple[int, ...], int, int]:
     """``--keep-softmax``: ``"0,5,9"`` → sites, ``"6"`` → a count evenly spaced, ``"auto:6"`` → a count chosen by KL.
 
-    Returns (site indices, evenly spaced count, automatic count); none of them for KV heads (see ``parse_heads``).
+    Returns (site indices, evenly spaced count, automatic count); none of them for KV heads (``parse_heads``) or a
+    number of those (``parse_head_count``).
 
     Raises:
         LincompileError: anything else.
     """
-    if parse_heads(text):
+    if parse_head_count(text) or parse_heads(text):
         return (), 0, 0
     try:
         if text.startswith("auto:"):
@@ -490,5 +491,6 @@ def parse_keep(text: str) -> tuple[tuple[int, ...], int, int]:
         return (), int(text), 0
     except ValueError:
         raise LincompileError(
-            f"--keep-softmax {text}: write a number (6), 'auto:6', site indices (0,5,9), or KV heads (17.1,18.2)"
+            f"--keep-softmax {text}: write a number (6), 'auto:6', site indices (0,5,9), KV heads (17.1,18.2), or "
+            "how many of those to choose (heads:4)"
         ) from None

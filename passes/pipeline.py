@@ -191,4 +191,4 @@ def load_builtin_passes() -> None:
         importlib.import_module(f".{module}", __package__)
 
 
-BUILTIN: Iterable[str] = ("canonicalize", "identity", "linearize", "quantize", "shard")
+BUILTIN: Iterable[str] = ("canonicalize", "identity", "linearize", "choose_heads", "quantize", "shard")

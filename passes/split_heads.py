@@ -58,7 +58,7 @@ class SplitHeads:
 
     def _check(self, program: Program, index: int, head: int) -> None:
         number = len(program.sites)
-        what = f"--keep-softmax {index}.{head}"
+        what = f"--keep-softmax {head_name(index, head)}"
         if not 0 <= index < number:
             raise RefusedError(f"{what}: the model has {number} attention sites (0 to {number - 1})")
         site = program.sites[index]
@@ -128,6 +128,25 @@ def parse_heads(text: str | None) -> tuple[tuple[int, int], ...]:
         ) from None
 
 
+def parse_head_count(text: str | None) -> int:
+    """N of ``--keep-softmax heads:N``: KV heads to be chosen (``ChooseHeads``); 0 where the text names heads or sites.
+
+    Raises:
+        LincompileError: N isn't a whole number from 1.
+    """
+    if text is None or not text.startswith("heads:"):
+        return 0
+    number = text.removeprefix("heads:")
+    if not number.isdecimal() or int(number) < 1:
+        raise LincompileError(f"--keep-softmax {text}: write how many KV heads to keep, from 1 (heads:4)")
+    return int(number)
+
+
+def head_name(index: int, head: int) -> str:
+    """A KV head of a site as ``parse_heads`` reads it."""
+    return f"{index}.{head}"
+
+
 def heads_text(paths: Sequence[str], kept: Sequence[bool]) -> str | None:
     """What ``parse_heads`` reads, for sites of which some are parts; None where none is."""
     found: list[str] = []
@@ -140,5 +159,5 @@ def heads_text(paths: Sequence[str], kept: Sequence[bool]) -> str | None:
         if match:
             split_any = True
             first, last = int(match["first"]), int(match["last"] or match["first"])
-            found += [f"{index}.{head}" for head in range(first, last + 1)] if softmax else []
+            found += [head_name(index, head) for head in range(first, last + 1)] if softmax else []
     return ",".join(found) if split_any else None

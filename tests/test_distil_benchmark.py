@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import tiny_llama
 
+from lincompile.passes.split_heads import heads_text
+
 pytest.importorskip("transformers")
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALL = "--device cpu --context 64 --limit 130 --mode lora:2 --transfer-steps 3 --transfer-length 32 --transfer-batch 2"
@@ -113,6 +115,18 @@ def test_a_row_is_made_cut_off_taken_up_and_measured(
         and "transfer" not in started
         and started["logits"]["steps"] == 3
     )
+
+
+def test_heads_are_chosen_and_the_adapter_names_them(distil: Callable[..., dict[str, Any]], model: Path) -> None:
+    from lincompile.passes.distil.adapter import _opened
+
+    done = distil("lawcat-window64-heads2", "--measures", "", "--logits-steps", "1")
+    assert done["options"]["recipe"]["keep"] == "heads:2" and len(done["heads"]["chosen"]) == 2
+    assert done["heads"]["tokens_apart"] == 256
+    with _opened(model.parent / "out" / "lawcat-window64-heads2.safetensors") as (_, metadata):
+        sites = json.loads(metadata["sites"])
+    kept = heads_text(list(sites), [method == "softmax" for method in sites.values()])
+    assert kept == ",".join(sorted(done["heads"]["chosen"]))
 
 
 def test_passkey_rows_are_kept_cell_by_cell(

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..embeddings import vocabulary
 from ..errors import LincompileError
-from ..linear_layers import token_tables
 from ..linearize import MODULE_PREFIX
 from ..program import Program
 from .choose import Choice, choose
@@ -226,7 +226,7 @@ def run_recipe(
 
 def check_tokens(program: Program, ids: Tensor) -> None:
     """Raises ``LincompileError`` where a text holds tokens that the program's embedding has no row for."""
-    rows = min(token_tables(program.graph_module), default=None)
+    rows = vocabulary(program)
     if ids.numel() and rows is not None and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
         wrong = int(ids.max()) if int(ids.max()) >= rows else int(ids.min())
         raise LincompileError(

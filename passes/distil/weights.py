@@ -7,7 +7,7 @@ grouped heads and numerics included. Only one block's columns are held at a time
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -49,6 +49,28 @@ def teacher_weights(
         like(site_q, columns), like(site_k, columns), columns, mask, *softmax
     )
     return found
+
+
+def mean_weights(
+    attend: Callable[[Tensor, Tensor], Tensor], v: Tensor, width: int, rows: Tensor, keys: Tensor
+) -> Tensor:
+    """Mean weights ``[H]`` of rows on one key each, float32 on the CPU; a block of keys is looked at at a time.
+
+    Args:
+        attend: gives the weights ``[1, H, n, width]`` of n rows for values of ``columns_of``, called with both.
+        v: the site's ``[1, Hkv, T, D]``, for the shape and dtype of those values.
+        width: keys of a block.
+        rows, keys: ``[n]``, of one length.
+    """
+    rows, keys = rows.to(v.device), keys.to(v.device)
+    total = torch.zeros(())
+    for start, columns in columns_of(v, width):
+        here = (keys >= start) & (keys < start + width)
+        if bool(here.any()):
+            weights = attend(columns, rows[here])
+            places = torch.arange(weights.shape[2], device=v.device)
+            total = total + weights[0, :, places, keys[here] - start].float().sum(1).cpu()
+    return total / len(rows)
 
 
 def weights_loss(

@@ -211,6 +211,9 @@ def test_a_plan_reads_shapes_and_writes_nothing(cli: Run, module: Path) -> None:
     assert document["weight_bytes"]["after"] < document["weight_bytes"]["before"]
     heads = cli("small_model:build", "--attn", "lawcat", "--keep-softmax", "1.0", "--plan", "--json").json
     assert [site["path"].rpartition(".")[2] for site in heads["sites"] if site["method"] == "softmax"] == ["kv0"]
+    chosen = cli("small_model:build", "--attn", "lawcat", "--keep-softmax", "heads:1", "--plan", "--json").json
+    assert [site["path"][-4:-1] for site in chosen["sites"] if site["method"] == "softmax"] == [".kv"]
+    assert any("--keep-softmax heads:1 keeps" in note for note in chosen["notes"]), "a function's module has weights"
     assert "KV heads are written SITE.HEAD" in cli("small_model:build", "--keep-softmax", "1,1.0", "--plan").error
     assert [item for item in sorted(module.parent.iterdir()) if item.name != "__pycache__"] == [
         item for item in before if item.name != "__pycache__"

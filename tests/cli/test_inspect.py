@@ -19,6 +19,13 @@ def test_the_tree_follows_module_paths_and_folds_layers_that_are_alike(cli: Run)
     assert tree["blocks"]["1"]["verdict"] == "rewrite" and tree["blocks"]["0"]["kind"] == "causal"
 
 
+def test_kv_heads_that_look_back_are_shown(cli: Run) -> None:
+    result = cli("inspect", "small_model:build", "--passes", "choose-heads{count=1}")
+    assert result.code == 0, result.err
+    assert re.search(r"--keep-softmax heads:1 keeps (\d)\.(\d) \(weight .*hardly looks back", result.err)
+    assert re.search(r"blocks\.\d\.kv\d", result.out)
+
+
 def test_explain_shows_form_findings_and_slice(cli: Run) -> None:
     result = cli("inspect", "small_model:build", "--explain", "1")
     assert result.code == 0, result.err

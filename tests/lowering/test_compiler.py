@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import induction_model
 import pytest
 import torch
 import zoo
@@ -51,10 +52,30 @@ def test_single_kv_heads_stay_softmax(tmp_path: Path) -> None:
         lincompile.compile(module, example=example, attn="lawcat", keep_softmax="1.3")
 
 
-def test_heads_of_a_program_that_was_not_cut_apart_are_refused() -> None:
+def test_kv_heads_that_look_back_are_chosen_and_recorded(tmp_path: Path) -> None:
+    """As by name: sites, tokens and states; the manifest says which, with their scores, and a note does."""
+    module, example = induction_model.build()
+    same = {"example": example, "attn": "lawcat", "window": 8, "quant": "w6a16"}
+    by_score, by_name = (lincompile.compile(module, keep_softmax=keep, **same) for keep in ("heads:1", "1.1"))
+    assert [(site.path, site.method) for site in by_score.sites] == [(site.path, site.method) for site in by_name.sites]
+    assert by_score.generate([5, 9, 7, 5], 6) == by_name.generate([5, 9, 7, 5], 6)
+    manifest = lincompile.open(by_score.save(tmp_path / "out")).manifest
+    (report,) = [entry["report"] for entry in manifest["passes"] if entry["pass"] == "choose-heads"]
+    assert list(report["chosen"]) == ["1.1"] and set(report["scores"]) == {"layers.0", "layers.1"}
+    assert any("--keep-softmax heads:1 keeps 1.1 (weight" in note for note in manifest["notes"])
+    with pytest.raises(RefusedError, match=r"heads:5: the model has 4 KV heads to choose from: write a number from 1"):
+        lincompile.compile(module, keep_softmax="heads:5", **same)
+    with pytest.raises(RefusedError, match=r"beyond --window 40 is seen on 82 tokens or more, and the model takes 64"):
+        lincompile.compile(module, keep_softmax="heads:1", **same | {"window": 40})
+
+
+@pytest.mark.parametrize("keep", ["1.2", "heads:1"])
+def test_heads_of_a_program_that_was_not_cut_apart_are_refused(keep: str) -> None:
     whole = prove(lincompile.capture(*zoo.build("llama-gqa")), Options())
-    with pytest.raises(LincompileError, match=r"--keep-softmax 1\.2: the program's heads weren't cut apart by prove"):
-        rewrite(whole, Options(attn="lawcat", keep_softmax="1.2"))
+    with pytest.raises(
+        LincompileError, match=rf"--keep-softmax {keep}: the program's heads weren't cut apart by prove"
+    ):
+        rewrite(whole, Options(attn="lawcat", keep_softmax=keep))
 
 
 def test_distillation_lowers_the_error_and_is_recorded() -> None:
@@ -149,6 +170,8 @@ def test_weights_with_nan_are_named() -> None:
         ({"attn": "linformer"}, "unknown attention method 'linformer'.*lawcat"),
         ({"quant": "int5"}, "int5"),
         ({"keep_softmax": "many"}, "--keep-softmax many"),
+        ({"keep_softmax": "heads:none"}, "--keep-softmax heads:none: write how many KV heads to keep"),
+        ({"keep_softmax": "heads:2", "attn": "softmax"}, "chooses among heads that would be rewritten"),
         ({"keep_softmax": "7,"}, "has 2 attention sites"),
         ({"target": "tpu"}, "--target tpu"),
         ({"colour": "red"}, "no option 'colour'"),

@@ -83,6 +83,22 @@ def test_training_goes_on_from_an_adapter_of_attention_alone(tmp_path: Path) -> 
     assert further.transfer is not None and further.transfer.steps == 4
 
 
+def test_chosen_heads_train_and_an_adapter_names_them(tmp_path: Path) -> None:
+    example = {"idx": zoo.tokens()}
+    budget: dict[str, Any] = {"distil": text(), "tokens": 8 * LENGTH, "length": LENGTH, "train": "lora:2"}
+    compiled = lincompile.compile(model(), example=example, keep_softmax="heads:1", **budget)
+    (report,) = [entry["report"] for entry in compiled.manifest()["passes"] if entry["pass"] == "choose-heads"]
+    (name,) = report["chosen"]
+    assert [s.path.rpartition(".")[2] for s in compiled.sites if s.method == "softmax"] == [f"kv{name[-1]}"]
+    assert compiled.distilled is not None and compiled.distilled.logits is not None
+    file = tmp_path / "heads.safetensors"
+    save_adapter(file, compiled.teacher, compiled.program)
+    with pytest.raises(LincompileError, match=rf"--attn lawcat --keep-softmax {name}$"):
+        lincompile.compile(model(), example=example, adapter=str(file))
+    applied = lincompile.compile(model(), example=example, adapter=str(file), keep_softmax=name)
+    assert [site.path for site in applied.sites] == [site.path for site in compiled.sites]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -92,6 +108,7 @@ def test_training_goes_on_from_an_adapter_of_attention_alone(tmp_path: Path) -> 
         ({"adapter": "a", "time": 5.0}, "to train on from an adapter, add --distil FILE"),
         ({"adapter": "a", "attn": "softmax"}, "--adapter holds linear attention"),
         ({"adapter": "a", "keep_softmax": "auto:1", "distil": "t"}, "--adapter goes with sites already chosen"),
+        ({"adapter": "a", "keep_softmax": "heads:2"}, r"--adapter goes with KV heads already chosen: name them in"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_loading(options: dict[str, Any], message: str) -> None:

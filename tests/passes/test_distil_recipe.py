@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from distil_models import LENGTH, equal, linear, proved, text, windows
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from lincompile.passes.distil import recipe as recipes
 from lincompile.passes.distil.adapter import apply_adapter, save_adapter
 from lincompile.passes.distil.data import TokenWindows
 from lincompile.passes.distil.logits import LogitDistillation, LogitReport, distil_logits
-from lincompile.passes.distil.recipe import Extension, Listener, Recipe, run_recipe
+from lincompile.passes.distil.recipe import Extension, Listener, Recipe, check_tokens, run_recipe
 from lincompile.passes.distil.retrieval import Needles
 from lincompile.passes.distil.transfer import Errors, Transfer, transfer
 from lincompile.passes.errors import LincompileError
@@ -157,6 +158,14 @@ def test_tokens_the_model_does_not_know_are_refused(teacher: Program, ids: Tenso
         run_recipe(
             teacher, linear(teacher), ids, Recipe(tokens=LENGTH, length=LENGTH), relinearize=lambda kept: teacher
         )
+
+
+def test_a_table_of_positions_is_none_of_tokens(request: pytest.FixtureRequest) -> None:
+    program = request.getfixturevalue("proved")("gpt2").program
+    assert program.input_with_role("positions") is not None and zoo.BLOCK < zoo.VOCAB
+    check_tokens(program, torch.tensor([0, zoo.VOCAB - 1]))
+    with pytest.raises(LincompileError, match=f"holds token {zoo.VOCAB}, the model knows 0 to {zoo.VOCAB - 1}"):
+        check_tokens(program, torch.tensor([zoo.VOCAB]))
 
 
 # ---- budgets
