@@ -150,7 +150,11 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @click.option("--length", type=common.count, help="Tokens per training window.")
 @click.option("--batch", type=common.count, help="Training windows per step.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="File to save distillation to and resume from.")
-@click.option("--adapter", type=click.Path(path_type=Path), help="Trained parts to apply instead of distilling.")
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    help="Trained parts to apply instead of distilling; --window, --rotary and --keep-softmax are as it was trained.",
+)
 @common.shard_option("Share the tokens of --distil's windows")
 @click.option("--target", type=click.Choice(["eager", "triton", "onnx", "aot"]), default="eager", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)

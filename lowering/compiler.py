@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..passes.canonicalize import Canonicalize
 from ..passes.capture import capture, from_exported
 from ..passes.choose_heads import ChooseHeads
-from ..passes.distil.adapter import apply_adapter, rotary_of
+from ..passes.distil.adapter import apply_adapter, settings_of
 from ..passes.distil.echo import check_share
 from ..passes.distil.instrument import batch_of
 from ..passes.distil.logits import LogitDistillation
@@ -148,15 +148,28 @@ class Options:
                 raise LincompileError("--adapter holds linear attention; with --attn softmax there is nothing to apply")
             if (self.tokens or self.time or self.train) and self.distil is None:
                 raise LincompileError("to train on from an adapter, add --distil FILE; without, leave out the budget")
-            if self.keep_softmax is not None and parse_keep(self.keep_softmax)[2]:
-                raise LincompileError("--adapter goes with sites already chosen: name them in --keep-softmax")
-            if parse_head_count(self.keep_softmax):
-                raise LincompileError(
-                    "--adapter goes with KV heads already chosen: name them in --keep-softmax (17.1,18.2), not "
-                    f"{self.keep_softmax}; without --keep-softmax, the message says which they are"
-                )
+            by_head = parse_head_count(self.keep_softmax)
+            if by_head or (self.keep_softmax is not None and parse_keep(self.keep_softmax)[2]):
+                what = "KV heads" if by_head else "sites"
+                raise LincompileError(f"--adapter says which {what} stay softmax: leave --keep-softmax out")
             if not Path(self.adapter).is_file():
                 raise LincompileError(f"the adapter {self.adapter} doesn't exist")
+
+    def followed(self) -> Options:
+        """With an adapter: these options, and where they say nothing, those that the adapter was trained with.
+
+        Raises:
+            LincompileError: the file is missing, damaged or no adapter.
+        """
+        if self.adapter is None:
+            return self
+        trained = settings_of(Path(self.adapter))
+        return replace(
+            self,
+            window=self.window if self.window is not None else trained.window,
+            rotary=self.rotary or trained.rotary,
+            keep_softmax=self.keep_softmax or trained.keep_softmax,
+        )
 
     def _check_quantization(self) -> None:
         spec = parse_plan(self.quant)
@@ -337,6 +350,7 @@ def compile(
         )
     asked = Options(**options)
     asked.check()
+    asked = asked.followed()
     say = reporter or Reporter()
     times: dict[str, float] = {}
     notes: list[str] = []
@@ -411,6 +425,7 @@ def prove(program: Program, asked: Options) -> Program:
         RefusedError: ``keep_softmax`` names a KV head that there isn't, or of a site that isn't proved, or asks for
             more KV heads to be chosen than there are.
     """
+    asked = asked.followed()
     apart: list[Pass] = []
     if asked.attn != "softmax":
         if count := parse_head_count(asked.keep_softmax):
@@ -423,6 +438,7 @@ def prove(program: Program, asked: Options) -> Program:
 def rewrite(teacher: Program, asked: Options) -> Program:
     """A copy of the program with its sites rewritten; refuses when a request for linear attention changes nothing."""
     student = teacher.clone()
+    asked = asked.followed()
     if asked.attn == "softmax":
         return student
     if not student.sites:
@@ -441,7 +457,7 @@ def rewrite(teacher: Program, asked: Options) -> Program:
         sliding=asked.rewrite_sliding,
         window=asked.window or 0,
         seed=asked.seed,
-        rotary=asked.rotary or (rotary_of(Path(asked.adapter)) if asked.adapter else ""),
+        rotary=asked.rotary or "",
     )
     student = Pipeline([pass_])(student)
     if not any(site.method != "softmax" for site in student.sites):

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +53,32 @@ def _described(site: AttentionSite) -> str:
     return f"{site.method}{f'+{window}' if window else ''} {site.details['rotary']}"
 
 
-def _options(sites: dict[str, str]) -> str:
-    """The options that make these sites."""
-    softmax = [method == "softmax" for method in sites.values()]
-    heads = heads_text(list(sites), softmax)
-    kept = [str(index) for index, stays in enumerate(softmax) if stays]
-    keep = ",".join(kept) + ("," if len(kept) == 1 else "") if heads is None else heads
-    method, _, rotary = next((m for m in sites.values() if m != "softmax"), "softmax").partition(" ")
-    attn, _, window = method.partition("+")
-    options = f"--attn {attn}"
-    if window:
-        options += f" --window {window}"
-    if rotary in ROTARY and ROTARY[rotary] != ("keep" if method_class(attn).rotary else "remove"):
-        options += f" --rotary {ROTARY[rotary]}"
-    return options + (f" --keep-softmax {keep}" if keep else "")
+@dataclass(frozen=True)
+class Settings:
+    """The compiler's options that make the sites an adapter was trained for (None: the option isn't needed)."""
+
+    attn: str
+    window: int | None
+    rotary: str | None
+    keep_softmax: str | None
+
+    @staticmethod
+    def of(sites: dict[str, str]) -> Settings:
+        softmax = [method == "softmax" for method in sites.values()]
+        heads = heads_text(list(sites), softmax)
+        kept = [str(index) for index, stays in enumerate(softmax) if stays]
+        keep = ",".join(kept) + ("," if len(kept) == 1 else "") if heads is None else heads
+        method, _, rotary = next((m for m in sites.values() if m != "softmax"), "softmax").partition(" ")
+        attn, _, window = method.partition("+")
+        return Settings(attn, int(window) if window else None, ROTARY.get(rotary), keep or None)
+
+    def __str__(self) -> str:
+        options = f"--attn {self.attn}"
+        if self.window:
+            options += f" --window {self.window}"
+        if self.rotary and self.rotary != ("keep" if method_class(self.attn).rotary else "remove"):
+            options += f" --rotary {self.rotary}"
+        return options + (f" --keep-softmax {self.keep_softmax}" if self.keep_softmax else "")
 
 
 def save_adapter(
@@ -129,7 +142,7 @@ def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash
     if sites != _sites(student):
         methods = sorted({site.removesuffix(" none") for site in sites.values()})
         raise LincompileError(
-            f"the adapter {path} is for {len(sites)} sites with {', '.join(methods)}: give {_options(sites)}"
+            f"the adapter {path} is for {len(sites)} sites with {', '.join(methods)}: give {Settings.of(sites)}"
         )
     own_parameters(student, teacher)
     parameters = dict(student.graph_module.named_parameters(remove_duplicate=False))
@@ -156,15 +169,14 @@ def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash
     return record
 
 
-def rotary_of(path: Path) -> str:
-    """What ``LinearizeAttention(rotary=…)`` makes the sites that an adapter was trained for ("" where it is the same).
+def settings_of(path: Path) -> Settings:
+    """With which options to rewrite a teacher for an adapter.
 
     Raises:
         LincompileError: the file is missing, damaged or no adapter.
     """
     with _opened(path) as (_, metadata):
-        sites = json.loads(metadata["sites"])
-    return next((ROTARY[r] for r in (site.partition(" ")[2] for site in sites.values()) if r in ROTARY), "")
+        return Settings.of(json.loads(metadata["sites"]))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

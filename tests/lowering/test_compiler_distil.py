@@ -17,6 +17,8 @@ from lincompile.passes.distil.adapter import save_adapter
 from lincompile.passes.distil.logits import LogitDistillation, distil_logits
 from lincompile.passes.distil.transfer import Errors, Transfer, transfer
 from lincompile.passes.errors import LincompileError
+from lincompile.passes.pipeline import Pipeline
+from lincompile.passes.split_heads import SplitHeads, named_parts
 
 
 def model() -> torch.nn.Module:
@@ -71,6 +73,28 @@ def test_an_adapter_takes_the_place_of_training(tmp_path: Path) -> None:
     assert mean(further.transfer.before) < 0.95 * mean(fresh)  # it began where the adapter ended
 
 
+def test_an_adapter_says_which_sites_it_is_for(tmp_path: Path) -> None:
+    """The window beside it and the heads that stay softmax needn't be written again; what is asked for comes first."""
+    teacher = Pipeline([SplitHeads(((1, 0),))])(proved())
+    student = linear(teacher, window=4, keep=named_parts(teacher))
+    transfer(teacher, student, windows(), Transfer(steps=2))
+    file = tmp_path / "a.safetensors"
+    save_adapter(file, teacher, student)
+    compiled = lincompile.compile(model(), example={"idx": zoo.tokens()}, adapter=str(file))
+    options = compiled.manifest()["options"]
+    assert (options["window"], options["keep_softmax"]) == (4, "1.0")
+    assert [site.method for site in compiled.sites] == [site.method for site in student.sites]
+    tokens = windows().step(0)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.program(tokens), student(tokens), rtol=3e-2, atol=3e-2)
+    for other in ({"window": 5}, {"keep_softmax": "0.0"}, {"attn": "gla"}):
+        with pytest.raises(LincompileError, match=r"give --attn lawcat --window 4 --keep-softmax 1\.0$"):
+            lincompile.compile(model(), example={"idx": zoo.tokens()}, adapter=str(file), **other)
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(LincompileError, match="is damaged or isn't a safetensors file"):
+        lincompile.compile(model(), example={"idx": zoo.tokens()}, adapter=str(file))
+
+
 def test_training_goes_on_from_an_adapter_of_attention_alone(tmp_path: Path) -> None:
     teacher = proved()
     student = linear(teacher)
@@ -93,9 +117,8 @@ def test_chosen_heads_train_and_an_adapter_names_them(tmp_path: Path) -> None:
     assert compiled.distilled is not None and compiled.distilled.logits is not None
     file = tmp_path / "heads.safetensors"
     save_adapter(file, compiled.teacher, compiled.program)
-    with pytest.raises(LincompileError, match=rf"--attn lawcat --keep-softmax {name}$"):
-        lincompile.compile(model(), example=example, adapter=str(file))
-    applied = lincompile.compile(model(), example=example, adapter=str(file), keep_softmax=name)
+    applied = lincompile.compile(model(), example=example, adapter=str(file))
+    assert applied.options.keep_softmax == name
     assert [site.path for site in applied.sites] == [site.path for site in compiled.sites]
 
 
@@ -107,8 +130,14 @@ def test_chosen_heads_train_and_an_adapter_names_them(tmp_path: Path) -> None:
         ({"adapter": "missing"}, "the adapter missing doesn't exist"),
         ({"adapter": "a", "time": 5.0}, "to train on from an adapter, add --distil FILE"),
         ({"adapter": "a", "attn": "softmax"}, "--adapter holds linear attention"),
-        ({"adapter": "a", "keep_softmax": "auto:1", "distil": "t"}, "--adapter goes with sites already chosen"),
-        ({"adapter": "a", "keep_softmax": "heads:2"}, r"--adapter goes with KV heads already chosen: name them in"),
+        (
+            {"adapter": "a", "keep_softmax": "auto:1", "distil": "t"},
+            "--adapter says which sites stay softmax: leave --keep-softmax out",
+        ),
+        (
+            {"adapter": "a", "keep_softmax": "heads:2"},
+            "--adapter says which KV heads stay softmax: leave --keep-softmax out",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_loading(options: dict[str, Any], message: str) -> None:
