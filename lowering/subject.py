@@ -24,7 +24,6 @@ from .package import Artefact, open_artefact
 from .tokenizer import TextCodec, codec_of
 from .triton import lower
 
-GPU_CHUNK = 2048  # tokens of a prompt read at a time: on a GPU a chunk costs launches
 LOOKUPS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.slice.Tensor)
 
 
@@ -49,8 +48,7 @@ class Subject:
     @property
     def chunk(self) -> int:
         """Tokens of a prompt to read at a time."""
-        device = getattr(self.session, "device", torch.device("cpu"))
-        return GPU_CHUNK if device.type == "cuda" else PREFILL_CHUNK
+        return getattr(self.session, "chunk", PREFILL_CHUNK)
 
     def tokenizer(self, purpose: str) -> TextCodec:
         """The tokenizer; a ``LincompileError`` that names the purpose where there is none."""

@@ -39,7 +39,7 @@ SCRATCH = FIGURES | {"adapter": None, "distillation": {"seconds": 30.0, "tokens"
 @pytest.mark.parametrize(
     ("figures", "better"),
     [
-        (FIGURES, ("41,000,000 tokens in 460 s on one GPU", f"--keep-softmax 5,7,8,17,18,23 --adapter {demo.HYBRID}")),
+        (FIGURES, ("41,000,000 tokens in 460 s on one GPU", f"--adapter {demo.TWO_HEADS}")),
         (SCRATCH, ("4,096 tokens in 30 s on this CPU", "--distil YOUR_TEXT.txt")),
     ],
 )
@@ -76,8 +76,16 @@ def test_time_without_distillation_is_refused() -> None:
     assert result.exit_code == 2 and "only --from-scratch" in result.output
 
 
-@pytest.mark.parametrize("file", [demo.ADAPTER, demo.HYBRID])
-def test_adapters_ship_with_their_record(file: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("smollm2-135m-lawcat-window64", {"lawcat+64 kept"}),
+        ("smollm2-135m-lawcat-window64-heads2", {"lawcat+64 removed", "softmax"}),
+        ("smollm2-135m-lawcat-window64-softmax6", {"lawcat+64 kept", "softmax"}),
+    ],
+)
+def test_adapters_ship_with_their_record(name: str, expected: set[str]) -> None:
+    file = demo.DATA / f"{name}.safetensors"
     with safe_open(file, framework="pt") as adapter:
         metadata = adapter.metadata()
     record = json.loads(metadata["record"])
@@ -85,4 +93,4 @@ def test_adapters_ship_with_their_record(file: Path) -> None:
     assert record["tokens"] > 20_000_000 and record["seconds"] <= 600 and record["gpu"] and record["command"]
     assert set(record["perplexity"]) == {"valid", "wikitext2"}
     methods = set(json.loads(metadata["sites"]).values())
-    assert methods == ({"lawcat+64 kept", "softmax"} if file == demo.HYBRID else {"lawcat+64 kept"})
+    assert methods == expected
