@@ -27,7 +27,8 @@ from torch import Tensor
 from versions import versions
 
 from lincompile.kernels.registration import triton_module
-from lincompile.lowering.compiler import Options, capture_loaded, prove, rewrite
+from lincompile.lowering.compiler import capture_loaded, prove, rewrite
+from lincompile.lowering.options import Options
 from lincompile.lowering.text import read_tokens
 from lincompile.passes.distil.adapter import apply_adapter
 from lincompile.passes.distil.instrument import TrainingGraph, instead, unpadded

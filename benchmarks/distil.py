@@ -34,7 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from versions import versions
 
-from lincompile.lowering.compiler import Options, capture_loaded, prove, rewrite
+from lincompile.lowering.compiler import capture_loaded, prove, rewrite
+from lincompile.lowering.options import Options
 from lincompile.lowering.text import Corpus, read_corpus, read_tokens, retrieval_needles
 from lincompile.passes.distil.adapter import apply_adapter, save_adapter
 from lincompile.passes.distil.choose import choose

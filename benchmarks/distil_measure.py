@@ -19,7 +19,8 @@ from torch import Tensor
 import lincompile.cli.eval
 from lincompile.lowering import evaluate
 from lincompile.lowering.agreement import Writing, compare
-from lincompile.lowering.compiler import Options, quantize
+from lincompile.lowering.compiler import quantize
+from lincompile.lowering.options import Options
 from lincompile.lowering.passkey import Passkey, PasskeyResult, retrieve
 from lincompile.lowering.subject import Subject, of_program
 from lincompile.passes.distil.instrument import TrainingGraph, instead

@@ -35,7 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lincompile.lowering.compiler import Options, rewrite
+from lincompile.lowering.compiler import rewrite
+from lincompile.lowering.options import Options
 from lincompile.lowering.text import read_tokens
 from lincompile.passes import sensitivity
 from lincompile.passes.canonicalize import Canonicalize

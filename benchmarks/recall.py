@@ -25,7 +25,8 @@ from distil_measure import FAR, perplexity
 from torch import Tensor, nn
 from versions import versions
 
-from lincompile.lowering.compiler import Options, capture_loaded, prove, rewrite
+from lincompile.lowering.compiler import capture_loaded, prove, rewrite
+from lincompile.lowering.options import Options
 from lincompile.lowering.text import read_tokens
 from lincompile.passes.distil.adapter import apply_adapter
 from lincompile.passes.distil.instrument import TrainingGraph, beside, instead, unpadded

@@ -188,7 +188,8 @@ def command(
     **options: Any,
 ) -> None:
     """Compile MODEL into an artefact folder: linear attention, six bits, ready to run."""
-    from ..lowering.compiler import Options, compile
+    from ..lowering.compiler import compile
+    from ..lowering.options import Options
     from ..lowering.package import check_output
     from .reporter import BarReporter
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import common
 
 if TYPE_CHECKING:
-    from ..lowering.compiler import Options
+    from ..lowering.options import Options
 
 
 def print_plan(model: str, asked: Options, *, builder: str | None, trust: bool, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..lowering.compiler import Reporter
+from ..lowering.options import Reporter
 from .common import note, stderr
 
 LINE_EVERY = 10.0  # seconds between progress lines without a terminal

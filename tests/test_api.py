@@ -65,7 +65,7 @@ def test_signatures_are_pinned(name: str, parameters: list[str]) -> None:
 
 
 def test_compile_takes_the_options_of_the_command_line() -> None:
-    from lincompile.lowering.compiler import Options
+    from lincompile.lowering.options import Options
 
     names = {field.name for field in dataclasses.fields(Options)}
     assert names >= {"attn", "quant", "keep_softmax", "distil", "tokens", "time", "target", "device", "dtype", "seed"}

@@ -11,8 +11,9 @@ import zoo
 from torch import nn
 
 import lincompile
-from lincompile.lowering.compiler import Options, prove, rewrite
+from lincompile.lowering.compiler import prove, rewrite
 from lincompile.lowering.generate import generate
+from lincompile.lowering.options import Options
 from lincompile.lowering.subject import open_subject
 from lincompile.passes.errors import LincompileError, ModelLoadError, RefusedError
 

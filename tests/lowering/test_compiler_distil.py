@@ -12,7 +12,7 @@ import zoo
 from distil_models import LENGTH, linear, mean, proved, text, windows
 
 import lincompile
-from lincompile.lowering.compiler import Options
+from lincompile.lowering.options import Options
 from lincompile.passes.distil.adapter import save_adapter
 from lincompile.passes.distil.logits import LogitDistillation, distil_logits
 from lincompile.passes.distil.transfer import Errors, Transfer, transfer

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lincompile
-from lincompile.lowering.compiler import Options, rewrite
+from lincompile.lowering.compiler import rewrite
+from lincompile.lowering.options import Options
 from lincompile.passes.canonicalize import Canonicalize
 from lincompile.passes.distil.adapter import apply_adapter, rotary_of, save_adapter
 from lincompile.passes.distil.instrument import instead, model_inputs

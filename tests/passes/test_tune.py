@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lincompile
 from lincompile.kernels.int6_linear.codes import dequantize, fake_quantize_activation, quantize_weight
 from lincompile.kernels.int6_linear.pack import unpack
-from lincompile.lowering.compiler import Reporter
+from lincompile.lowering.options import Reporter
 from lincompile.passes.capture import capture
 from lincompile.passes.distil.logits import divergence
 from lincompile.passes.errors import LincompileError

@@ -1,0 +1,175 @@
+"""What a compilation is asked for, checked before anything is loaded, and whom it tells how far it is."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..passes.distil.adapter import settings_of
+from ..passes.distil.echo import check_share
+from ..passes.distil.recipe import Recipe
+from ..passes.distil.transfer import Transfer
+from ..passes.errors import LincompileError
+from ..passes.linearize import parse_keep
+from ..passes.methods import METHODS, method_class
+from ..passes.quantize import parse_plan
+from ..passes.split_heads import parse_head_count
+from ..passes.tune import options_for
+from ..passes.weight_methods import resolve
+
+TARGETS = ("eager", "triton", "onnx", "aot")
+
+
+class Reporter:
+    """What the compiler tells while it works; the CLI draws it, the default is silent."""
+
+    def stage(self, text: str) -> None:
+        """A new stage begins."""
+
+    def advance(self, done: int, total: int, text: str) -> None:
+        """The current stage got to ``done`` of ``total``."""
+
+    def note(self, text: str) -> None:
+        """A remark the user should see."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for; the same names as the CLI's options (see ``lincompile --help``)."""
+
+    attn: str = "lawcat"
+    quant: str = "none"
+    quant_method: str = "auto"
+    quant_plan: str | None = None
+    quant_scores: str | None = None
+    quant_embeddings: bool = False
+    quant_tune: str | None = None
+    quant_tune_steps: int | None = None
+    quant_tune_time: float | None = None
+    calibrate: Any = None
+    keep_softmax: str | None = None
+    rewrite_sliding: bool = False
+    alibi: bool = False
+    window: int | None = None
+    rotary: str | None = None
+    distil: Any = None
+    tokens: int | None = None
+    time: float | None = None
+    length: int | None = None
+    batch: int | None = None
+    adapter: str | None = None
+    train: str | None = None
+    transfer_loss: str | None = None
+    extend: int | None = None
+    retrieval: float = 0.0
+    echoes: float = 0.0
+    target: str = "eager"
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+    shard: str | None = None
+
+    def check(self) -> None:
+        """Raises ``LincompileError`` for a value that no model could satisfy, before anything is loaded."""
+        if self.attn not in (*METHODS, "softmax"):
+            method_class(self.attn)
+        self._check_quantization()
+        if self.keep_softmax is not None and parse_keep(self.keep_softmax)[2] and self.distil is None:
+            raise LincompileError(
+                "--keep-softmax auto:N chooses layers by what they are worth after training: add --distil FILE"
+            )
+        if self.attn == "softmax" and parse_head_count(self.keep_softmax):
+            raise LincompileError(
+                f"--keep-softmax {self.keep_softmax} chooses among heads that would be rewritten; with --attn softmax "
+                "all of them stay softmax: leave it out"
+            )
+        if self.train is not None:
+            Recipe(train=self.train)
+        if self.transfer_loss is not None:
+            Transfer(loss=self.transfer_loss)
+        for name, value in (("--transfer-loss", self.transfer_loss), ("--extend", self.extend)):
+            if value is not None and self.distil is None:
+                raise LincompileError(f"{name} is about distillation: add --distil FILE")
+        check_share(self.echoes)
+        if self.echoes and self.distil is None:
+            raise LincompileError("--echoes is about distillation: add --distil FILE")
+        if self.retrieval and not (self.extend and 0 < self.retrieval <= 1):
+            raise LincompileError(
+                "--retrieval is a share, above 0 and up to 1, of --extend's windows: add --extend LENGTH"
+            )
+        if self.shard not in (None, "sp"):
+            raise LincompileError(f"--shard {self.shard}: the choice is sp (sequence parallelism)")
+        if self.shard and self.distil is None:
+            raise LincompileError(
+                "--shard sp shares distillation's windows over ranks: add --distil FILE; to run an artefact on several "
+                "ranks, give --shard sp to 'lincompile generate' or 'lincompile eval'"
+            )
+        if self.target not in TARGETS:
+            raise LincompileError(f"--target {self.target}: the targets are {', '.join(TARGETS)}")
+        if self.target == "triton" and importlib.util.find_spec("triton") is None:
+            raise LincompileError("--target triton needs the package 'triton' (Linux only): install it, or use eager")
+        if self.attn == "softmax" and self.window:
+            raise LincompileError("--window stands beside linear attention; with --attn softmax there is none")
+        if self.attn == "softmax" and self.distil is not None:
+            raise LincompileError("--distil trains linear attention; with --attn softmax there is nothing to train")
+        if self.adapter is not None:
+            if self.attn == "softmax":
+                raise LincompileError("--adapter holds linear attention; with --attn softmax there is nothing to apply")
+            if (self.tokens or self.time or self.train) and self.distil is None:
+                raise LincompileError("to train on from an adapter, add --distil FILE; without, leave out the budget")
+            by_head = parse_head_count(self.keep_softmax)
+            if by_head or (self.keep_softmax is not None and parse_keep(self.keep_softmax)[2]):
+                what = "KV heads" if by_head else "sites"
+                raise LincompileError(f"--adapter says which {what} stay softmax: leave --keep-softmax out")
+            if not Path(self.adapter).is_file():
+                raise LincompileError(f"the adapter {self.adapter} doesn't exist")
+
+    def followed(self) -> Options:
+        """With an adapter: these options, and where they say nothing, those that the adapter was trained with.
+
+        Raises:
+            LincompileError: the file is missing, damaged or no adapter.
+        """
+        if self.adapter is None:
+            return self
+        trained = settings_of(Path(self.adapter))
+        return replace(
+            self,
+            window=self.window if self.window is not None else trained.window,
+            rotary=self.rotary or trained.rotary,
+            keep_softmax=self.keep_softmax or trained.keep_softmax,
+        )
+
+    def _check_quantization(self) -> None:
+        spec = parse_plan(self.quant)
+        text = self.distil if self.calibrate is None else self.calibrate
+        given = {"--quant-plan": self.quant_plan, "--quant-scores": self.quant_scores, "--calibrate": self.calibrate}
+        if self.quant_embeddings:
+            given["--quant-embeddings"] = ""
+        if self.quant_method != "auto":
+            given["--quant-method"] = self.quant_method
+        budget = {"--quant-tune-steps": self.quant_tune_steps, "--quant-tune-time": self.quant_tune_time}
+        given |= {"--quant-tune": self.quant_tune} | budget
+        unused = [name for name, value in given.items() if value is not None]
+        if spec.kind == "none" and unused:
+            raise LincompileError(f"{unused[0]} is about quantization: add --quant, for example --quant int6")
+        if text is None and (spec.kind == "auto" or self.quant_method in ("clip", "gptq")):
+            asked = f"--quant {self.quant}" if spec.kind == "auto" else f"--quant-method {self.quant_method}"
+            raise LincompileError(f"{asked} needs text to calibrate on: add --calibrate FILE (or --distil FILE)")
+        resolve(self.quant_method, None if text is None else [{}])
+        if self.quant_tune is not None:
+            options_for(self.quant_tune, self.quant_tune_steps, self.quant_tune_time)
+            if text is None:
+                raise LincompileError("--quant-tune needs text to train on: add --calibrate FILE (or --distil FILE)")
+        elif stray := [name for name, value in budget.items() if value is not None]:
+            raise LincompileError(f"{stray[0]} is about tuning: add --quant-tune codes (or scales)")
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able."""
+        texts = {"distil": self.distil, "calibrate": self.calibrate}
+        values = asdict(replace(self, distil=None, calibrate=None))
+        return values | {
+            name: text if text is None or isinstance(text, str) else type(text).__name__ for name, text in texts.items()
+        }
