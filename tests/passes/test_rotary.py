@@ -19,7 +19,7 @@ import lincompile
 from lincompile.lowering.compiler import rewrite
 from lincompile.lowering.options import Options
 from lincompile.passes.canonicalize import Canonicalize
-from lincompile.passes.distil.adapter import apply_adapter, rotary_of, save_adapter
+from lincompile.passes.distil.adapter import apply_adapter, save_adapter, settings_of
 from lincompile.passes.distil.instrument import instead, model_inputs
 from lincompile.passes.errors import LincompileError
 from lincompile.passes.identity import ProveAttention
@@ -102,7 +102,7 @@ def test_an_adapter_brings_its_reading_and_refuses_the_other(proved: Proved, tmp
     model, file = proved("llama-gqa"), tmp_path / "a.safetensors"
     student = rewritten(model, "lawcat", "keep")
     save_adapter(file, model.program, student)
-    assert rotary_of(file) == "keep"
+    assert settings_of(file).rotary == "keep"
     follows = rewrite(model.program, Options(adapter=str(file)))
     assert {site.details["rotary"] for site in follows.sites} == {"kept"}
     apply_adapter(file, model.program, follows)
