@@ -103,7 +103,7 @@ class Run:
                 window=recipe.window,
                 rotary=recipe.rotary,
                 seed=self.asked.seed,
-                adapter=None if (file := self.asked.evaluate or self.asked.start) is None else str(file),
+                adapter=adapter_of(self.asked, recipe),
             ),
         )
 
@@ -264,6 +264,12 @@ def recipe_of(asked: argparse.Namespace) -> Recipe:
     return replace(recipe, **stages)
 
 
+def adapter_of(asked: argparse.Namespace, recipe: Recipe) -> str | None:
+    """The file of ``--evaluate`` or ``--start`` where it is an adapter (and not all weights), which says its sites."""
+    file = asked.evaluate or asked.start
+    return None if file is None or recipe.train == "full" or recipe.attn == "softmax" else str(file)
+
+
 def tokens_of(source: str, loaded: LoadedModel) -> Tensor:
     return read_tokens(source, loaded.tokenizer)
 
@@ -331,7 +337,16 @@ def main() -> None:
     loaded = load_model(asked.model, dtype=torch.float32, device=asked.device)
     program = capture_loaded(loaded)
     kept = None if recipe.keep and recipe.keep.startswith("auto:") else recipe.keep
-    teacher = prove(program, Options(attn=recipe.attn, keep_softmax=kept, window=recipe.window, seed=asked.seed))
+    teacher = prove(
+        program,
+        Options(
+            attn=recipe.attn,
+            keep_softmax=kept,
+            window=recipe.window,
+            seed=asked.seed,
+            adapter=None if kept else adapter_of(asked, recipe),
+        ),
+    )
     say(f"loaded; proved {sum(site.proved for site in teacher.sites)} of {len(teacher.sites)} sites")
     texts = {name: tokens_of(path, loaded) for name, path in (item.split("=", 1) for item in asked.eval)}
     corpus = read_corpus(asked.train, loaded.tokenizer) if asked.train else Corpus(torch.zeros(0), torch.zeros(0))

@@ -35,19 +35,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lincompile.lowering.compiler import rewrite
+from lincompile.lowering.compiler import prove, rewrite
 from lincompile.lowering.options import Options
 from lincompile.lowering.text import read_tokens
 from lincompile.passes import sensitivity
-from lincompile.passes.canonicalize import Canonicalize
 from lincompile.passes.capture import capture
 from lincompile.passes.distil.adapter import apply_adapter
 from lincompile.passes.distil.instrument import batch_of
 from lincompile.passes.distil.logits import divergence
 from lincompile.passes.formats.load import load_model
-from lincompile.passes.identity import ProveAttention
 from lincompile.passes.linear_layers import LinearLayer, find_linears
-from lincompile.passes.pipeline import Pipeline
 from lincompile.passes.program import Program
 from lincompile.passes.quantize import quantize_graph
 from lincompile.passes.quantize_plan import PlanOptions, choose
@@ -133,10 +130,11 @@ def load_program(path: Path, device: str, adapter: Path | None) -> tuple[Program
     """The float program, and what writes its tokenizer."""
     loaded = load_model(path, device=device)
     program = capture(loaded.module, loaded.example, prefix=loaded.prefix)
-    teacher = Pipeline([Canonicalize(), ProveAttention()])(program)
+    options = Options(attn="softmax") if adapter is None else Options(adapter=str(adapter), device=device)
+    teacher = prove(program, options)
     if adapter is None:
         return teacher, loaded.tokenizer
-    student = rewrite(teacher, Options(attn="lawcat", window=64, adapter=str(adapter), device=device))
+    student = rewrite(teacher, options)
     apply_adapter(adapter, teacher, student, source_hash=loaded.source_hash)
     return student, loaded.tokenizer
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..passes.errors import LincompileError
 from ..passes.last_token import last_token_only
 from ..passes.stateful import StateSpec, StepProgram
-from .recorded import Recorded, recordable
+from .recorded import Recorded, places_of, recordable
 
 PREFILL_CHUNK = 256
 GPU_CHUNK = 2048  # on a GPU a chunk costs launches
@@ -119,7 +119,7 @@ class Session:
     ) -> tuple[Tensor, list[Tensor]]:
         """Runs one chunk; see :class:`StepSession`. The given states are not modified.
 
-        On a GPU a step that comes again is recorded as a CUDA graph (``lowering/recorded.py``).
+        On a GPU a step of one token that comes again may be recorded as a CUDA graph (``lowering/recorded.py``).
         """
         if self._recorded is None:
             return self.advance(tokens, positions, mask, states)
@@ -136,7 +136,11 @@ class Session:
             logits, new = self.advance(inputs[0], inputs[1], inputs[2], inputs[3:])
             return [logits, *new]
 
-        return Recorded(run, self.device)
+        return Recorded(run, self.device, places_of(self.program.graph_module))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which have weights of their own: what was recorded or derived from these stays behind."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_recorded", "_last")}
 
     @cached_property
     def _last(self) -> Session | None:

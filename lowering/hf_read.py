@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..passes.errors import LincompileError
-from .generate import Session, check_vocabulary
+from .generate import PREFILL_CHUNK, Session, check_vocabulary
 from .hf_cache import PADDING, StateCache
 
 REREAD = 32  # dropped tokens that are read again together with what follows them; more are read on their own, once
@@ -112,7 +112,7 @@ def _advance(
     """Runs the program, at once where gradients are wanted, else in chunks; returns the last ``keep`` logits."""
     positions = (before[:, None] + mask.long().cumsum(-1) - 1).clamp(min=0)
     length = tokens.shape[1]
-    step, chunk = (session.advance, length) if torch.is_grad_enabled() else (session.step, session.chunk)
+    step, chunk = (session.advance, length) if torch.is_grad_enabled() else (session.step, PREFILL_CHUNK)
     parts: list[Tensor] = []
     for start in range(0, length, chunk):
         part = slice(start, start + chunk)

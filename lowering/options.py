@@ -132,7 +132,7 @@ class Options:
         Raises:
             LincompileError: the file is missing, damaged or no adapter.
         """
-        if self.adapter is None:
+        if self.adapter is None or self.attn == "softmax":
             return self
         trained = settings_of(Path(self.adapter))
         return replace(

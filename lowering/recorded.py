@@ -1,105 +1,153 @@
-"""Steps of a session as CUDA graphs: a step that comes again is recorded once, and then launched as one.
+"""Decoding steps of a session as CUDA graphs: recorded once, and then launched as one.
 
-A step of a small model is hundreds of kernels of a few microseconds, and Python can't launch them that fast: decoding
-one sequence would take as long as the launching does. What is recorded is compared with the step itself before it is
-used; where they differ, or nothing can be recorded, steps run as they are, and a warning says so once.
+A step of one token is hundreds of kernels of a few microseconds, and Python can't launch them that fast: decoding would
+take as long as the launching does. What is recorded is compared with the step itself before it is used; where they
+differ, or nothing can be recorded, steps run as they are, and a warning says so once.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..passes.stateful import StepProgram
 
 Run = Callable[[list[Tensor]], list[Tensor]]
-Record = Callable[[Run, list[Tensor]], tuple[Callable[[], None], list[Tensor]]]
+Record = Callable[[Run, list[Tensor], Any], tuple[Callable[[], None], list[Tensor]]]
 
+# Nobody has run this on a GPU yet; until then it is off, as the kernels' unmeasured configurations are.
+UNMEASURED = os.environ.get("LINCOMPILE_UNMEASURED") == "1"
+OFTEN = 3  # times that a step of the same shapes has been seen when it is recorded
 MOST = 8  # recordings at a time: the least recently used goes
+KNOWN = 64  # shapes that are counted at a time
 # The same kernels on the same numbers: only sums in another order may differ.
 _TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 
 
 def recordable(program: StepProgram, device: torch.device) -> bool:
-    """Whether a program's steps may be recorded: on a GPU, with states that stop growing.
+    """Whether a program's decoding steps may be recorded: on a GPU, with states, all of which stop growing.
 
     Keys and values of full softmax attention grow with every token, so no step comes again.
-    ``LINCOMPILE_CUDA_GRAPHS=0`` in the environment says no for all.
     """
-    if device.type != "cuda" or os.environ.get("LINCOMPILE_CUDA_GRAPHS", "1") == "0":
+    if not UNMEASURED or device.type != "cuda" or not program.states:
         return False
     return all(None not in spec.shape or program.limit(spec) is not None for spec in program.states)
 
 
-def cuda_graph(run: Run, inputs: list[Tensor]) -> tuple[Callable[[], None], list[Tensor]]:
+def cuda_graph(run: Run, inputs: list[Tensor], pool: Any) -> tuple[Callable[[], None], list[Tensor]]:
     """Records ``run(inputs)``; returns what launches it again, on what ``inputs`` hold then, and where it writes."""
-    stream = torch.cuda.Stream(inputs[0].device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(inputs)  # libraries make their workspaces
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run(inputs)
-    return graph.replay, outputs
+    device = inputs[0].device
+    with torch.cuda.device(device):
+        before, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_stream(before)
+        with torch.cuda.stream(side):
+            run(inputs)  # libraries make their workspaces
+        before.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                outputs = run(inputs)
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
+
+    def launch() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return launch, outputs
 
 
 class Recorded:
-    """``run(inputs) -> outputs`` by recordings, one for each combination of shapes that comes a second time.
+    """A step by recordings: ``run([tokens, positions, mask, *states]) -> [logits, *states]``.
 
-    Inputs are copied into a recording's own, and what it writes is copied out of it, so nothing that a caller holds
-    changes later.
+    A step of one token that leaves its states' shapes as they are is recorded when it has come ``OFTEN`` times. Inputs
+    are copied into a recording's own, and what it writes is copied out of it, so nothing that a caller holds changes
+    later. One call at a time: others wait.
 
     Args:
         run: does the same for all inputs of the same shapes, without asking the GPU for a value.
+        places: says where the weights lie. A recording reads them where they lay when it was made: in-place changes
+            reach it, and where they have moved since, all recordings go.
         record: what takes the place of ``cuda_graph``.
     """
 
-    def __init__(self, run: Run, device: torch.device, record: Record | None = None) -> None:
-        self.run, self.device, self.record = run, device, record or cuda_graph
-        self.seen: set[Any] = set()
+    def __init__(
+        self,
+        run: Run,
+        device: torch.device,
+        places: Callable[[], list[int]] = list,
+        record: Record | None = None,
+    ) -> None:
+        self.run, self.device, self.places, self.record = run, device, places, record or cuda_graph
+        self.lay: list[int] = []
+        self.seen: dict[Any, int] = {}
         self.recordings: OrderedDict[Any, tuple[list[Tensor], Callable[[], None], list[Tensor]]] = OrderedDict()
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.done: torch.cuda.Event | None = None
+        self.lock = threading.Lock()
         self.off = False
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         given = [value.to(self.device) for value in inputs]
-        if self.off or self._elsewhere():
+        if self.off or given[0].shape[1] != 1 or self._elsewhere():
             return self.run(given)
+        with self.lock:
+            return self._step(given)
+
+    def _step(self, given: list[Tensor]) -> list[Tensor]:
+        if (places := self.places()) != self.lay:
+            self.lay = places
+            self.seen.clear()
+            self.recordings.clear()
         key = tuple((value.shape, value.dtype) for value in given)
-        if key not in self.recordings:
-            if key not in self.seen:
-                self.seen.add(key)
-                return self.run(given)
-            outputs = self.run(given)
-            self._try(key, given, outputs)
-            return outputs
-        self.recordings.move_to_end(key)
-        return self._replay(key, given)
+        if key in self.recordings:
+            self.recordings.move_to_end(key)
+            return self._replay(key, given)
+        outputs = self.run(given)
+        if [value.shape for value in outputs[1:]] == [value.shape for value in given[3:]]:
+            if len(self.seen) >= KNOWN:
+                self.seen.clear()
+            self.seen[key] = self.seen.get(key, 0) + 1
+            if self.seen[key] >= OFTEN:
+                self._try(key, given, outputs)
+        return outputs
 
     def _elsewhere(self) -> bool:
         """Whether this call is part of something that a recording can't be."""
-        return torch.is_autocast_enabled(self.device.type) or (
-            self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        )
+        if torch.is_autocast_enabled(self.device.type) or torch.compiler.is_compiling():
+            return True
+        if self.device.type != "cuda":
+            return False
+        with torch.cuda.device(self.device):
+            return torch.cuda.is_current_stream_capturing()
 
     def _replay(self, key: Any, given: list[Tensor]) -> list[Tensor]:
         inputs, launch, outputs = self.recordings[key]
+        if self.done is not None:  # another stream may still be copying from the last call
+            torch.cuda.current_stream(self.device).wait_event(self.done)
         for mine, value in zip(inputs, given, strict=True):
             mine.copy_(value)
         launch()
-        return [value.clone() for value in outputs]
+        results = [value.clone() for value in outputs]
+        if self.device.type == "cuda":
+            self.done = torch.cuda.current_stream(self.device).record_event()
+        return results
 
     def _try(self, key: Any, given: list[Tensor], wanted: list[Tensor]) -> None:
         try:
-            inputs = [value.clone(memory_format=torch.contiguous_format) for value in given]
-            self.recordings[key] = (inputs, *self.record(self.run, inputs))
-            found = self._replay(key, given)
+            with torch.inference_mode(False), torch.no_grad():
+                inputs = [value.clone(memory_format=torch.contiguous_format) for value in given]
+                self.recordings[key] = (inputs, *self.record(self.run, inputs, self.pool))
+                for value in self.recordings[key][2]:  # so that it is the launch that gives what is compared
+                    value.fill_(torch.nan if value.is_floating_point() else 0)
+                found = self._replay(key, given)
         except RuntimeError as error:
             self._give_up(f"couldn't be recorded ({' '.join(str(error).split())[:200]})")
             return
@@ -111,7 +159,19 @@ class Recorded:
     def _give_up(self, why: str) -> None:
         self.off = True
         self.recordings.clear()
-        warnings.warn(f"lincompile: steps run one kernel after the other, and slower: they {why}", stacklevel=5)
+        warnings.warn(f"lincompile: steps run one kernel after the other, and slower: they {why}", stacklevel=7)
+
+
+def places_of(module: nn.Module) -> Callable[[], list[int]]:
+    """What says where a module's parameters and buffers lie; for every step, so without walking over its modules."""
+    tables = [
+        (table, name) for part in module.modules() for table in (part._parameters, part._buffers) for name in table
+    ]
+
+    def places() -> list[int]:
+        return [value.data_ptr() for table, name in tables if (value := table.get(name)) is not None]
+
+    return places
 
 
 def _same(wanted: Tensor, found: Tensor) -> bool:
@@ -120,6 +180,8 @@ def _same(wanted: Tensor, found: Tensor) -> bool:
         return False
     if not wanted.is_floating_point():
         return torch.equal(wanted, found)
-    a, b = wanted.double().nan_to_num(), found.double().nan_to_num()
-    alike = torch.equal(wanted.isfinite(), found.isfinite())
-    return alike and float((a - b).norm()) <= _TOLERANCE.get(wanted.dtype, 1e-6) * float(a.norm()) + 1e-12
+    finite = wanted.isfinite()
+    a, b = wanted[finite].double(), found[finite].double()
+    if not torch.equal(wanted[~finite].nan_to_num(7.0), found[~finite].nan_to_num(7.0)) or not bool(b.isfinite().all()):
+        return False
+    return float((a - b).norm()) <= _TOLERANCE.get(wanted.dtype, 1e-6) * float(a.norm()) + 1e-12

@@ -68,9 +68,11 @@ class Settings:
         heads = heads_text(list(sites), softmax)
         kept = [str(index) for index, stays in enumerate(softmax) if stays]
         keep = ",".join(kept) + ("," if len(kept) == 1 else "") if heads is None else heads
-        method, _, rotary = next((m for m in sites.values() if m != "softmax"), "softmax").partition(" ")
-        attn, _, window = method.partition("+")
-        return Settings(attn, int(window) if window else None, ROTARY.get(rotary), keep or None)
+        linear = [method.partition(" ") for method in sites.values() if method != "softmax"]
+        attn = linear[0][0].partition("+")[0] if linear else "softmax"
+        windows = [int(method.partition("+")[2] or 0) for method, _, _ in linear]  # a sliding site's may be narrower
+        rotary = next((ROTARY[how] for _, _, how in linear if how in ROTARY), None)  # some sites may have no positions
+        return Settings(attn, max(windows, default=0) or None, rotary, keep or None)
 
     def __str__(self) -> str:
         options = f"--attn {self.attn}"

@@ -82,8 +82,12 @@ class Replayed:
         self._forget()  # so that the recorded backward pass makes the buffers it writes to
         graph = torch.cuda.CUDAGraph()
         earlier = next(iter(self.recordings.values()), None)
-        with torch.cuda.graph(graph, pool=None if earlier is None else earlier.graph.pool()):
-            result = self.function(buffer)
+        before = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=None if earlier is None else earlier.graph.pool()):
+                result = self.function(buffer)
+        finally:
+            torch.cuda.set_stream(before)  # a recording that fails leaves its own behind
         return _Recording(graph, buffer, result, [parameter.grad for parameter in self.parameters])
 
     def _forget(self) -> None:

@@ -13,6 +13,7 @@ import zoo
 from torch import Tensor, nn
 
 from lincompile.passes.capture import capture
+from lincompile.passes.capture_check import _rounded
 from lincompile.passes.errors import CaptureError, LincompileError
 from lincompile.passes.graph import symbols_in, tensor_of
 from lincompile.passes.pipeline import Pipeline
@@ -156,6 +157,20 @@ def test_another_kernel_for_a_batch_of_one_is_no_other_path() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         with pytest.raises(CaptureError, match="takes another path for a batch of 1"):
             capture(OtherKernel(12, 0.05).to(dtype), {"x": x.to(dtype)})
+
+
+def test_one_wrong_token_and_a_nan_are_more_than_rounding() -> None:
+    torch.manual_seed(0)
+    plain, again = torch.randn(1, 1000, 32), torch.randn(1, 1000, 32)
+    noisy = plain + 0.02 * again
+    assert _rounded(plain, plain + 0.02 * torch.randn_like(plain), noisy, noisy) == pytest.approx(0.02, rel=0.1)
+    for index, value in ((-1, 1.0), (0, torch.nan), (5, torch.inf)):
+        wrong = plain + 0.02 * torch.randn_like(plain)
+        wrong[0, index] += value
+        assert _rounded(plain, wrong, noisy, wrong + 0.02 * again) is None
+    zero = torch.zeros(1, 3, 4)
+    assert _rounded(zero, zero.masked_fill(torch.tensor([True, False, False, False]), torch.nan), zero, zero) is None
+    assert _rounded(zero, zero, zero, zero) == 0.0
 
 
 def test_a_longest_sequence_is_no_branch_but_the_program_ends_there() -> None:

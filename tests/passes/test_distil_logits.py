@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lincompile.passes.capture import capture
-from lincompile.passes.distil.adapter import apply_adapter, save_adapter
+from lincompile.passes.distil.adapter import Settings, apply_adapter, save_adapter
 from lincompile.passes.distil.choose import choose
 from lincompile.passes.distil.instrument import either, instead
 from lincompile.passes.distil.logits import ROWS, Distiller, LogitDistillation, distil_logits, divergence, lora_rank
@@ -269,6 +269,14 @@ def test_an_adapter_of_other_sites_is_refused(
 ) -> None:
     with pytest.raises(LincompileError, match=r"is for 2 sites with lawcat: give --attn lawcat$"):
         apply_adapter(adapted[0], teacher, linear(teacher, **options))
+
+
+def test_settings_are_read_off_all_sites() -> None:
+    """A first layer without positions, or with a narrower window of its own, doesn't speak for the others."""
+    found = Settings.of({"a": "lawcat+512 none", "b": "lawcat+1024 kept", "c": "softmax"})
+    assert (found.window, found.rotary, found.keep_softmax) == (1024, "keep", "2,")
+    assert str(found) == "--attn lawcat --window 1024 --rotary keep --keep-softmax 2,"
+    assert Settings.of({"a": "gla removed"}) == Settings("gla", None, "remove", None)
 
 
 def test_a_file_that_is_no_adapter_is_refused(teacher: Program, adapted: tuple[Path, Program], tmp_path: Path) -> None:
