@@ -154,7 +154,8 @@ class Compiled:
         """The prompt and its continuation, text for text and token ids for token ids (see ``lincompile.open``)."""
         if self._artefact is None:
             self._folder = tempfile.TemporaryDirectory(prefix="lincompile-")
-            self._artefact = open_artefact(self.save(Path(self._folder.name) / "artefact"), verify=False)
+            plain = replace(self, options=replace(self.options, target="eager"))  # no export that nobody reads
+            self._artefact = open_artefact(plain.save(Path(self._folder.name) / "artefact"), verify=False)
         return self._artefact.generate(prompt, max_new_tokens, **options)
 
 

@@ -46,6 +46,7 @@ def test_single_kv_heads_stay_softmax(tmp_path: Path) -> None:
     folder = compiled.save(tmp_path / "out")
     prompt = [5, 3, 1, 8, 8, 2]
     expected = compiled.generate(prompt, 12)
+    assert compiled._artefact is not None and not (compiled._artefact.directory / "onnx").exists(), "not exported again"
     assert lincompile.open(folder).generate(prompt, 12) == expected
     session = open_subject(str(folder), runtime="onnx").session
     assert generate(session, [prompt], 12).tokens[0][-12:] == expected[-12:]
