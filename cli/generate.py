@@ -94,7 +94,7 @@ def continue_prompt(
     verbose: bool,
 ) -> None:
     """Reads one of (``--prompt``, ``--prompt-file``, ``--prompt-ids``, ``--chat``) on all ranks; the first goes on."""
-    from ..lowering.generate import PREFILL_CHUNK, generate
+    from ..lowering.generate import chunk_of, generate
     from ..lowering.tokenizer import TextStream
 
     prompt, prompt_file, prompt_ids, chat = prompts
@@ -152,7 +152,7 @@ def continue_prompt(
                 top_p=sampling.top_p,
                 seed=sampling.seed,
                 eos_ids=artefact.eos_ids,
-                chunk=getattr(session, "chunk", PREFILL_CHUNK) * place.world,
+                chunk=chunk_of(session) * place.world,
                 after=states.loaded.state if states.loaded is not None else None,
                 stream=show,
                 on_prefill=prefilled,

@@ -3,8 +3,8 @@
 Triton 3.4 to 3.7.0 generate wrong code for some kernels on Hopper, and which ones depends on shapes and types. So the
 first call of a kernel for a device, its types and its head sizes is run on the beginning of its own inputs as well, in
 float64 by the reference. Kernels that differ, or that the compiler or the chip refuses, aren't used, and a warning
-says so. ``LINCOMPILE_KERNEL_CHECK=0`` skips
-the comparison. The kernels of a first call are compiled together, before any of them runs.
+says so. ``LINCOMPILE_KERNEL_CHECK=0`` skips the comparison. The kernels of a first call are compiled together, before
+any of them runs.
 """
 
 from __future__ import annotations

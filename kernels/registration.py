@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import ParamSpec, TypeVar
@@ -15,6 +16,9 @@ from torch import Tensor
 Grads = tuple[Tensor | None, ...]
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# What nobody has checked on a GPU yet (kernels that only compile, recorded steps) is off there unless this is set.
+UNMEASURED = os.environ.get("LINCOMPILE_UNMEASURED", "0") == "1"
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import torch
 import triton
@@ -13,8 +12,6 @@ from torch import Tensor
 # Triton's interpreter runs kernels on CPU tensors. It multiplies bfloat16 by its bit patterns, so that kernels with
 # matrix products run in float32 there.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-# Kernels that compile but whose values nobody has checked on a GPU are off there unless this is set.
-UNMEASURED = os.environ.get("LINCOMPILE_UNMEASURED", "0") == "1"
 # Kernel arguments that no address depends on in a way that divisibility by 16 would help: a kernel compiled for one
 # length serves every other.
 COUNTS = ["T", "S", "H", "HKV", "HEADS", "CHUNKS", "SEGMENTS", "PER_SEGMENT", "PER_PROGRAM", "TILES", "N"]

@@ -164,6 +164,11 @@ class Session:
         return logits, [self.program.trim(spec, state) for spec, state in zip(self.states, new, strict=True)]
 
 
+def chunk_of(session: StepSession) -> int:
+    """Tokens of a prompt to read at a time: what suits a session's device, where it says so (other runtimes don't)."""
+    return getattr(session, "chunk", PREFILL_CHUNK)
+
+
 def positions_of(mask: Tensor) -> Tensor:
     """Positions ``[B, T]`` of a left-padded batch: 0 for the first real token (and for the padding before it)."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -230,7 +235,7 @@ def prefill(
             raise LincompileError("the artefact runs whole sequences, without states: it can't continue one")
         chunk = length
     if chunk is None:
-        chunk = getattr(session, "chunk", PREFILL_CHUNK)
+        chunk = chunk_of(session)
     states = session.initial_states(batch) if after is None else after.states
     positions = positions_of(mask) + before[:, None]
     step = session.step if collect else getattr(session, "step_last", session.step)  # a runtime may have no shortcut

@@ -7,7 +7,6 @@ differ, or nothing can be recorded, steps run as they are, and a warning says so
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 from collections import OrderedDict
@@ -17,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.registration import UNMEASURED
 from ..passes.stateful import StepProgram
 
 Run = Callable[[list[Tensor]], list[Tensor]]
 Record = Callable[[Run, list[Tensor], Any], tuple[Callable[[], None], list[Tensor]]]
 
-# Nobody has run this on a GPU yet; until then it is off, as the kernels' unmeasured configurations are.
-UNMEASURED = os.environ.get("LINCOMPILE_UNMEASURED") == "1"
 OFTEN = 3  # times that a step of the same shapes has been seen when it is recorded
 MOST = 8  # recordings at a time: the least recently used goes
 KNOWN = 64  # shapes that are counted at a time
@@ -34,7 +32,8 @@ _TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 def recordable(program: StepProgram, device: torch.device) -> bool:
     """Whether a program's decoding steps may be recorded: on a GPU, with states, all of which stop growing.
 
-    Keys and values of full softmax attention grow with every token, so no step comes again.
+    Keys and values of full softmax attention grow with every token, so no step comes again. Off until it has been run
+    on a GPU, as the kernels' unmeasured configurations are (``LINCOMPILE_UNMEASURED=1``).
     """
     if not UNMEASURED or device.type != "cuda" or not program.states:
         return False

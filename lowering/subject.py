@@ -19,7 +19,7 @@ from ..passes.pipeline import Pipeline
 from ..passes.program import Program
 from ..passes.stateful import StepProgram, make_stateful
 from .artefact_files import MANIFEST
-from .generate import PREFILL_CHUNK, Session, StepSession
+from .generate import Session, StepSession, chunk_of
 from .package import Artefact, open_artefact
 from .tokenizer import TextCodec, codec_of
 from .triton import lower
@@ -48,7 +48,7 @@ class Subject:
     @property
     def chunk(self) -> int:
         """Tokens of a prompt to read at a time."""
-        return getattr(self.session, "chunk", PREFILL_CHUNK)
+        return chunk_of(self.session)
 
     def tokenizer(self, purpose: str) -> TextCodec:
         """The tokenizer; a ``LincompileError`` that names the purpose where there is none."""

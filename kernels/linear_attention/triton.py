@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..triton_device import INTERPRETED, UNMEASURED, shared_memory
+from ..registration import UNMEASURED
+from ..triton_device import INTERPRETED, shared_memory
 from . import triton_bidirectional
 from .triton_launch import Grads, Lengths, backward, forward, state_alone
 from .triton_plan import block_widths, fits, roomy
