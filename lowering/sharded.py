@@ -68,10 +68,7 @@ def joined(device: str = "cpu") -> Iterator[Ranks]:
         LincompileError: not started by torchrun, or another rank ended or stopped answering while this one waited for
             it (``LINCOMPILE_SHARD_TIMEOUT`` seconds, 600 by default).
     """
-    # torch.distributed.nn has the default group as default arguments from the moment it is imported. If dynamo imported
-    # it later, the group and its threads would outlive destroy_process_group, and now and then abort a process's end.
     import torch.distributed as dist
-    import torch.distributed.nn
 
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:

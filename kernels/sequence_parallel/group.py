@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -11,6 +12,27 @@ from torch.library import custom_op
 functional = torch.ops._c10d_functional
 
 _MET: dict[tuple[str, torch.device, tuple[int, ...]], Tensor] = {}
+
+
+def _leave_default_group() -> None:
+    """Has ``torch.distributed.nn`` look the default group up when it's called, as if imported before there was one.
+
+    Its functions have the default group of the moment of their import as default arguments, and dynamo imports them
+    whenever it first traces. A group held there outlives ``destroy_process_group`` with its threads, which now and then
+    abort the end of the process ("terminate called without an active exception").
+    """
+    import torch.distributed.nn.functional as functions
+    from torch.distributed import ProcessGroup
+
+    for function in vars(functions).values():
+        if isinstance(function, FunctionType) and function.__defaults__:
+            function.__defaults__ = tuple(
+                None if isinstance(default, ProcessGroup) else default for default in function.__defaults__
+            )
+
+
+if torch.distributed.is_available():
+    _leave_default_group()
 
 
 def process_group(group: str) -> Any:

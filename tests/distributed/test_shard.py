@@ -339,3 +339,27 @@ def test_without_a_process_group_the_pass_says_what_to_do() -> None:
             SequenceParallel(scan=scan)  # type: ignore[arg-type]
     text = str(lincompile.Pipeline("canonicalize,shard{mesh_dim=sp,balance=true}"))
     assert text == "canonicalize,shard{balance=true}"
+
+
+LEAVING = """
+import os, sys
+import torch.distributed as dist
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+import torch.distributed.nn.functional as late  # as dynamo does when it first traces
+held = any(late.all_reduce.__defaults__)
+import lincompile
+lincompile.SequenceParallel
+dist.destroy_process_group()
+print(held, len(os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_a_group_ends_when_it_is_destroyed(tmp_path: Path) -> None:
+    """Threads of a group that outlives ``destroy_process_group`` now and then abort the end of a process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING, str(tmp_path / "store")], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split()[:1] != ["False"], "torch no longer keeps the group: group.py needn't let go of it"
+    assert done.stdout.split() == ["True", "1"], done.stderr
