@@ -17,16 +17,16 @@ import zero_shot
 from torch import Tensor
 
 import lincompile.cli.eval
-from lincompile.lowering import evaluate
-from lincompile.lowering.agreement import Writing, compare
 from lincompile.lowering.compiler import quantize
+from lincompile.lowering.evaluation import perplexity as evaluate
+from lincompile.lowering.evaluation.agreement import Writing, compare
+from lincompile.lowering.evaluation.passkey import Passkey, PasskeyResult, retrieve
+from lincompile.lowering.evaluation.subject import Subject, of_program
 from lincompile.lowering.options import Options
-from lincompile.lowering.passkey import Passkey, PasskeyResult, retrieve
-from lincompile.lowering.subject import Subject, of_program
 from lincompile.passes.distil.instrument import TrainingGraph, instead
 from lincompile.passes.distil.logits import logits_of
 from lincompile.passes.formats.loaded import LoadedModel
-from lincompile.passes.methods import Shares
+from lincompile.passes.linearization.methods import Shares
 from lincompile.passes.program import Program
 
 ABLATION_TOKENS = 40_960  # of each text

@@ -78,7 +78,7 @@ class Lincompile:
     def __init__(self, shape: Shape, positions: int, compiled: bool) -> None:
         import lincompile
         from lincompile.lowering.generate import Session
-        from lincompile.passes.last_token import last_token_only
+        from lincompile.passes.stepping.last_token import last_token_only
 
         # "cuda" is spelt out: dry runs put their own word in.
         device = str(torch.zeros(1, device="cuda").device)

@@ -37,8 +37,8 @@ from lincompile.passes.distil.loop import LoopOptions, LoopReport, Part, train
 from lincompile.passes.distil.transfer import Transfer, transfer
 from lincompile.passes.formats.load import load_model
 from lincompile.passes.identity import ProveAttention
+from lincompile.passes.linearization.methods import Hedgehog, SiteShape
 from lincompile.passes.linearize import LinearizeAttention
-from lincompile.passes.methods import Hedgehog, SiteShape
 from lincompile.passes.pipeline import Pipeline
 
 SOFTMAX_SHARE = 0.25  # of the time

@@ -38,21 +38,21 @@ from torch import Tensor
 from lincompile.lowering.compiler import prove, rewrite
 from lincompile.lowering.options import Options
 from lincompile.lowering.text import read_tokens
-from lincompile.passes import sensitivity
 from lincompile.passes.capture import capture
 from lincompile.passes.distil.adapter import apply_adapter
 from lincompile.passes.distil.instrument import batch_of
 from lincompile.passes.distil.logits import divergence
 from lincompile.passes.formats.load import load_model
-from lincompile.passes.linear_layers import LinearLayer, find_linears
 from lincompile.passes.program import Program
+from lincompile.passes.quantization import sensitivity
+from lincompile.passes.quantization.linear_layers import LinearLayer, find_linears
+from lincompile.passes.quantization.plan import PlanOptions, choose
+from lincompile.passes.quantization.schemes import SCHEMES, Scheme, parse_plan
+from lincompile.passes.quantization.sensitivity import CodesOf
+from lincompile.passes.quantization.tune import TuneOptions, tune
+from lincompile.passes.quantization.tuned_layers import Precision, find_parts, learn_by
+from lincompile.passes.quantization.weight_methods import Moments, WeightRounder
 from lincompile.passes.quantize import quantize_graph
-from lincompile.passes.quantize_plan import PlanOptions, choose
-from lincompile.passes.schemes import SCHEMES, Scheme, parse_plan
-from lincompile.passes.sensitivity import CodesOf
-from lincompile.passes.tune import TuneOptions, tune
-from lincompile.passes.tuned_layers import Precision, find_parts, learn_by
-from lincompile.passes.weight_methods import Moments, WeightRounder
 
 Plan = dict[str, Scheme]
 # The strengths of smoothing that the pass uses by default, by plan.

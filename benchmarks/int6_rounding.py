@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lincompile.passes import sensitivity
 from lincompile.passes.capture import capture
 from lincompile.passes.distil.logits import divergence
-from lincompile.passes.linear_layers import find_linears
 from lincompile.passes.program import Program
+from lincompile.passes.quantization import sensitivity
+from lincompile.passes.quantization.linear_layers import find_linears
+from lincompile.passes.quantization.schemes import SCHEMES
+from lincompile.passes.quantization.sensitivity import Batch
+from lincompile.passes.quantization.weight_methods import WeightRounder
 from lincompile.passes.quantize import Quantize
-from lincompile.passes.schemes import SCHEMES
-from lincompile.passes.sensitivity import Batch
-from lincompile.passes.weight_methods import WeightRounder
 
 GROUP = 32
 

@@ -44,7 +44,7 @@ from lincompile.kernels.decay_gate import reference as gate_reference
 from lincompile.kernels.gated_delta import reference as delta_reference
 from lincompile.kernels.hedgehog_features import reference as feature_reference
 from lincompile.kernels.short_conv import reference as conv_reference
-from lincompile.passes.methods import GATE_RANK, GATE_TEMPERATURE, Lawcat, SiteShape
+from lincompile.passes.linearization.methods import GATE_RANK, GATE_TEMPERATURE, Lawcat, SiteShape
 
 SHAPES = [(16, 2048, 16, 128), (4, 8192, 16, 128), (1, 32768, 16, 128), (1, 131072, 16, 128), (8, 4096, 32, 64)]
 DRY = {"SHAPES": [(2, 80, 4, 16)], "QUICK_SHAPES": [(2, 80, 4, 16)]}

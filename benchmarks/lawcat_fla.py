@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lincompile.passes.methods import GATE_TEMPERATURE, Lawcat
+from lincompile.passes.linearization.methods import GATE_TEMPERATURE, Lawcat
 
 EPSILON = 1e-10
 # A column of ones, and zeros up to a multiple of 16 columns: rows stay aligned to 32 bytes.

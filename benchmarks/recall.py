@@ -33,7 +33,7 @@ from lincompile.passes.distil.instrument import TrainingGraph, beside, instead, 
 from lincompile.passes.distil.weights import check_weights, mean_weights, teacher_weights
 from lincompile.passes.errors import LincompileError
 from lincompile.passes.formats.load import load_model
-from lincompile.passes.methods import LinearMethod
+from lincompile.passes.linearization.methods import LinearMethod
 from lincompile.passes.program import Program
 
 Windows = list[tuple[Tensor, Tensor, Tensor]]

@@ -30,7 +30,7 @@ from torch import Tensor
 from versions import versions
 
 from lincompile.kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompile)
-from lincompile.passes.shard_sites import Eager, Slices
+from lincompile.passes.sharding.sites import Eager, Slices
 
 ops = torch.ops.lincompile
 BATCH, HEADS, KV_HEADS, DIM, SCALE = 1, 8, 4, 32, 0.125

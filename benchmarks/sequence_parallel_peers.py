@@ -1,7 +1,7 @@
 """Small, correct versions of other ways to split a sequence over ranks, with gradients, counting what they receive.
 
 Ring Attention (arXiv 2310.01889), LASP-1's ring of states (arXiv 2404.02882), Ulysses (arXiv 2309.14509). Gathered keys
-and values (LASP-2H) and gathered states (LASP-2) are lincompile's own, from ``passes/shard_sites.py``.
+and values (LASP-2H) and gathered states (LASP-2) are lincompile's own, from ``passes/sharding/sites.py``.
 """
 
 from __future__ import annotations

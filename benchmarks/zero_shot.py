@@ -26,8 +26,8 @@ from jinja2 import Environment, UndefinedError
 from jinja2.nativetypes import NativeEnvironment
 from versions import versions
 
-from lincompile.lowering.score import Answer, Request, Scorer
-from lincompile.lowering.subject import Subject, open_subject
+from lincompile.lowering.evaluation.score import Answer, Request, Scorer
+from lincompile.lowering.evaluation.subject import Subject, open_subject
 from lincompile.lowering.tokenizer import TextCodec
 from lincompile.passes.errors import LincompileError
 

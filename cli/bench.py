@@ -19,8 +19,8 @@ def command(
     directory: str, context: int, new_tokens: int, runtime: str, device: str, as_json: bool, verbose: bool
 ) -> None:
     """Prefill and decode tokens per second, bytes of state, peak memory (one sequence)."""
-    from ..lowering.evaluate import bench
-    from ..lowering.report import human_bytes
+    from ..lowering.artefact.report import human_bytes
+    from ..lowering.evaluation.perplexity import bench
     from .generate import open_session
 
     artefact = common.open_checked(directory, device)

@@ -252,8 +252,8 @@ def summary(compiled: Compiled, folder: Path) -> dict[str, Any]:
 
 def print_summary(compiled: Compiled, folder: Path) -> None:
     """What was done, for people."""
+    from ..lowering.artefact.report import human_bytes
     from ..lowering.package import bytes_on_disk
-    from ..lowering.report import human_bytes
 
     out = common.stdout()
     sites = compiled.sites
@@ -302,7 +302,7 @@ def print_summary(compiled: Compiled, folder: Path) -> None:
 
 def print_sensitivity(quantization: dict[str, Any] | None, most: int = 8) -> None:
     """A bar per layer for the most sensitive ones; ``report.html`` has them all."""
-    from ..lowering.report import layer_losses
+    from ..lowering.artefact.report import layer_losses
 
     rows = sorted(layer_losses(quantization or {}), key=lambda row: -row[2])
     if not rows or rows[0][2] <= 0:

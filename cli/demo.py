@@ -15,7 +15,7 @@ from . import common
 
 if TYPE_CHECKING:
     from ..lowering.compiler import Compiled
-    from ..lowering.evaluate import Perplexity
+    from ..lowering.evaluation.perplexity import Perplexity
     from ..lowering.package import Artefact
     from ..passes.program import Program
 
@@ -106,7 +106,7 @@ def command(
 def measure(compiled: Compiled, artefact: Artefact, reporter: Any, context: int, tokens: int) -> Measured:
     """Perplexity on the held-out text, speed, and text, of the teacher and of what was packaged."""
     from ..lowering.compiler import rewrite
-    from ..lowering.evaluate import bench, logits_of_program, logits_of_session, perplexity
+    from ..lowering.evaluation.perplexity import bench, logits_of_program, logits_of_session, perplexity
     from ..lowering.generate import Session
     from ..passes.stateful import make_stateful
 
@@ -172,7 +172,7 @@ def metrics(measured: Measured) -> dict[str, Any]:
 
 def describe(compiled: Compiled, artefact: Artefact, measured: Measured, seconds: float, model: Path) -> dict[str, Any]:
     """Every figure of the demo, as ``--json`` prints it."""
-    from ..lowering.evaluate import peak_memory
+    from ..lowering.evaluation.perplexity import peak_memory
     from ..lowering.package import bytes_on_disk
     from ..passes.plan import plan
 
@@ -216,7 +216,7 @@ def print_tables(document: dict[str, Any], output: Path, model: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ..lowering.report import human_bytes
+    from ..lowering.artefact.report import human_bytes
 
     out = common.stdout()
     layers = Table(title="relative output error per layer", box=None, title_justify="left", title_style="bold")

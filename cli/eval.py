@@ -12,9 +12,9 @@ import click
 from . import common
 
 if TYPE_CHECKING:
-    from ..lowering.evaluate import LogitsOf
+    from ..lowering.evaluation.perplexity import LogitsOf
+    from ..lowering.evaluation.subject import Subject
     from ..lowering.sharded import Ranks
-    from ..lowering.subject import Subject
 
 HAYSTACK = Path(__file__).resolve().parent / "data" / "demo-heldout.txt"
 # Options that mean something for one kind of evaluation only; the kind is an option, or perplexity's --text.
@@ -46,7 +46,7 @@ def depths(value: str) -> tuple[float, ...]:
     if re.fullmatch(r"\d{1,4}", value.strip()):
         if int(value) < 1:
             raise click.BadParameter(f"'{value}' depths: at least one")
-        from ..lowering.passkey import spaced
+        from ..lowering.evaluation.passkey import spaced
 
         return spaced(int(value))
     found = [re.fullmatch(r"(\d{1,3}(?:\.\d+)?)\s*%?", item.strip()) for item in value.split(",")]
@@ -128,7 +128,7 @@ def command(
         return subject(name, runtime if name == model else "torch", builder, trust, device, dtype)
 
     if passkey:
-        from ..lowering.passkey import Passkey
+        from ..lowering.evaluation.passkey import Passkey
         from . import heat_map, retrieval
 
         options = Passkey(lengths, depths, trials, seed=seed)
@@ -139,7 +139,7 @@ def command(
     assert text_file is not None
     text = read(text_file)
     if against is not None:
-        from ..lowering.agreement import Writing
+        from ..lowering.evaluation.agreement import Writing
         from . import writing
 
         writing.show(opened, model, against, text, Writing(prompts, prompt_tokens, new_tokens), as_json)
@@ -165,7 +165,7 @@ def _check_kind(ctx: click.Context, text_file: Path | None, passkey: bool, again
 
 def subject(name: str, runtime: str, builder: str | None, trust: bool, device: str, dtype: str) -> Subject:
     """An artefact or a model behind one interface, with spinners and notes on stderr."""
-    from ..lowering.subject import of_artefact, of_model
+    from ..lowering.evaluation.subject import of_artefact, of_model
     from .generate import open_session
 
     if common.is_artefact(name):
@@ -187,7 +187,7 @@ def measure(
     add_up: Callable[[float], float] = float,
 ) -> None:
     """Predicts the text and says how well."""
-    from ..lowering.evaluate import perplexity
+    from ..lowering.evaluation.perplexity import perplexity
 
     if limit is not None and context > limit:
         raise click.UsageError(f"--context {context}: the model accepts at most {limit} positions")
@@ -235,7 +235,7 @@ def read(file: Path) -> str | list[int]:
 def _student(
     directory: str, text: str | list[int], runtime: str, place: Ranks
 ) -> tuple[LogitsOf, list[int], int | None]:
-    from ..lowering.evaluate import logits_of_session
+    from ..lowering.evaluation.perplexity import logits_of_session
     from .generate import open_session
 
     artefact = common.open_checked(directory, place.device)
@@ -247,7 +247,7 @@ def _student(
 def _teacher(
     model: str, text: str | list[int], builder: str | None, trust: bool, place: Ranks, dtype: str
 ) -> tuple[LogitsOf, list[int], int | None]:
-    from ..lowering.evaluate import logits_of_program
+    from ..lowering.evaluation.perplexity import logits_of_program
     from ..lowering.tokenizer import codec_of
     from ..passes.errors import LincompileError
 

@@ -71,8 +71,8 @@ def command(
     verbose: bool,
 ) -> None:
     """Write the artefact's program as an ONNX model that stock onnxruntime runs, or as compiled code."""
-    from ..lowering.artefact_files import forget_files, record_files
-    from ..lowering.report import human_bytes
+    from ..lowering.artefact.files import forget_files, record_files
+    from ..lowering.artefact.report import human_bytes
 
     given = [
         name

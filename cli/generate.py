@@ -14,10 +14,10 @@ import click
 from . import common
 
 if TYPE_CHECKING:
+    from ..lowering.artefact.state_file import SavedState
     from ..lowering.generate import Prefilled, Sampling, StepSession
     from ..lowering.package import Artefact
     from ..lowering.sharded import Ranks
-    from ..lowering.state_file import SavedState
 
 
 @click.command("generate")
@@ -244,7 +244,7 @@ class StateFiles:
         save: Path | None,
         writes: bool = True,
     ) -> None:
-        from ..lowering.state_file import check_destination
+        from ..lowering.artefact.state_file import check_destination
         from ..passes.errors import LincompileError
 
         self._artefact, self._specs, self._runtime, self._file = artefact, session.states, runtime, save
@@ -259,7 +259,7 @@ class StateFiles:
         self._written, self._cost = 0.0, 0.0  # when, and how many seconds it took
 
     def _load(self, file: Path) -> SavedState:
-        from ..lowering.state_file import load_state
+        from ..lowering.artefact.state_file import load_state
 
         return load_state(
             file,
@@ -318,7 +318,7 @@ class StateFiles:
             raise
 
     def _write(self, complete: bool) -> None:
-        from ..lowering.state_file import SavedState, running_hash, save_state
+        from ..lowering.artefact.state_file import SavedState, running_hash, save_state
 
         if self._last is None or self._file is None or not self._writes:
             return
@@ -342,6 +342,6 @@ def open_session(
         from ..lowering.sharded import ShardedSession
 
         return ShardedSession(artefact.step, vocab_size=artefact.manifest["vocab_size"], every_token=every_token)
-    from ..lowering.subject import session_of
+    from ..lowering.evaluation.subject import session_of
 
     return session_of(artefact, runtime)

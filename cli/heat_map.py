@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from ..lowering.passkey import Cell, PasskeyResult
+    from ..lowering.evaluation.passkey import Cell, PasskeyResult
 
 PICTURES = (".png", ".svg", ".pdf")
 LOW, MIDDLE, HIGH = (178, 45, 45), (214, 169, 58), (46, 139, 87)  # red, amber, green: 0, 0.5 and 1
@@ -85,7 +85,7 @@ def write(path: Path, title: str, result: PasskeyResult) -> None:
 
 def page(title: str, result: PasskeyResult) -> str:
     """One page without scripts."""
-    from ..lowering.report import STYLE
+    from ..lowering.artefact.report import STYLE
 
     head = "".join(f"<th>{short(length)}</th>" for length in result.options.lengths)
     rows = "".join(

@@ -11,9 +11,9 @@ from . import common
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from ..passes.explain import Explanation
     from ..passes.pipeline import Pass
     from ..passes.program import AttentionSite
+    from ..passes.proof.explain import Explanation
 
 COLOURS = {"rewrite": "green", "keep": "yellow", "refuse": "red"}
 DIFF_COLOURS = {"+": "green", "-": "red", "@": "cyan"}
@@ -62,10 +62,10 @@ def command(
     verbose: bool,
 ) -> None:
     """Show every attention site of MODEL: what was found, proved, refused, and why."""
-    from ..passes.explain import explain as explain_site
     from ..passes.identity import ProveAttention
     from ..passes.listing import difference, listing
     from ..passes.pipeline import Pipeline
+    from ..passes.proof.explain import explain as explain_site
 
     loaded = common.load(model, builder=builder, trust=trust, device=device, dtype=dtype)
     program = common.captured(loaded)

@@ -16,8 +16,8 @@ def print_plan(model: str, asked: Options, *, builder: str | None, trust: bool, 
     Raises:
         LincompileError: the model can't be captured, or the request changes nothing.
     """
+    from ..lowering.artefact.report import human_bytes
     from ..lowering.compiler import prove, rewrite
-    from ..lowering.report import human_bytes
     from ..passes.plan import plan
     from .inspect import site_table
 
@@ -47,7 +47,7 @@ def context_table(rows: list[dict[str, Any]]) -> Any:
     """Per context length: KV cache and state, FLOPs of prefill and decode, before → after."""
     from rich.table import Table
 
-    from ..lowering.report import human_bytes
+    from ..lowering.artefact.report import human_bytes
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("context", "KV cache", "→ KV cache + state", "prefill MFLOP", "→", "decode MFLOP", "→"):

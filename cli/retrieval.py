@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from . import common, heat_map
 
 if TYPE_CHECKING:
-    from ..lowering.passkey import Passkey, PasskeyResult
-    from ..lowering.subject import Subject
+    from ..lowering.evaluation.passkey import Passkey, PasskeyResult
+    from ..lowering.evaluation.subject import Subject
 
 
 def show(
@@ -23,7 +23,7 @@ def show(
     as_json: bool,
 ) -> None:
     """Asks for the keys; the plot is brought up to date after each cell, so that an interruption leaves something."""
-    from ..lowering.passkey import retrieve
+    from ..lowering.evaluation.passkey import retrieve
     from ..passes.errors import LincompileError
 
     if isinstance(haystack, list):

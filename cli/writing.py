@@ -10,8 +10,8 @@ from rich.table import Table
 from . import common
 
 if TYPE_CHECKING:
-    from ..lowering.agreement import Writing
-    from ..lowering.subject import Subject
+    from ..lowering.evaluation.agreement import Writing
+    from ..lowering.evaluation.subject import Subject
 
 
 def show(
@@ -23,7 +23,7 @@ def show(
     as_json: bool,
 ) -> None:
     """Continues prompts with both models and prints the agreement."""
-    from ..lowering.agreement import compare
+    from ..lowering.evaluation.agreement import compare
 
     student, teacher = opened(model), opened(against)
     if isinstance(text, str):

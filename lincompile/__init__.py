@@ -21,14 +21,14 @@ _HOMES = {
     "Canonicalize": "passes.canonicalize",
     "ProveAttention": "passes.identity",
     "LinearizeAttention": "passes.linearize",
-    "linearize_": "passes.linearize_module",
+    "linearize_": "passes.linearization.module",
     "Quantize": "passes.quantize",
     "SequenceParallel": "passes.shard",
-    "quantize_": "passes.quantize_module",
-    "W6A6": "passes.quantize_module",
-    "W6A8": "passes.quantize_module",
-    "W6A16": "passes.quantize_module",
-    "W8A8": "passes.quantize_module",
+    "quantize_": "passes.quantization.module",
+    "W6A6": "passes.quantization.module",
+    "W6A8": "passes.quantization.module",
+    "W6A16": "passes.quantization.module",
+    "W8A8": "passes.quantization.module",
     "make_stateful": "passes.stateful",
     "LincompileError": "passes.errors",
 }
@@ -68,19 +68,19 @@ if TYPE_CHECKING:
     from .passes.errors import LincompileError as LincompileError
     from .passes.formats.load import load_model as load
     from .passes.identity import ProveAttention as ProveAttention
+    from .passes.linearization.module import linearize_ as linearize_
     from .passes.linearize import LinearizeAttention as LinearizeAttention
-    from .passes.linearize_module import linearize_ as linearize_
     from .passes.pipeline import PassResult as PassResult
     from .passes.pipeline import Pipeline as Pipeline
     from .passes.pipeline import register as register
     from .passes.program import AttentionSite as AttentionSite
     from .passes.program import Program as Program
+    from .passes.quantization.module import W6A6 as W6A6
+    from .passes.quantization.module import W6A8 as W6A8
+    from .passes.quantization.module import W6A16 as W6A16
+    from .passes.quantization.module import W8A8 as W8A8
+    from .passes.quantization.module import quantize_ as quantize_
     from .passes.quantize import Quantize as Quantize
-    from .passes.quantize_module import W6A6 as W6A6
-    from .passes.quantize_module import W6A8 as W6A8
-    from .passes.quantize_module import W6A16 as W6A16
-    from .passes.quantize_module import W8A8 as W8A8
-    from .passes.quantize_module import quantize_ as quantize_
     from .passes.shard import SequenceParallel as SequenceParallel
     from .passes.stateful import make_stateful as make_stateful
 

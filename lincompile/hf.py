@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .lowering.hf import LincompileConfig, LincompileForCausalLM, from_pretrained
-from .lowering.hf_cache import StateCache
-from .lowering.hf_versions import states_of
+from .lowering.huggingface.cache import StateCache
+from .lowering.huggingface.versions import states_of
 
 __all__ = ["LincompileConfig", "LincompileForCausalLM", "StateCache", "from_pretrained", "states_of"]

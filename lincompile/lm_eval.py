@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import TypeVar
 
-from .lowering.harness import LincompileLM
+from .lowering.evaluation.harness import LincompileLM
 from .passes.errors import LincompileError
 
 __all__ = ["LincompileLM", "unchanged"]

@@ -22,8 +22,8 @@ from torch.fx import GraphModule
 from ..passes.errors import ArtefactError, LincompileError
 from ..passes.graph import argument
 from ..passes.stateful import StepProgram
+from .artefact.graph_file import Positional, example_inputs
 from .generate import Session
-from .graph_file import Positional, example_inputs
 from .triton import lower
 from .verify import compare
 

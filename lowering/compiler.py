@@ -23,21 +23,21 @@ from ..passes.distil.recipe import Distilled, Extension, Listener, Recipe, run_r
 from ..passes.distil.retrieval import Needles
 from ..passes.distil.spread import spread
 from ..passes.distil.transfer import Transfer, TransferReport
-from ..passes.embeddings import vocabulary
 from ..passes.errors import LincompileError, RefusedError
 from ..passes.formats.load import load_model
 from ..passes.formats.loaded import LoadedModel, check_finite
 from ..passes.identity import ProveAttention
 from ..passes.linearize import LinearizeAttention, parse_keep
-from ..passes.offsets import position_limit
 from ..passes.pipeline import Pass, Pipeline
 from ..passes.program import Program
+from ..passes.quantization.embeddings import vocabulary
+from ..passes.quantization.tune import options_for
 from ..passes.quantize import Quantize
 from ..passes.shard import SequenceParallel
-from ..passes.shard_check import check_fingerprints, fingerprint
+from ..passes.sharding.check import check_fingerprints, fingerprint
 from ..passes.split_heads import SplitHeads, named_parts, parse_head_count, parse_heads
 from ..passes.stateful import StepProgram, make_full, make_stateful
-from ..passes.tune import options_for
+from ..passes.stepping.offsets import position_limit
 from .generate import Session
 from .options import Options, Reporter
 from .package import Artefact, open_artefact, save

@@ -21,10 +21,10 @@ from ..passes.capture import role_of
 from ..passes.errors import LincompileError
 from ..passes.graph import aten, expression, is_symbolic, set_tensor, tensor_of, value_of
 from ..passes.identity import ProveAttention
-from ..passes.match import find_candidates
 from ..passes.pipeline import Pipeline
-from ..passes.probe import Probe
 from ..passes.program import Program, ProgramInput
+from ..passes.proof.match import find_candidates
+from ..passes.proof.probe import Probe
 
 log = logging.getLogger("lincompile")
 OPTIONS = {"backend": "inductor", "on_sites": None}

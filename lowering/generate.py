@@ -1,7 +1,7 @@
 """Running a step program: chunked prefill, decoding with constant state, sampling, left-padded batches.
 
 A *session* is anything with the members of :class:`StepSession`: the torch one below, or onnxruntime's. Whatever is
-written here against that interface (``prefill``, ``generate``, ``lowering.evaluate``) serves both.
+written here against that interface (``prefill``, ``generate``, ``lowering.evaluation.perplexity``) serves both.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..passes.errors import LincompileError
-from ..passes.last_token import last_token_only
 from ..passes.stateful import StateSpec, StepProgram
+from ..passes.stepping.last_token import last_token_only
 from .recorded import Recorded, places_of, recordable
 
 PREFILL_CHUNK = 256

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from ..passes.errors import LincompileError
+from .artefact.graph_file import weights_of
+from .artefact.state_file import SavedState, load_state, save_state
 from .generate import NO_STEP_FORM, Prefilled, Session
-from .graph_file import weights_of
-from .hf_cache import Prefix, StateCache
-from .hf_options import check_config, check_options, one_device
-from .hf_read import caught_up, causal_loss, check_labels, check_positions, checked_ids, new_tokens, read
-from .hf_save import GENERATION_CONFIG, save_copy
+from .huggingface.cache import Prefix, StateCache
+from .huggingface.options import check_config, check_options, one_device
+from .huggingface.read import caught_up, causal_loss, check_labels, check_positions, checked_ids, new_tokens, read
+from .huggingface.save import GENERATION_CONFIG, save_copy
 from .package import Artefact, hf_config, open_artefact
-from .state_file import SavedState, load_state, save_state
 from .triton import lower
 
 try:
@@ -39,7 +39,7 @@ try:
     )
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    from .hf_versions import CACHE, CROP_KEEPS, NAMES, given_states
+    from .huggingface.versions import CACHE, CROP_KEEPS, NAMES, given_states
 except ImportError as error:
     raise LincompileError("lincompile.hf needs transformers: pip install 'lincompile[hf]'") from error
 

@@ -12,12 +12,12 @@ from ..passes.distil.echo import check_share
 from ..passes.distil.recipe import Recipe
 from ..passes.distil.transfer import Transfer
 from ..passes.errors import LincompileError
+from ..passes.linearization.methods import METHODS, method_class
 from ..passes.linearize import parse_keep
-from ..passes.methods import METHODS, method_class
+from ..passes.quantization.tune import options_for
+from ..passes.quantization.weight_methods import resolve
 from ..passes.quantize import parse_plan
 from ..passes.split_heads import parse_head_count
-from ..passes.tune import options_for
-from ..passes.weight_methods import resolve
 
 TARGETS = ("eager", "triton", "onnx", "aot")
 

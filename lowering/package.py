@@ -31,11 +31,11 @@ from torch.fx import GraphModule
 
 from ..passes.errors import ArtefactError, LincompileError
 from ..passes.stateful import StateSpec, StepProgram
-from .artefact_files import MANIFEST, OTHER_RUNTIMES, records, replace_text, sha256
+from .artefact.files import MANIFEST, OTHER_RUNTIMES, records, replace_text, sha256
+from .artefact.graph_file import read_graph, weights_of, write_graph
+from .artefact.report import render_report
+from .artefact.state_file import SavedState, load_state, running_hash, save_state
 from .generate import Generation, Prefilled, Session, generate
-from .graph_file import read_graph, weights_of, write_graph
-from .report import render_report
-from .state_file import SavedState, load_state, running_hash, save_state
 from .tokenizer import TextCodec
 from .triton import lower
 

@@ -18,9 +18,9 @@ from ..passes.identity import ProveAttention
 from ..passes.pipeline import Pipeline
 from ..passes.program import Program
 from ..passes.shard import SequenceParallel, shard_batch
-from ..passes.shard_step import shard_step
+from ..passes.sharding.step import shard_step
 from ..passes.stateful import StepProgram
-from .evaluate import LogitsOf, logits_of_program
+from .evaluation.perplexity import LogitsOf, logits_of_program
 from .generate import Session
 
 TIMEOUT = 600.0  # seconds that a rank waits for the others

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .flex import lower_flex
+from .canonical.flex import lower_flex
+from .canonical.parts import assemble_parts
+from .canonical.products import order_products
 from .graph import (
     INT_MAX,
     Builder,
@@ -28,9 +30,7 @@ from .graph import (
     target_of,
     value_of,
 )
-from .parts import assemble_parts
 from .pipeline import PassResult, register
-from .products import order_products
 from .program import Program
 
 CASTS = frozenset(

@@ -19,9 +19,9 @@ from torch.fx import GraphModule, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
+from .canonical.flex import lower_flex
 from .canonicalize import remove_unreachable
 from .errors import CaptureError
-from .flex import lower_flex
 from .graph import is_mutation, source_line, storage_root
 from .program import Program, ProgramInput, holds, readable
 

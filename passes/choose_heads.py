@@ -16,13 +16,13 @@ from torch.fx import Interpreter, Node
 
 from .distil.instrument import model_inputs
 from .distil.weights import mean_weights, teacher_weights
-from .embeddings import vocabulary
 from .errors import LincompileError, RefusedError
 from .graph import same_dim, tensor_of
-from .offsets import position_limit
 from .pipeline import PassResult, register
 from .program import AttentionSite, Program
+from .quantization.embeddings import vocabulary
 from .split_heads import SplitHeads, head_name
+from .stepping.offsets import position_limit
 
 APART = 256  # tokens between the two times a token stands in a window
 WINDOWS = 4

@@ -14,9 +14,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompile)
-from .alibi import with_positions
-from .classify import Findings, classify, padding_patterns
-from .evaluate import Opaque, Sizes, evaluate
 from .graph import (
     Builder,
     aten,
@@ -32,12 +29,15 @@ from .graph import (
     walk_up,
     written_nodes,
 )
-from .match import Candidate, find_candidates
-from .operands import Unsupported, canonical_operands, fold_groups, int_dim
+from .linearization.alibi import with_positions
 from .pipeline import PassResult, register
-from .probe import Probe
 from .program import AttentionSite, Program
-from .region import RegionKeys
+from .proof.classify import Findings, classify, padding_patterns
+from .proof.evaluate import Opaque, Sizes, evaluate
+from .proof.match import Candidate, find_candidates
+from .proof.operands import Unsupported, canonical_operands, fold_groups, int_dim
+from .proof.probe import Probe
+from .proof.region import RegionKeys
 
 TOLERANCE = 1e-5
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .alibi import AlibiGLA, AlibiShape, decays, errors, without_positions
 from .errors import LincompileError, RefusedError
 from .graph import (
     Builder,
@@ -24,7 +23,8 @@ from .graph import (
     tensor_of,
     value_of,
 )
-from .methods import LinearMethod, SiteShape, method_class
+from .linearization.alibi import AlibiGLA, AlibiShape, decays, errors, without_positions
+from .linearization.methods import LinearMethod, SiteShape, method_class
 from .pipeline import PassResult, register
 from .program import AttentionSite, Program, content_nodes
 from .split_heads import parse_head_count, parse_heads, whole

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .embeddings import find_tables, token_lookups
 from .graph import aten, expression, target_of, tensor_of
-from .linear_layers import find_linears
-from .methods import LinearMethod, SiteShape, method_class
+from .linearization.methods import LinearMethod, SiteShape, method_class
 from .program import AttentionSite, Program
-from .schemes import SCHEMES, parse_plan
+from .quantization.embeddings import find_tables, token_lookups
+from .quantization.linear_layers import find_linears
+from .quantization.schemes import SCHEMES, parse_plan
 from .verify import op_name
 
 CONTEXTS = (8_192, 32_768, 131_072)

@@ -20,18 +20,18 @@ from ..kernels import ops as _ops  # noqa: F401  registers torch.ops.lincompile
 from ..kernels.int6_linear.codes import dequantize, quantize_weight, sqnr_db
 from ..kernels.int6_linear.pack import GROUP_SIZE, pack
 from .distil.loop import Progress
-from .embeddings import LOOKUP, Table, find_tables, pack_table, table_codes, token_lookups
 from .errors import LincompileError, RefusedError
 from .graph import Builder, finish, get_attribute, parent_of, set_tensor, target_of
-from .linear_layers import LinearLayer, find_linears
 from .pipeline import PassResult, register
 from .program import Program
-from .quantize_plan import PlanOptions, check_given, choose, load_plan, save_plan
-from .schemes import CHOICES, FLOAT, SCHEMES, PlanSpec, Scheme, parse_plan
-from .sensitivity import Batch, CodesOf
-from .tune import TuneOptions, options_for, tune
-from .tuned_layers import stored_codes
-from .weight_methods import WeightRounder
+from .quantization.embeddings import LOOKUP, Table, find_tables, pack_table, table_codes, token_lookups
+from .quantization.linear_layers import LinearLayer, find_linears
+from .quantization.plan import PlanOptions, check_given, choose, load_plan, save_plan
+from .quantization.schemes import CHOICES, FLOAT, SCHEMES, PlanSpec, Scheme, parse_plan
+from .quantization.sensitivity import Batch, CodesOf
+from .quantization.tune import TuneOptions, options_for, tune
+from .quantization.tuned_layers import stored_codes
+from .quantization.weight_methods import WeightRounder
 
 QUANTIZED_OPS = (torch.ops.lincompile.int6_linear.default, torch.ops.lincompile.int8_linear.default)
 _PACKED_OPS = (*QUANTIZED_OPS, LOOKUP)

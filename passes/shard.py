@@ -8,7 +8,8 @@ Every rank runs the same graph on its own contiguous slice of the sequence.
 - Other softmax sites gather keys and values (un-expanded heads).
 - Models that count positions themselves count from the slice's start.
 
-The formulas are in ``shard_sites.py``, the exchanges in ``kernels/sequence_parallel``; ``shard_batch.py`` cuts batches.
+The formulas are in ``sharding/sites.py``, the exchanges in ``kernels/sequence_parallel``; ``sharding/batch.py`` cuts
+batches.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from ..kernels.sequence_parallel import op as _op  # also registers the exchange
 from .errors import LincompileError, RefusedError
 from .graph import Builder, argument, aten, finish, redirect, symbols_in, tensor_of, value_of
 from .identity import ProveAttention
-from .offsets import continue_positions, position_limit, sequence_symbol
 from .pipeline import PassResult, register
 from .program import AttentionSite, Program
-from .shard_batch import sequence_loss as sequence_loss
-from .shard_batch import shard_batch as shard_batch
-from .shard_check import check_fingerprints, check_shard, fingerprint
-from .shard_sites import Slices, refuse_cross
-from .tokenwise import mixing
+from .sharding.batch import sequence_loss as sequence_loss
+from .sharding.batch import shard_batch as shard_batch
+from .sharding.check import check_fingerprints, check_shard, fingerprint
+from .sharding.sites import Slices, refuse_cross
+from .stepping.offsets import continue_positions, position_limit, sequence_symbol
+from .stepping.tokenwise import mixing
 from .verify import op_name
 
 ops = torch.ops.lincompile

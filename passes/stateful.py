@@ -30,10 +30,10 @@ from .graph import (
     tensor_of,
     value_of,
 )
-from .offsets import continue_positions, sequence_symbol
 from .program import AttentionSite, Program
-from .step_check import check_step
-from .tokenwise import mixing
+from .stepping.check import check_step
+from .stepping.offsets import continue_positions, sequence_symbol
+from .stepping.tokenwise import mixing
 from .verify import op_name
 
 ops = torch.ops.lincompile

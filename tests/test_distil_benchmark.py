@@ -149,8 +149,8 @@ def test_every_recipe_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from lincompile.passes.distil.logits import lora_rank
     from lincompile.passes.distil.transfer import Transfer
+    from lincompile.passes.linearization.methods import METHODS
     from lincompile.passes.linearize import parse_keep
-    from lincompile.passes.methods import METHODS
 
     for recipe in RECIPES.values():
         assert recipe.attn in (*METHODS, "softmax") and lora_rank(recipe.train) >= 0

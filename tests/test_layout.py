@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -96,3 +97,20 @@ def imported_modules(file: Path) -> list[str]:
             stem = ".".join([*base, *([node.module] if node.module else [])])
             found += [f"{stem}.{alias.name}" for alias in node.names]
     return found
+
+
+def test_the_map_of_folders_is_whole() -> None:
+    """``docs/architecture.md`` names every folder of passes and lowering, and where to start reading in it."""
+    rows = re.findall(r"^\| (`\S+/`.*?) \| .*? \| (`.*?`) \|$", (ROOT / "docs" / "architecture.md").read_text(), re.M)
+    mapped = {
+        folder: re.findall(r"`(\S+)`", starts) for names, starts in rows for folder in re.findall(r"`(\S+)/`", names)
+    }
+    folders = {
+        path.relative_to(ROOT).as_posix()
+        for part in ("passes", "lowering")
+        for path in (ROOT / part, *(ROOT / part).iterdir())
+        if path.is_dir() and path.name != "__pycache__"
+    }
+    assert set(mapped) == folders | {"kernels", "cli"}
+    for folder, starts in mapped.items():
+        assert any((ROOT / folder / start).is_file() for start in starts), (folder, starts)

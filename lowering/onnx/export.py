@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 
 from ...passes.errors import LincompileError
 from ...passes.graph import module_path
-from ..graph_file import Positional, example_inputs
+from ..artefact.graph_file import Positional, example_inputs
 from .extra import require
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from ...passes.errors import LincompileError
 from ...passes.graph import get_attribute, set_tensor
 from ...passes.program import share_tensors
 from ...passes.stateful import StepProgram
-from ..graph_file import weights_of
+from ..artefact.graph_file import weights_of
 from .quantized import Emitter
 
 _HALVES: dict[torch.dtype, Any] = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: np.float16}

@@ -128,7 +128,7 @@ Int8Linear = _op(
     {"group_size": int, "activation": str},
 )
 
-# The weights after the states are those of ``passes.methods.Lawcat``; see ``sites.lawcat_window``.
+# The weights after the states are those of ``passes.linearization.methods.Lawcat``; see ``sites.lawcat_window``.
 LawcatSite = _op(
     PLACEHOLDER_DOMAIN,
     "LawcatSite",

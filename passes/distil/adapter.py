@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import LincompileError
 from ..graph import get_attribute, parent_of
+from ..linearization.methods import method_class
 from ..linearize import MODULE_PREFIX
-from ..methods import method_class
 from ..program import AttentionSite, Program
 from ..split_heads import heads_text
 from .logits import own_parameters

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods import HALF_LIVES, DecayGate, LinearMethod, half_life_bias, logits_of_half_lives, spread_half_lives
+from ..linearization.methods import (
+    HALF_LIVES,
+    DecayGate,
+    LinearMethod,
+    half_life_bias,
+    logits_of_half_lives,
+    spread_half_lives,
+)
 from ..program import Program
 from .instrument import beside
 from .spread import alone

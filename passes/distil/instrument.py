@@ -18,10 +18,10 @@ from torch.fx import GraphModule, Node
 
 from ..errors import LincompileError
 from ..graph import Builder, aten, finish, module_path, set_tensor, target_of, tensor_of
+from ..linearization.methods import LinearMethod, method_class
 from ..linearize import PROJECTIONS, find_operands
-from ..match import CONTRACTIONS
-from ..methods import LinearMethod, method_class
 from ..program import Program, content_nodes, is_lincompile_op
+from ..proof.match import CONTRACTIONS
 from .regions import compile_regions, switch
 from .spread import cut, exchanging, shift_positions
 

@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from ..errors import LincompileError
 from ..graph import finish, get_attribute, set_tensor
+from ..linearization.methods import LinearMethod
 from ..linearize import MODULE_PREFIX
-from ..methods import LinearMethod
 from ..program import Program
 from .data import Batches
 from .instrument import TrainingGraph, first_nonfinite, instead, unpadded, weights_checksum

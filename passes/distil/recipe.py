@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..embeddings import vocabulary
 from ..errors import LincompileError
 from ..linearize import MODULE_PREFIX
 from ..program import Program
+from ..quantization.embeddings import vocabulary
 from .choose import Choice, choose
 from .data import Batches, TokenWindows
 from .echo import WithEchoes, check_share

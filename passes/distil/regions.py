@@ -18,7 +18,7 @@ from torch.fx.passes.utils.fuser_utils import fuse_by_partitions
 
 from ..graph import VIEWS, Builder, aten, finish, is_mutation, target_of, value_of
 from ..linearize import PROJECTIONS
-from ..match import CONTRACTIONS
+from ..proof.match import CONTRACTIONS
 
 PREFIX = "lincompile_region_"
 LOSSES_AGREE, GRADIENTS_AGREE = 0.02, 0.1  # relative: products are rounded to bfloat16, and in another order

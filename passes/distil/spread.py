@@ -1,6 +1,6 @@
 """Distillation on ranks that share each window: every rank runs its slice of the tokens (sequence parallelism).
 
-Inside ``spread`` the training graphs are given slices, their token-mixing ops exchange what ``shard_sites.py`` says,
+Inside ``spread`` the training graphs are given slices, their token-mixing ops exchange what ``sharding/sites.py`` says,
 errors and divergences are shares that add up to the whole window's, and the loop adds up gradients. What is learned is
 what one device would learn, to rounding.
 """
@@ -18,11 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 from ...kernels.sequence_parallel.group import process_group, rank_in
 from ..errors import LincompileError, RefusedError
-from ..methods import LinearMethod
-from ..offsets import continue_positions, sequence_symbol
+from ..linearization.methods import LinearMethod
 from ..program import Program
 from ..shard import Sharder, splittable
-from ..shard_sites import Eager, Slices
+from ..sharding.sites import Eager, Slices
+from ..stepping.offsets import continue_positions, sequence_symbol
 
 
 @dataclass(frozen=True)

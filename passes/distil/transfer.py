@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LincompileError
-from ..methods import HALF_LIVES, LinearMethod, mixed
+from ..linearization.methods import HALF_LIVES, LinearMethod, mixed
 from ..program import Program
 from .calibrate import calibrate
 from .data import Batches

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ..errors import LincompileError
-from ..methods import LinearMethod, like
+from ..linearization.methods import LinearMethod, like
 from .spread import current
 
 SMALLEST = 1e-8  # added to the student's weights: rounding may leave zero, whose logarithm says nothing

@@ -115,8 +115,8 @@ def test_models_that_cannot_retrieve(cli: Run, artefact: Path) -> None:
 
 def test_whole_sequence_artefacts_are_named(cli: Run, folder: Path, student: Path, tmp_path: Path) -> None:
     """An artefact without a step form (here: its states taken away) can't be asked."""
-    from lincompile.lowering.passkey import Passkey, retrieve
-    from lincompile.lowering.subject import open_subject
+    from lincompile.lowering.evaluation.passkey import Passkey, retrieve
+    from lincompile.lowering.evaluation.subject import open_subject
     from lincompile.passes.errors import LincompileError
 
     subject = open_subject(str(student))
@@ -130,7 +130,7 @@ def test_extrapolation(cli: Run, folder: Path, student: Path, artefact: Path) ->
     for model in (folder, student):
         result = cli("eval", model, "--passkey", "--extrapolate", "--lengths", "600", "--depths", 1, "--trials", 1)
         assert result.code == 0 and "0/1" in result.out, result.err
-    from lincompile.lowering.subject import open_subject
+    from lincompile.lowering.evaluation.subject import open_subject
     from lincompile.passes.errors import LincompileError
 
     with pytest.raises(LincompileError, match=r"looks its positions up in a table .*, which ends at 128"):

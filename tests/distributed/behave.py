@@ -21,7 +21,7 @@ from lincompile.passes.distil.spread import spread
 from lincompile.passes.distil.transfer import Transfer, transfer
 from lincompile.passes.program import Program
 from lincompile.passes.shard import SequenceParallel, sequence_loss, shard_batch
-from lincompile.passes.shard_step import shard_step
+from lincompile.passes.sharding.step import shard_step
 from lincompile.passes.stateful import make_stateful
 
 Rank = tuple[int, int]

@@ -14,7 +14,7 @@ from torch import Tensor
 import lincompile
 from lincompile.passes.program import Program
 from lincompile.passes.shard import SequenceParallel, shard_batch
-from lincompile.passes.shard_sites import Eager, Slices
+from lincompile.passes.sharding.sites import Eager, Slices
 from lincompile.passes.split_heads import SplitHeads, named_parts
 
 ops = torch.ops.lincompile

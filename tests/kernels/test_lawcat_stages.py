@@ -17,7 +17,7 @@ from triton_cases import DEVICE, INTERPRETED, needs_kernels, needs_triton, poiso
 from lincompile.kernels import ops
 from lincompile.kernels.decay_gate import reference as gate_reference
 from lincompile.kernels.hedgehog_features import reference as feature_reference
-from lincompile.passes.methods import (
+from lincompile.passes.linearization.methods import (
     GATE_TEMPERATURE,
     DecayGate,
     HedgehogMap,

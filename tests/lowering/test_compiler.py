@@ -12,9 +12,9 @@ from torch import nn
 
 import lincompile
 from lincompile.lowering.compiler import prove, rewrite
+from lincompile.lowering.evaluation.subject import open_subject
 from lincompile.lowering.generate import generate
 from lincompile.lowering.options import Options
-from lincompile.lowering.subject import open_subject
 from lincompile.passes.errors import LincompileError, ModelLoadError, RefusedError
 
 

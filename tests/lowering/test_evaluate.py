@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lincompile.lowering.evaluate import bench, logits_of_session, perplexity
+from lincompile.lowering.evaluation.perplexity import bench, logits_of_session, perplexity
 from lincompile.lowering.generate import Session
 from lincompile.passes.errors import LincompileError
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lincompile.lowering import package
-from lincompile.lowering.graph_file import weights_of
+from lincompile.lowering.artefact.graph_file import weights_of
 from lincompile.passes.errors import LincompileError
 
 from .conftest import write_word_tokenizer

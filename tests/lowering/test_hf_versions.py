@@ -16,7 +16,7 @@ from lincompile.passes.errors import LincompileError
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("lincompile.hf", reason="transformers isn't installed", exc_type=LincompileError)
-versions = pytest.importorskip("lincompile.lowering.hf_versions")
+versions = pytest.importorskip("lincompile.lowering.huggingface.versions")
 
 PROMPT = torch.tensor([[4, 5, 6, 7, 8, 9, 10]])
 TURN = torch.tensor([[4, 5, 6, 7, 8, 9, 10, 11, 12]])

@@ -11,10 +11,10 @@ from torch.fx import Node
 
 from lincompile.lowering.generate import Session, generate, prefill
 from lincompile.passes.graph import target_of
-from lincompile.passes.last_token import _alone, _projection, last_token_only
 from lincompile.passes.pipeline import Pipeline
 from lincompile.passes.quantize import Quantize
 from lincompile.passes.stateful import StepProgram, make_stateful
+from lincompile.passes.stepping.last_token import _alone, _projection, last_token_only
 
 TOKENS = torch.randint(3, 40, (2, 11), generator=torch.Generator().manual_seed(2))
 EVERY = torch.ones_like(TOKENS, dtype=torch.bool)

@@ -21,7 +21,7 @@ from .conftest import write_word_tokenizer
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("transformers")
-harness = pytest.importorskip("lincompile.lowering.harness")
+harness = pytest.importorskip("lincompile.lowering.evaluation.harness")
 
 TASK = """
 task: choices

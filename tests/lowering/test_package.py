@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lincompile.lowering import artefact_files, package
+from lincompile.lowering import package
+from lincompile.lowering.artefact import files as artefact_files
+from lincompile.lowering.artefact.graph_file import weights_of
 from lincompile.lowering.generate import Session, generate
-from lincompile.lowering.graph_file import weights_of
 from lincompile.passes.errors import ArtefactError, LincompileError
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7]

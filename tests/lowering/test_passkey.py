@@ -11,9 +11,8 @@ import tiny_llama
 import torch
 from torch import Tensor
 
-from lincompile.lowering.agreement import Writing, compare, distinct
-from lincompile.lowering.generate import Session
-from lincompile.lowering.passkey import (
+from lincompile.lowering.evaluation.agreement import Writing, compare, distinct
+from lincompile.lowering.evaluation.passkey import (
     INTRODUCTION,
     NEEDLE,
     QUESTION,
@@ -24,7 +23,8 @@ from lincompile.lowering.passkey import (
     same_key,
     spaced,
 )
-from lincompile.lowering.subject import Subject
+from lincompile.lowering.evaluation.subject import Subject
+from lincompile.lowering.generate import Session
 from lincompile.lowering.tokenizer import TextCodec
 from lincompile.passes.errors import LincompileError
 from lincompile.passes.stateful import StateSpec

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lincompile.lowering.evaluation.score import Request, Scorer
 from lincompile.lowering.generate import Session
-from lincompile.lowering.score import Request, Scorer
 from lincompile.passes.errors import LincompileError
 
 REQUESTS: list[Request] = [

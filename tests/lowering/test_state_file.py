@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lincompile.lowering import package
+from lincompile.lowering.artefact.state_file import running_hash
 from lincompile.lowering.generate import Prefilled, generate, left_pad, prefill
-from lincompile.lowering.state_file import running_hash
 from lincompile.passes.errors import ArtefactError, LincompileError
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]

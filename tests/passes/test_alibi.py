@@ -12,9 +12,9 @@ import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lincompile.passes.alibi import AlibiGLA, AlibiShape, decays, errors
 from lincompile.passes.capture import capture
 from lincompile.passes.distil.instrument import instead
+from lincompile.passes.linearization.alibi import AlibiGLA, AlibiShape, decays, errors
 from lincompile.passes.linearize import LinearizeAttention
 from lincompile.passes.pipeline import Pipeline
 from lincompile.passes.program import Program

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lincompile.passes.allocate import Frontier, Option
 from lincompile.passes.errors import LincompileError
+from lincompile.passes.quantization.allocate import Frontier, Option
 
 OPTIONS = st.lists(st.tuples(st.integers(0, 40), st.floats(0, 10, allow_nan=False)), min_size=1, max_size=4)
 

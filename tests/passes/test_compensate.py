@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from lincompile.kernels.int6_linear.codes import dequantize
 from lincompile.passes.capture import capture
-from lincompile.passes.compensate import find_parts, replay
-from lincompile.passes.linear_layers import find_linears
+from lincompile.passes.quantization.compensate import find_parts, replay
+from lincompile.passes.quantization.linear_layers import find_linears
+from lincompile.passes.quantization.schemes import SCHEMES
+from lincompile.passes.quantization.weight_methods import WeightRounder
 from lincompile.passes.quantize import Quantize
-from lincompile.passes.schemes import SCHEMES
-from lincompile.passes.weight_methods import WeightRounder
 
 
 class Gated(nn.Module):
@@ -74,7 +74,7 @@ def test_replay_gives_the_inputs_of_the_rounded_model() -> None:
 @pytest.mark.parametrize("chunk_bytes", [1 << 30, 1])
 def test_unseen_tokens_lose_less(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where moments are held for one layer at a time."""
-    monkeypatch.setattr("lincompile.passes.weight_methods._MOMENT_BYTES", chunk_bytes)
+    monkeypatch.setattr("lincompile.passes.quantization.weight_methods._MOMENT_BYTES", chunk_bytes)
     model, x = Gated(32, 96).eval(), torch.randn(2, 5, 32)
     program = capture(model, x)
     layers = find_linears(program.graph_module)

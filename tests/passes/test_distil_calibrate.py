@@ -12,7 +12,7 @@ from distil_models import LENGTH, linear, proved, windows
 from lincompile.passes.distil.calibrate import calibrate, half_lives
 from lincompile.passes.distil.transfer import Transfer, transfer
 from lincompile.passes.errors import LincompileError
-from lincompile.passes.methods import GATE_TEMPERATURE
+from lincompile.passes.linearization.methods import GATE_TEMPERATURE
 from lincompile.passes.program import Program
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lincompile.passes.distil.transfer import Errors, Transfer, transfer
 from lincompile.passes.distil.weights import weights_loss
 from lincompile.passes.errors import LincompileError
-from lincompile.passes.methods import LinearMethod, SiteShape, method_class
+from lincompile.passes.linearization.methods import LinearMethod, SiteShape, method_class
 
 BATCH, LENGTH, HEADS, KV, DIM, HIDDEN = 2, 11, 4, 2, 4, 6
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from lincompile.passes.errors import LincompileError, RefusedError
 from lincompile.passes.graph import Builder
+from lincompile.passes.linearization.methods import METHODS, SiteShape, half_life_bias, method_class
 from lincompile.passes.linearize import LinearizeAttention, content_nodes, find_operands, parse_keep
-from lincompile.passes.methods import METHODS, SiteShape, half_life_bias, method_class
 from lincompile.passes.pipeline import Pipeline
 from lincompile.passes.program import Program
 from lincompile.passes.verify import op_name

@@ -15,8 +15,8 @@ from lincompile.passes.canonicalize import Canonicalize
 from lincompile.passes.capture import capture
 from lincompile.passes.errors import CaptureError, LincompileError, RefusedError
 from lincompile.passes.identity import ProveAttention
+from lincompile.passes.linearization.module import linearize_
 from lincompile.passes.linearize import LinearizeAttention
-from lincompile.passes.linearize_module import linearize_
 from lincompile.passes.pipeline import Pipeline
 
 

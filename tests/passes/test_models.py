@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lincompile.passes.capture import capture
-from lincompile.passes.classify import padding_patterns
 from lincompile.passes.formats import wrap
 from lincompile.passes.pipeline import Pipeline
+from lincompile.passes.proof.classify import padding_patterns
 
 SIZES = {"vocab_size": 97, "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "attention_heads": 4}
 SIZES |= {"hidden_size": 32, "d_model": 32, "ffn_dim": 48, "attention_dropout": 0.0, "hidden_dropout": 0.0}

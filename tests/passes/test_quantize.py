@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from lincompile.kernels.int6_linear.codes import dequantize, quantize_weight, sqnr_db
 from lincompile.passes.capture import capture
 from lincompile.passes.errors import LincompileError, RefusedError
-from lincompile.passes.linear_layers import find_linears
 from lincompile.passes.pipeline import Pipeline, format_pass
 from lincompile.passes.program import Program
+from lincompile.passes.quantization.linear_layers import find_linears
 from lincompile.passes.quantize import FLOAT, SCHEMES, Quantize, parse_plan
 from lincompile.passes.verify import verify
 

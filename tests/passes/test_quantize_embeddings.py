@@ -14,9 +14,9 @@ import lincompile
 from lincompile.kernels.int6_linear.codes import dequantize, quantize_weight
 from lincompile.kernels.int6_linear.pack import pack
 from lincompile.passes.capture import capture
-from lincompile.passes.embeddings import table_codes
 from lincompile.passes.errors import LincompileError, RefusedError
 from lincompile.passes.program import Program
+from lincompile.passes.quantization.embeddings import table_codes
 from lincompile.passes.quantize import Quantize
 from lincompile.passes.verify import op_name, verify
 

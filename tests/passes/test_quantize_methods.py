@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lincompile.kernels.int6_linear.codes import dequantize, quantize_weight
-from lincompile.passes import weight_methods
 from lincompile.passes.capture import capture
 from lincompile.passes.errors import LincompileError
-from lincompile.passes.linear_layers import find_linears
+from lincompile.passes.quantization import weight_methods
+from lincompile.passes.quantization.linear_layers import find_linears
+from lincompile.passes.quantization.weight_methods import clip, gptq
 from lincompile.passes.quantize import Quantize
-from lincompile.passes.weight_methods import clip, gptq
 
 
 def correlated(tokens: int, width: int) -> Tensor:

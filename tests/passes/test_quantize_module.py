@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lincompile.kernels.int6_linear.codes import dequantize, quantize_weight
 from lincompile.passes.errors import LincompileError, RefusedError
-from lincompile.passes.quantize_module import W6A6, W6A8, W6A16, W8A8, QuantizedLinear, WeightConfig, quantize_
+from lincompile.passes.quantization.module import W6A6, W6A8, W6A16, W8A8, QuantizedLinear, WeightConfig, quantize_
 
 
 @pytest.mark.parametrize("config", [W6A8(), W6A6(64), W6A16(group_size=32), W8A8()])

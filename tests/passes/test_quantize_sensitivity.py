@@ -12,11 +12,12 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from lincompile.passes import quantize_plan, sensitivity
 from lincompile.passes.capture import capture
 from lincompile.passes.errors import LincompileError, RefusedError
-from lincompile.passes.linear_layers import LinearLayer, find_linears
 from lincompile.passes.program import Program
+from lincompile.passes.quantization import plan as quantize_plan
+from lincompile.passes.quantization import sensitivity
+from lincompile.passes.quantization.linear_layers import LinearLayer, find_linears
 from lincompile.passes.quantize import SCHEMES, Quantize
 
 

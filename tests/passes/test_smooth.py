@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from lincompile.passes.capture import capture
 from lincompile.passes.errors import LincompileError
-from lincompile.passes.linear_layers import find_linears
+from lincompile.passes.quantization.linear_layers import find_linears
+from lincompile.passes.quantization.smooth import balance, smooth
 from lincompile.passes.quantize import Quantize
-from lincompile.passes.smooth import balance, smooth
 
 
 class Norm(nn.Module):

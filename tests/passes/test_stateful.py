@@ -20,7 +20,7 @@ from lincompile.passes.linearize import LinearizeAttention
 from lincompile.passes.pipeline import Pipeline
 from lincompile.passes.program import Program
 from lincompile.passes.stateful import StepProgram, make_full, make_stateful
-from lincompile.passes.step_check import TOLERANCE, tolerance_of
+from lincompile.passes.stepping.check import TOLERANCE, tolerance_of
 
 Proved = Callable[[str], SimpleNamespace]
 CASES: list[tuple[str, str, dict[str, Any]]] = [

@@ -21,9 +21,9 @@ from lincompile.passes.capture import capture
 from lincompile.passes.distil.logits import divergence
 from lincompile.passes.errors import LincompileError
 from lincompile.passes.program import Program
+from lincompile.passes.quantization.tune import TuneOptions, tune
+from lincompile.passes.quantization.tuned_layers import Precision, TunedLinear, find_parts, learn_by, rounded_activation
 from lincompile.passes.quantize import Quantize
-from lincompile.passes.tune import TuneOptions, tune
-from lincompile.passes.tuned_layers import Precision, TunedLinear, find_parts, learn_by, rounded_activation
 
 Batches = Sequence[dict[str, Tensor]]
 

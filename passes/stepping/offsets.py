@@ -1,0 +1,198 @@
+"""Makes a model that counts its own positions start counting somewhere else.
+
+Used where a graph sees only a part of a sequence: the step graph (everything so far is in the states) and a
+sequence-parallel rank (everything before is on other ranks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ..errors import RefusedError
+from ..graph import (
+    SHAPE_ONLY,
+    Builder,
+    argument,
+    aten,
+    is_symbolic,
+    redirect,
+    symbols_in,
+    target_of,
+    tensor_of,
+    value_inputs,
+    value_of,
+)
+from ..program import Program, content_nodes
+from ..proof.evaluate import Opaque, Sizes, evaluate
+
+LONGEST = 12  # length of the tables compared
+
+
+def sequence_symbol(tokens: Node) -> str:
+    """Name of the size symbol of the sequence axis.
+
+    Raises:
+        RefusedError: the captured graph takes sequences of one length only.
+    """
+    length = tensor_of(tokens).shape[1]
+    symbols = symbols_in(length)
+    if len(symbols) != 1:
+        raise RefusedError(
+            f"the captured graph takes exactly {length} tokens (something in the model fixes the length of "
+            f"'{tokens.name}'), so it can't read prompts: make that part work at any length"
+        )
+    return next(iter(symbols))
+
+
+def continue_positions(program: Program, sequence: str, make_offset: Callable[[], Node]) -> bool:
+    """Makes position counters start at an offset instead of 0.
+
+    The size-only tensors that data reads (tables of positions) are found; each must be a prefix-stable function of the
+    length; their counters (arange, a cumulated sum of ones, a slice ``table[:T]``) are shifted, and the shifted tables
+    compared with the originals at an offset.
+
+    Args:
+        program: changed in place.
+        sequence: name of the sequence's size symbol.
+        make_offset: inserts the node of the offset (a 0-dimensional integer tensor); called only when one is needed.
+
+    Returns:
+        Whether there was anything to shift (then all rows of a batch share one offset).
+
+    Raises:
+        RefusedError: a table that can't be continued, by name.
+    """
+    module = program.graph_module
+    tables = position_tables(module, sequence)
+    if not tables:
+        return False
+    longest = min(LONGEST, program.max_positions or LONGEST)
+    short, start = max(1, longest - 5), max(1, longest - 4)
+
+    def sizes(length: int) -> Sizes:
+        return Sizes(program.bind(batch=2, sequence=length))
+
+    wanted: dict[Node, tuple[int, Tensor]] = {}
+    for node in tables:
+        axes = [i for i, dim in enumerate(tensor_of(node).shape) if sequence in symbols_in(dim)]
+        if len(axes) != 1:
+            raise RefusedError(
+                f"no step form: '{node.name}' pairs positions with positions (a mask that wasn't rewritten?)"
+            )
+        try:
+            full, part = evaluate(module, node, sizes(longest)), evaluate(module, node, sizes(short))
+        except Opaque as error:
+            raise RefusedError(
+                f"no step form: the position table '{node.name}' can't be evaluated: it {error}"
+            ) from error
+        if not torch.equal(part, full.narrow(axes[0], 0, short)):
+            raise RefusedError(
+                f"no step form: the position table '{node.name}' changes with the sequence length (dynamic scaling)"
+            )
+        wanted[node] = (axes[0], full)
+    offset = make_offset()
+    shifted = _shift_counters(module, tables, sequence, offset)
+    count = longest - start
+    for node, (axis, full) in wanted.items():
+        seen = evaluate(module, shifted.get(node, node), sizes(count), {offset: torch.tensor(start)})
+        if not torch.allclose(seen.float(), full.narrow(axis, start, count).float(), atol=1e-6):
+            raise RefusedError(f"no step form: the position table '{node.name}' can't be continued from an offset")
+    return True
+
+
+def position_tables(module: GraphModule, sequence: str) -> list[Node]:
+    """Size-only tensors along the sequence that data-dependent nodes read."""
+    depends: dict[Node, bool] = {}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            depends[node] = True
+        elif node.op == "get_attr" or is_symbolic(value_of(node)):
+            depends[node] = False
+        else:
+            depends[node] = any(depends[item] for item in value_inputs(node))
+    return [
+        node
+        for node in module.graph.nodes
+        if node.op == "call_function"
+        and not depends[node]
+        and isinstance(value_of(node), Tensor)
+        and sequence in symbols_in(value_of(node))
+        and any(depends.get(user, True) and target_of(user) not in SHAPE_ONLY for user in node.users)
+    ]
+
+
+def position_limit(program: Program) -> int | None:
+    """Longest sequence that tables of learned positions allow: rows of each table that positions alone look up.
+
+    A position t reads row t + c of such a table (c is 2 in some models), so the table ends at length rows − c.
+    """
+    content = content_nodes(program)
+    limits: list[int] = []
+    for node in program.graph_module.graph.nodes:
+        if target_of(node) is aten.embedding.default and node.args[1] not in content:
+            limit = _rows_left(program, node)
+            limits += [] if limit is None else [limit]
+    return min(limits, default=None)
+
+
+def _rows_left(program: Program, lookup: Node) -> int | None:
+    """Rows of a looked-up table less the row that position 0 reads; None where that can't be told."""
+    index = lookup.args[1]
+    assert isinstance(index, Node)
+    sizes = Sizes(program.bind(batch=2, sequence=3))
+
+    def leaf(node: Node) -> Tensor | None:
+        item = next(i for i in program.inputs if i.name == node.name)
+        shape = sizes.shape(tensor_of(node))
+        if item.role == "positions":
+            return torch.arange(shape[-1]).expand(shape)
+        return torch.ones(shape, dtype=torch.int64) if item.role == "mask" else None
+
+    try:
+        rows = evaluate(program.graph_module, index, sizes, leaf=leaf).reshape(-1)
+    except Opaque:
+        return None
+    counts = rows.numel() >= 3 and torch.equal(rows[:3] - rows[0], torch.arange(3, dtype=rows.dtype))
+    return int(tensor_of(lookup.args[0]).shape[0]) - int(rows[0]) if counts else None
+
+
+def _shift_counters(module: GraphModule, tables: list[Node], sequence: str, offset: Node) -> dict[Node, Node]:
+    """Adds the offset to every counter above the tables; returns replacements of nodes that were tables themselves."""
+    above: set[Node] = set()
+    for table in tables:
+        pending = [table]
+        while pending:
+            node = pending.pop()
+            if node not in above:
+                above.add(node)
+                pending.extend(value_inputs(node))
+    replaced: dict[Node, Node] = {}
+    for node in [n for n in module.graph.nodes if n in above]:
+        new = _shifted(module, node, sequence, offset)
+        if new is not None:
+            redirect(node, new)
+            replaced[node] = new
+    return replaced
+
+
+def _shifted(module: GraphModule, node: Node, sequence: str, offset: Node) -> Node | None:
+    target = target_of(node)
+    counts = target in (aten.arange.default, aten.arange.start, aten.arange.start_step)
+    if target is aten.cumsum.default or (counts and sequence in symbols_in(tensor_of(node))):
+        return Builder(module, node.next)(aten.add.Tensor, node, offset)
+    if target is not aten.slice.Tensor:
+        return None
+    source, axis = node.args[0], argument(node, 1, "dim", 0)
+    assert isinstance(source, Node)
+    from_table = sequence not in symbols_in(tensor_of(source).shape[axis])
+    along = sequence in symbols_in(tensor_of(node).shape[axis])
+    length = argument(node, 3, "end")
+    if not (from_table and along and argument(node, 2, "start") in (0, None) and isinstance(length, Node)):
+        return None
+    make = Builder(module, node.next)
+    index = make(aten.add.Tensor, make(aten.arange.default, length, device=tensor_of(source).device), offset)
+    return make(aten.index_select.default, source, axis, index)
