@@ -131,10 +131,10 @@ class Recorded:
         inputs, launch, outputs = self.recordings[key]
         if self.done is not None:  # another stream may still be copying from the last call
             torch.cuda.current_stream(self.device).wait_event(self.done)
-        for mine, value in zip(inputs, given, strict=True):
-            mine.copy_(value)
+        _copy(inputs, given)
         launch()
-        results = [value.clone() for value in outputs]
+        results = [torch.empty_like(value) for value in outputs]
+        _copy(results, outputs)
         if self.device.type == "cuda":
             self.done = torch.cuda.current_stream(self.device).record_event()
         return results
@@ -159,6 +159,13 @@ class Recorded:
         self.off = True
         self.recordings.clear()
         warnings.warn(f"lincompile: steps run one kernel after the other, and slower: they {why}", stacklevel=7)
+
+
+def _copy(into: list[Tensor], values: list[Tensor]) -> None:
+    """One call for each type: a model has dozens of states, and a kernel for each would take as long as the step."""
+    for dtype in {value.dtype for value in into}:
+        mine, theirs = zip(*((a, b) for a, b in zip(into, values, strict=True) if a.dtype == dtype), strict=True)
+        torch._foreach_copy_(mine, theirs)
 
 
 def places_of(module: nn.Module) -> Callable[[], list[int]]:

@@ -1,7 +1,7 @@
 """LAWCAT beside a window as one op per attention site, for the operator of the native library.
 
-A rule in the manner of :mod:`..triton`, which it comes after: features and gates are one op each by then. A match
-proposes; what decides is that the site and the op agree on random inputs in float64, past and padding included.
+A rule in the manner of :mod:`..fusion.stages`, which it comes after: features and gates are one op each by then. A
+match proposes; what decides is that the site and the op agree on random inputs in float64, past and padding included.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from ...kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompil
 from ...passes.graph import argument, aten, expression, finish, target_of, value_of
 from ...passes.program import is_lincompile_op, share_tensors
 from ...passes.stateful import StepProgram
-from ..triton import LENGTHS, TOLERANCE, Mismatch, evaluate_chain, fuse_stages, node_of, op_of
+from ..fusion.chains import LENGTHS, TOLERANCE, Mismatch, evaluate_chain, node_of, op_of
+from ..fusion.stages import fuse_stages
 
 ops = torch.ops.lincompile
 PAST = 3  # cached tokens in the check

@@ -82,6 +82,8 @@ def _treats_tokens_alone(node: Node, projection: Node) -> bool:
         if target in _NORMS and len(argument(node, 1, "normalized_shape")) != 1:
             return False
         return _is_rows(node.args[0], projection) and all(item.op == "get_attr" for item in inputs[1:])
+    if target is aten.slice.Tensor:  # of channels
+        return argument(node, 1, "dim", 0) in (-1, 2)
     if target is aten.mean.dim:
         return argument(node, 1, "dim") == [-1] and bool(argument(node, 2, "keepdim", False))
     # A look-up's table is neither rows nor channels, and one along the tokens has other rows.

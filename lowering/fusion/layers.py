@@ -1,0 +1,165 @@
+"""Between the linear attentions: norms as one op each, and packed linears of one input as one.
+
+A step of one token is bound by the number of kernels: a norm written out is seven, and q, k and v read the same input.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ...passes.graph import (
+    Builder,
+    argument,
+    aten,
+    finish,
+    get_attribute,
+    is_symbolic,
+    same_dim,
+    set_tensor,
+    target_of,
+    tensor_of,
+)
+from ...passes.op_kinds import CASTS
+from ...passes.program import is_lincompile_op
+from .chains import Lowered, Match, Mismatch, input_of, node_of, prove, put
+
+ops = torch.ops.lincompile
+_PLANES = {"int6_linear": 3, "int8_linear": 2}
+
+
+def fuse_norms(module: GraphModule, report: Lowered) -> None:
+    """Makes every RMS norm that is written out one ``aten.rms_norm``, in place.
+
+    What is equal is the function: where the chain rounds a half-precision value before it multiplies by the weight, the
+    op rounds once, after it.
+    """
+    for root in [node for node in module.graph.nodes if target_of(node) is aten.rsqrt.default]:
+        try:
+            match = match_norm(root)
+            if match is None:
+                continue
+            prove(match)
+        except Mismatch as reason:
+            report.kept[root.name] = str(reason)
+            continue
+        put(module, match)
+        report.norms += 1
+    finish(module)
+
+
+def match_norm(root: Node) -> Match | None:
+    """``root``: 1/√… of ``weight · x / √(mean(x²) + ε)``. None where it is of something else."""
+    shifted = root.args[0]
+    if target_of(shifted) not in (aten.add.Tensor, aten.add.Scalar):
+        return None
+    assert isinstance(shifted, Node)
+    mean, epsilon = shifted.args[:2]
+    if target_of(mean) is not aten.mean.dim or not isinstance(epsilon, (int, float)):
+        return None
+    assert isinstance(mean, Node)
+    square = input_of(mean)
+    wide = input_of(square)
+    if target_of(square) is not aten.pow.Tensor_Scalar and square.args[:2] != (wide, wide):
+        return None
+    x, unit = _before_cast(wide), _only_user(root)
+    factor = next((item for item in unit.args if item is not root), None)
+    alike = isinstance(factor, Node) and _before_cast(factor) is x and tensor_of(factor).dtype == tensor_of(wide).dtype
+    if target_of(unit) is not aten.mul.Tensor or not alike:
+        raise Mismatch(f"'{root.name}' multiplies something else than what was squared")
+    last = unit
+    while target_of(user := _only_user(last)) in CASTS:
+        last = user
+    weight = next((item for item in user.args if item is not last), None)
+    if target_of(user) is not aten.mul.Tensor or not isinstance(weight, Node) or weight.op != "get_attr":
+        raise Mismatch(f"'{root.name}' belongs to a norm without a stored weight")
+    size = tensor_of(weight).shape
+    if len(size) != 1 or not same_dim(size[0], tensor_of(x).shape[-1]):
+        raise Mismatch(f"'{weight.name}' isn't one number per channel")
+    if len({tensor_of(node).dtype for node in (x, weight, user)}) > 1:
+        raise Mismatch(f"'{weight.name}' isn't of its input's type")
+    if tensor_of(x).dtype.itemsize < 4 and tensor_of(wide).dtype != torch.float32:
+        raise Mismatch(f"'{square.name}' is summed in half precision")
+    shape = tensor_of(x).shape
+    time = next((axis for axis in range(1, len(shape)) if is_symbolic(shape[axis])), 0)
+
+    def call(x: Any, weight: Any) -> tuple[Any, ...]:
+        return x, [int(size[0])], weight, float(epsilon)
+
+    return Match(aten.rms_norm.default, (x, weight), (user,), call, time, casts=False)
+
+
+def _before_cast(node: Node) -> Node:
+    return input_of(node) if target_of(node) in CASTS else node
+
+
+def _only_user(node: Node) -> Node:
+    if len(node.users) != 1:
+        raise Mismatch(f"'{node.name}' is read by {len(node.users)} nodes")
+    return next(iter(node.users))
+
+
+def join_packed(module: GraphModule, report: Lowered) -> None:
+    """Makes packed linears that read the same input one layer with the rows of all, in place.
+
+    The layers' own tensors, which other graphs may share, become views of the joined ones: nothing is stored twice.
+    """
+    for name, planes in _PLANES.items():
+        alike: dict[Any, list[Node]] = defaultdict(list)
+        for node in module.graph.nodes:
+            if is_lincompile_op(node, name) and all(map(_stored, node.args[1 : planes + 2])):
+                kinds = tuple(item and tensor_of(item).dtype for item in node.args[1 : planes + 2])
+                options = (argument(node, planes + 2, "group_size"), argument(node, planes + 3, "activation"))
+                alike[node.args[0], kinds, options].append(node)
+        for (_, _, options), nodes in alike.items():
+            if 1 < len(nodes) == len({_path(node, 1) for node in nodes}):
+                _join(module, getattr(ops, name).default, nodes, planes, options)
+                report.joined += len(nodes) - 1
+    finish(module)
+
+
+def _path(node: Node, index: int) -> str:
+    return str(node_of(node.args[index]).target)
+
+
+def _stored(item: Any) -> bool:
+    return item is None or (isinstance(item, Node) and item.op == "get_attr")
+
+
+def _join(module: GraphModule, op: Any, nodes: list[Node], planes: int, options: tuple[Any, ...]) -> None:
+    make = Builder(module, nodes[0])
+    joined: list[Node | None] = []
+    for index in range(1, planes + 2):
+        if nodes[0].args[index] is None:
+            joined.append(None)
+            continue
+        paths = [_path(node, index) for node in nodes]
+        whole = _rows_of([get_attribute(module, path) for path in paths])
+        set_tensor(module, f"{paths[0]}_joined", whole, persistent=False)
+        joined.append(make.attribute(f"{paths[0]}_joined", whole))
+    y = make(op, nodes[0].args[0], *joined, *options)
+    begin, axis = 0, tensor_of(y).dim() - 1
+    for node in nodes:
+        end = begin + int(tensor_of(node).shape[-1])
+        node.replace_all_uses_with(make(aten.slice.Tensor, y, axis, begin, end))
+        begin = end
+
+
+def _rows_of(parts: list[Tensor]) -> Tensor:
+    """The rows of all parts, which become views of it; without a copy where they lie one after the other already."""
+    first, rows = parts[0], [part.shape[0] for part in parts]
+    place, begin = first.untyped_storage().data_ptr(), first.storage_offset()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != place or part.storage_offset() != begin or not part.is_contiguous():
+            break
+        begin += part.numel()
+    else:
+        return torch.as_strided(first.detach(), (sum(rows), *first.shape[1:]), first.stride(), first.storage_offset())
+    whole = torch.cat([part.detach() for part in parts])
+    for part, own in zip(parts, torch.split(whole, rows), strict=True):
+        part.data = own
+    return whole

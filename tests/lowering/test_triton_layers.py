@@ -1,0 +1,194 @@
+"""Norms as one op and packed linears joined: the same numbers, nothing stored twice, and reasons for what is kept."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+import lincompile
+from lincompile.lowering.fusion.chains import Lowered
+from lincompile.lowering.fusion.layers import fuse_norms, join_packed
+from lincompile.lowering.generate import Session
+from lincompile.lowering.package import open_artefact
+from lincompile.lowering.triton import lower
+from lincompile.passes.stateful import StepProgram
+from lincompile.passes.stepping.last_token import last_token_only
+
+WIDTH = 32
+
+
+def counts(step: StepProgram) -> Counter[str]:
+    return Counter(str(node.target) for node in step.graph_module.graph.nodes if node.op == "call_function")
+
+
+def outputs(step: StepProgram) -> list[Tensor]:
+    """Logits and states of two rows, one of them padded, in three chunks."""
+    tokens = torch.randint(0, zoo.VOCAB, (2, 11), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[1, :4] = False
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    states, logits = step.initial_states(2), []
+    for part in (slice(0, 6), slice(6, 7), slice(7, 11)):
+        out, states = step(tokens[:, part], positions[:, part], mask[:, part], states)
+        logits.append(out)
+    return [torch.cat(logits, 1), *states]
+
+
+def stored(step: StepProgram) -> int:
+    tensors = [*step.graph_module.parameters(), *step.graph_module.buffers()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize(("quant", "op"), [("w6a8", "int6_linear"), ("w8a8", "int8_linear")])
+def test_a_llama(quant: str, op: str, tmp_path: Path) -> None:
+    module, example = zoo.build("llama-gqa")
+    compiled = lincompile.compile(module, example=example, attn="lawcat", quant=quant)
+    before, size, names = outputs(compiled.step), stored(compiled.step), counts(compiled.step)
+    plain, report = lower(compiled.step)
+    assert (report.norms, report.joined, report.kept) == (5, 0, {})
+    torch.testing.assert_close(outputs(plain), before, rtol=1e-4, atol=1e-5)
+
+    joined, report = lower(compiled.step, join=True)
+    assert (report.norms, report.joined, report.kept) == (5, 6, {})  # of each layer q, k, v and gate, up
+    after = counts(joined)
+    assert after["aten.rms_norm.default"] == 5 and "aten.rsqrt.default" not in after
+    layers = f"lincompile.{op}.default"
+    assert after[layers] == names[layers] - 6
+    assert "5 norms too; 6 packed layers were joined to others of the same input" in report.summary()
+    torch.testing.assert_close(outputs(joined), before, rtol=1e-4, atol=1e-5)
+
+    assert counts(compiled.step) == names and stored(compiled.step) == size
+    torch.testing.assert_close(outputs(compiled.step), before, rtol=0, atol=0)
+    lower(compiled.step, join=True)
+    assert stored(compiled.step) == stored(joined) == size, "what is joined already isn't copied again"
+
+    last = last_token_only(joined)
+    assert last is not None
+    tokens = torch.randint(0, zoo.VOCAB, (2, 5))
+    inputs = tokens, torch.arange(5).expand(2, 5), torch.ones(2, 5, dtype=torch.bool)
+    want, got = (step(*inputs, step.initial_states(2))[0] for step in (joined, last))
+    assert got.shape[1] == 1
+    torch.testing.assert_close(got, want[:, -1:], rtol=1e-5, atol=1e-6)
+
+    artefact = open_artefact(compiled.save(tmp_path / "out"))
+    torch.testing.assert_close(outputs(artefact.step), before, rtol=0, atol=0)
+    assert Session(joined).vocab_size == zoo.VOCAB
+
+
+def test_a_tied_table_is_joined_to_nothing() -> None:
+    """The planes of an embedding that is the head's, too, stay readable for both."""
+    module, example = zoo.build("llama-gqa")
+    with torch.no_grad():
+        module.model.lm_head.weight = module.model.model.embed_tokens.weight
+    compiled = lincompile.compile(module, example=example, attn="lawcat", quant="w6a8", quant_embeddings=True)
+    before = outputs(compiled.step)
+    torch.testing.assert_close(outputs(lower(compiled.step, join=True)[0]), before, rtol=1e-4, atol=1e-5)
+
+
+class Norm(nn.Module):
+    """A norm between two linears, with something about it changed."""
+
+    def __init__(self, norm: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.weight, self.norm = nn.Parameter(torch.rand(WIDTH) + 0.5), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(self.norm(self.first(x), self.weight))
+        return result
+
+
+def root(x: Tensor, power: int = 2, dim: int = -1, epsilon: float = 1e-3) -> Tensor:
+    return torch.rsqrt(x.pow(power).mean(dim, keepdim=True) + epsilon)
+
+
+def read_twice(x: Tensor, weight: Tensor) -> Tensor:
+    unit = x * root(x)
+    return unit * weight + unit
+
+
+def fused(norm: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype = torch.float32) -> tuple[Lowered, float]:
+    """What became of a norm, and the largest difference relative to the output."""
+    torch.manual_seed(0)
+    module, x = Norm(norm).to(dtype), torch.randn(3, 7, WIDTH, dtype=dtype)
+    program = lincompile.Pipeline([lincompile.Canonicalize()])(lincompile.capture(module, {"x": x[:2, :5]}))
+    report = Lowered()
+    fuse_norms(program.graph_module, report)
+    with torch.no_grad():
+        want, have = module(x), program(x)
+    return report, float((want - have).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x, weight: weight * (x * root(x)),
+        lambda x, weight: root(x) * x * weight,
+        lambda x, weight: x * torch.rsqrt(0.5 + (x * x).mean(-1, True)) * weight,
+        lambda x, weight: weight * (x.float() * root(x.float())).to(x.dtype),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_of_any_spelling(norm: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
+    report, error = fused(norm, dtype)
+    assert (report.norms, report.kept) == (1, {})
+    assert error < 1e-6
+
+
+def test_a_norm_in_half_precision() -> None:
+    report, error = fused(lambda x, weight: weight * (x.float() * root(x.float())).to(x.dtype), torch.bfloat16)
+    assert (report.norms, report.kept) == (1, {})
+    assert error < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        (lambda x, weight: x * root(x, dim=1) * weight, "differ by"),
+        (lambda x, weight: x * root(x.abs(), power=3) * weight, "multiplies something else than what was squared"),
+        (lambda x, weight: x * root(x, power=4) * weight, "differ by"),
+        (lambda x, weight: x * root(x + 1) * weight, "multiplies something else than what was squared"),
+        (lambda x, weight: x * root(x) * weight.sum(), "without a stored weight"),
+        (lambda x, weight: x * root(x), "without a stored weight"),
+        (read_twice, "is read by 2 nodes"),
+    ],
+)
+def test_what_only_looks_like_a_norm_is_kept(norm: Callable[[Tensor, Tensor], Tensor], reason: str) -> None:
+    report, error = fused(norm)
+    assert report.norms == 0 and error < 1e-6
+    assert [reason in text for text in report.kept.values()] == [True], report.kept
+
+
+def test_sums_in_half_precision_are_kept() -> None:
+    report, _ = fused(lambda x, weight: x * root(x) * weight, torch.bfloat16)
+    assert report.norms == 0 and "is summed in half precision" in next(iter(report.kept.values()))
+
+
+class Linears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.plain, self.other = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, again = self.q(x), self.q(x * 2)
+        return torch.cat((q, self.k(x), self.plain(x), self.other(x * 3), again), -1)
+
+
+def test_only_layers_alike_are_joined() -> None:
+    torch.manual_seed(0)
+    module = Linears()
+    lincompile.quantize_(module, lincompile.W6A8(), filter_fn=lambda layer, name: name != "other")
+    x = torch.randn(2, 5, WIDTH)
+    want = module(x)
+    program = lincompile.capture(module, {"x": x})
+    report = Lowered()
+    join_packed(program.graph_module, report)
+    assert report.joined == 1, "q and k; not the one without bias, nor those of other inputs"
+    torch.testing.assert_close(program(x), want, rtol=1e-5, atol=1e-6)
