@@ -36,6 +36,7 @@ from lincompile.kernels.int6_linear import triton as kernels
 DECODE = [(28672, 8192), (8192, 28672), (4096, 4096)]
 MUST = {(28672, 8192, 1): 2.0, (8192, 28672, 1): 2.0, (28672, 8192, 16): 1.8, (28672, 8192, 32): 1.8,
         (8192, 28672, 16): 1.8, (8192, 28672, 32): 1.8, (4096, 4096, 1): 1.4, (28672, 8192, 4096): 1.15}  # fmt: skip
+NARROW = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
 VECTOR = [(1, 64, 2), (1, 128, 4), (2, 64, 2), (2, 64, 4), (2, 128, 4), (4, 64, 2), (4, 64, 4), (4, 128, 4), (8, 64, 4)]
 SMALL = [
     (32, 1, 4, 1),
@@ -344,6 +345,14 @@ def sweep() -> dict[str, Any]:
         config = {"BN": block, "HALVES": halves, "num_warps": warps}
         attempt(found, f"vector {rows}x{width} {block}/{halves}/{warps}",
                 lambda c=config, r=rows, w=width: int6_us(r, w, 1, "vector", c))  # type: ignore[misc]  # fmt: skip
+    for rows, width in NARROW:  # SmolLM2-135M's layers: one launch or two, and cuBLAS beside them
+        name = f"{rows}x{width}"
+        attempt(found, f"cublas {name}", lambda r=rows, w=width: cublas_us(r, w, 1))  # type: ignore[misc]
+        attempt(found, f"vector {name}", lambda r=rows, w=width: int6_us(r, w, 1, "vector"))  # type: ignore[misc]
+        for block, warps in itertools.product((2, 4, 8, 16), (2, 4, 8)):
+            config = {"BN": block, "GB": 8 if width <= 1024 else 16, "num_warps": warps}
+            attempt(found, f"narrow {name} {block}/{warps}",
+                    lambda c=config, r=rows, w=width: int6_us(r, w, 1, "narrow", c))  # type: ignore[misc]  # fmt: skip
     for (rows, width), tokens, (block, warps, stages, split) in itertools.product(DECODE[:2], (16, 32), SMALL):
         config = {"BM": tokens, "BN": block, "STAGES": stages, "SPLIT": split, "num_warps": warps}
         attempt(found, f"small {rows}x{width} M={tokens} {block}/{warps}/{stages}/{split}",

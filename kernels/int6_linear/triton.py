@@ -1,9 +1,11 @@
 """Launches the kernels of ``int6_linear`` on NVIDIA GPUs; same signature and shapes as :mod:`.reference`.
 
-By the number of tokens M; every path quantizes the activations first (one small kernel) and multiplies integers:
+By the number of tokens M; every path quantizes the activations (most in a small kernel of its own) and multiplies
+integers:
 
-* M = 1: every thread unpacks whole 32-bit words of the planes and multiplies with ``dp4a``; nothing but packed weights
-  crosses the memory bus (0.77 bytes per weight).
+* M = 1 and at most 2,048 channels: one kernel, which quantizes the token as well (off until a GPU has run it).
+* M = 1 otherwise: every thread unpacks whole 32-bit words of the planes and multiplies with ``dp4a``; nothing but
+  packed weights crosses the memory bus (0.77 bytes per weight).
 * M up to ``FEW_TOKENS`` on Hopper: :func:`.gluon.few_kernel`.
 * M up to ``_SMALL_M``: the same planes feed int8 tensor-core products of four 32-wide slices per group, weights first.
 * larger M: the planes are unpacked once into an int8 scratch matrix, then one int8 product per group of 128.
@@ -24,6 +26,7 @@ import triton
 from torch import Tensor
 
 from ..first_use import trusted
+from ..registration import UNMEASURED
 from . import reference
 from . import triton_kernels as kernels
 from .codes import LEVELS
@@ -34,6 +37,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # Up to so many tokens the Gluon kernel of a few is the fastest on Hopper.
 FEW_TOKENS = 64
 _SMALL_M = 256
+# Up to so many channels a program can quantize a token beside its own rows' product.
+NARROW = 2048
 _GROUP = 128
 Planes = tuple[Tensor, Tensor, Tensor]
 
@@ -124,7 +129,7 @@ def ways(x: Tensor, planes: Planes) -> list[Launch]:
     in_features, rows = x.shape[-1], planes[2].shape[0]
     tokens = x.numel() // max(1, in_features)
     if tokens == 1:
-        return [vector]
+        return [narrow, vector] if UNMEASURED and in_features <= NARROW else [vector]
     if tokens > _SMALL_M:
         return [large]
     found: list[Launch] = []
@@ -168,6 +173,12 @@ def quantize_activation(
 def vector_config(in_features: int) -> dict[str, int]:
     """Tile of the one-token kernel."""
     return {"BN": 2, "HALVES": 64, "num_warps": 4 if in_features >= 8192 else 2}
+
+
+def narrow_config(groups: int) -> dict[str, int]:
+    """Tile of the one-token kernel for few channels: 32 or 64 weights a thread."""
+    room = max(2, triton.next_power_of_2(groups))
+    return {"BN": 64 // room if room > 8 else 8, "GB": room, "num_warps": 4}
 
 
 def few_config(tokens: int, rows: int, in_features: int) -> dict[str, int]:
@@ -215,6 +226,17 @@ def vector(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation
         codes.view(torch.int32), scale, hi.view(torch.int32), lo.view(torch.int32), weight_scale, bias, y, rows,
         hi.shape[1] // 4, lo.shape[1] // 4, weight_scale.shape[1], in_features // _GROUP,
         TAIL=in_features % _GROUP, BIAS=bias is not None, ASM=aligned, **options,
+    )  # fmt: skip
+
+
+def narrow(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: str, config: Config = None) -> None:
+    """One token of few channels."""
+    hi, lo, weight_scale = planes
+    (rows, groups), in_features = weight_scale.shape, x.shape[1]
+    options = config or narrow_config(groups)
+    kernels.narrow_kernel[(triton.cdiv(rows, options["BN"]),)](
+        x, hi, lo, weight_scale, bias, y, rows, in_features, hi.shape[1], lo.shape[1], groups,
+        LEVELS=LEVELS[int(activation[1:])], TAIL=in_features % _GROUP, BIAS=bias is not None, **options,
     )  # fmt: skip
 
 

@@ -19,6 +19,14 @@ _ASM_FIRST: tl.constexpr = tl.constexpr(UNPACK_FIRST)
 _ASM_SECOND: tl.constexpr = tl.constexpr(UNPACK_SECOND)
 
 
+@triton.jit
+def _round_to(x, scale):
+    """Codes, as floats: ``x / scale`` to the nearest integer, ties to even; 0 where the scale is 0."""
+    ratio = tl.div_rn(x, tl.where(scale == 0.0, 1.0, scale))
+    # Adding and subtracting 1.5·2^23 rounds a float32 of this size to the nearest integer, ties to even.
+    return tl.where(scale == 0.0, 0.0, (ratio + 12582912.0) - 12582912.0)
+
+
 @triton.jit(do_not_specialize=["M_PAD"])
 def quantize_kernel(
     x_ptr, codes_ptr, scale_ptr, K, K_PAD, G, M_PAD,
@@ -36,9 +44,7 @@ def quantize_kernel(
     x = tl.load(x_ptr + token * K + k, mask=k < K, other=0.0).to(tl.float32)
     absmax = tl.max(tl.abs(x), axis=1)
     scale = tl.div_rn(absmax, tl.full([GB], LEVELS, tl.float32))
-    ratio = tl.div_rn(x, tl.where(scale == 0.0, 1.0, scale)[:, None])
-    # Adding and subtracting 1.5·2^23 rounds a float32 of this size to the nearest integer, ties to even.
-    codes = tl.where(scale[:, None] == 0.0, 0.0, (ratio + 12582912.0) - 12582912.0)
+    codes = _round_to(x, scale[:, None])
     # max() drops NaN: a group that holds one gets a NaN scale, so that its tokens come out as NaN.
     has_nan = tl.max((x != x).to(tl.int32), axis=1)
     scale = tl.where(has_nan != 0, float("nan"), scale)
@@ -138,6 +144,56 @@ def vector_kernel(
             part = _dot_words(hi, lo, a, rows >= 0, TAIL // 16, TAIL // 16)
         y += part.to(tl.float32) * (tl.load(sa_ptr + last) * tl.load(sw_ptr + row * G + last).to(tl.float32))
     y *= 0.25
+    if BIAS:
+        y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
+def _narrow_slice(x_ptr, place, inside):
+    """A slice of each group, its largest magnitude, and whether it holds NaN (which max() drops)."""
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    return x, tl.max(tl.abs(x), axis=1), tl.max((x != x).to(tl.int32), axis=1)
+
+
+@triton.jit
+def _narrow_part(hi, lo, x, scale, SLICE: tl.constexpr):
+    """Products of one slice's codes: weights ``[BN, GB, 32]``, activations ``[GB, 32]``."""
+    weight = ((hi >> 4 * (SLICE % 2) & 15) << 2 | lo >> 2 * SLICE & 3) - 32
+    return weight * _round_to(x, scale[:, None]).to(tl.int32)[None, :, :]
+
+
+@triton.jit(do_not_specialize=["N"])
+def narrow_kernel(
+    x_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, y_ptr, N, K, HI_BYTES, LO_BYTES, G,
+    LEVELS: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, GB: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """One token of at most GB groups by BN rows; every program quantizes the token itself, which saves a launch."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(rows, N - 1).to(tl.int64)[:, None, None]  # rows past the end are read and never stored
+    group, lane = tl.arange(0, GB), tl.arange(0, 32)[None, :]
+    quarter = tl.where(group * 128 + 128 <= K, 32, TAIL // 4)[:, None]
+    inside = (group < G)[:, None] & (lane < quarter)
+    place = group[:, None] * 128 + lane
+    x0, most0, bad0 = _narrow_slice(x_ptr, place, inside)
+    x1, most1, bad1 = _narrow_slice(x_ptr, place + quarter, inside)
+    x2, most2, bad2 = _narrow_slice(x_ptr, place + 2 * quarter, inside)
+    x3, most3, bad3 = _narrow_slice(x_ptr, place + 3 * quarter, inside)
+    most = tl.maximum(tl.maximum(most0, most1), tl.maximum(most2, most3))
+    scale = tl.div_rn(most, tl.full([GB], LEVELS, tl.float32))
+    hi = hi_ptr + row * HI_BYTES + (group[:, None] * 64 + lane)[None, :, :]
+    within = inside[None, :, :] & (row >= 0)
+    first = tl.load(hi, mask=within, other=0).to(tl.int32)
+    second = tl.load(hi + quarter[None, :, :], mask=within, other=0).to(tl.int32)
+    low = tl.load(lo_ptr + row * LO_BYTES + (group[:, None] * 32 + lane)[None, :, :], mask=within, other=0)
+    low = low.to(tl.int32)
+    # Masked weights are −32; the masked activations beside them are 0.
+    part = _narrow_part(first, low, x0, scale, 0) + _narrow_part(first, low, x1, scale, 1)
+    part += _narrow_part(second, low, x2, scale, 2) + _narrow_part(second, low, x3, scale, 3)
+    scale = tl.where(bad0 + bad1 + bad2 + bad3 != 0, float("nan"), scale)
+    line = tl.minimum(rows, N - 1).to(tl.int64)[:, None] * G + group[None, :]
+    weight_scale = tl.load(sw_ptr + line, mask=(group < G)[None, :] & (line >= 0), other=0.0).to(tl.float32)
+    y = tl.sum(tl.sum(part, axis=2).to(tl.float32) * (scale[None, :] * weight_scale), axis=1)
     if BIAS:
         y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
     tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)

@@ -149,7 +149,7 @@ def int6() -> None:
 
     planes = tuple(torch.zeros(300, width, dtype=torch.uint8) for width in pack.plane_bytes(1024))
     planes += (torch.zeros(300, 8, dtype=torch.float16),)
-    for tokens, name in ((1, "vector"), (16, "few"), (31, "few"), (31, "small"), (300, "large")):
+    for tokens, name in ((1, "vector"), (1, "narrow"), (16, "few"), (31, "few"), (31, "small"), (300, "large")):
         y = torch.zeros(tokens, 300, dtype=BF16)
         getattr(int6_linear, name)(torch.zeros(tokens, 1024, dtype=BF16), planes, torch.zeros(300), y, "a8")
     for tokens in (1, 60):

@@ -31,6 +31,18 @@ for width in (176, 576):
             expected = reference.int6_linear_definition(x, *planes, bias, 128, activation)
             error = float((got - expected).norm() / expected.norm())
             assert error < 1e-6, (width, tokens, activation, error)
+for width, rows in ((176, 11), (576, 37), (1536, 9), (128, 3), (2048, 5)):
+    codes, scale = q.quantize_weight(torch.randn(rows, width))
+    planes, x, bias = (*pack.pack(codes), scale), torch.randn(1, width), torch.randn(rows)
+    x[0, 16:24], x[0, 128:256] = 3.5, 0.0
+    for activation in ("a8", "a6"):
+        y = torch.full((1, rows), float("nan"))
+        kernels.narrow(x, planes, bias, y, activation)
+        expected = reference.int6_linear_definition(x, *planes, bias, 128, activation)
+        assert float((y - expected).norm() / expected.norm()) < 1e-6, (width, activation)
+    x[0, 5] = float("nan")
+    kernels.narrow(x, planes, None, y, "a8")
+    assert y.isnan().all()
 codes, scale = q.quantize_weight(torch.randn(70, 176))
 planes = (*pack.pack(codes), scale)
 unpacked = kernels.unpack_to_int8(planes, 176)
@@ -131,6 +143,23 @@ def test_gpu_kernels_are_exact_in_the_integer_part(rows: int, width: int, tokens
     bias = torch.randint(-9, 9, (rows,)).float()
     got = torch.ops.lincompile.int6_linear(x.cuda(), *planes, scale, bias.cuda(), 128, activation)
     assert torch.equal(got.cpu().double(), x.double() @ codes.double().t() + bias.double())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["a8", "a6"])
+@pytest.mark.parametrize(("rows", "width"), [(70, 576), (1537, 1536), (64, 2048), (33, 176), (9, 128)])
+def test_the_narrow_kernel_is_exact_in_the_integer_part(rows: int, width: int, activation: str) -> None:
+    from lincompile.kernels.int6_linear import triton as kernels
+
+    codes = torch.randint(-32, 32, (rows, width), dtype=torch.int8)
+    scale = torch.ones(rows, pack.group_count(width, 128), dtype=torch.float16)
+    planes = (*(plane.cuda() for plane in pack.pack(codes)), scale.cuda())
+    levels = q.LEVELS[int(activation[1:])]
+    x = torch.randint(-levels, levels + 1, (1, width)).float()
+    x[:, ::16] = levels
+    y, bias = torch.full((1, rows), float("nan"), device="cuda"), torch.randint(-9, 9, (rows,)).float()
+    kernels.narrow(x.cuda(), planes, bias.cuda(), y, activation)
+    assert torch.equal(y.cpu().double(), x.double() @ codes.double().t() + bias.double())
 
 
 @pytest.mark.gpu
