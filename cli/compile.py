@@ -52,7 +52,8 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
     except ImportError:
         raise LincompileError("--config needs the 'pyyaml' package: pip install pyyaml") from None
     try:
-        recipe = yaml.safe_load(value.read_text(encoding="utf-8"))
+        # As text, as on the command line: 17.10 is a KV head there, not a number.
+        recipe = yaml.load(value.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise LincompileError(f"--config {value} can't be read: {error.strerror}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -63,7 +64,9 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
     unknown = [key for key in recipe if str(key) not in names or key == "config"]
     if unknown:
         raise click.BadParameter(f"{value} names an unknown option '{unknown[0]}'", ctx, param)
-    ctx.default_map = {str(names[key]): str(item) if item is not None else None for key, item in recipe.items()}
+    ctx.default_map = {
+        str(names[key]): str(item) if item not in ("", "~", "null") else None for key, item in recipe.items()
+    }
 
 
 @click.command("compile")

@@ -120,7 +120,8 @@ def command(
     if shard and runtime != "torch":
         raise click.UsageError("--shard goes with --runtime torch")
     if common.is_artefact(model):
-        _only_for_models(ctx, model)
+        if against is None or common.is_artefact(against):
+            _only_for_models(ctx, model)
     elif runtime != "torch":
         raise click.UsageError("--runtime onnx needs an artefact folder")
 

@@ -194,6 +194,8 @@ def compile(
         )
     asked = Options(**options)
     asked.check()
+    if checkpoint is not None and asked.distil is None:
+        raise LincompileError("--checkpoint is about distillation: add --distil FILE")
     asked = asked.followed()
     say = reporter or Reporter()
     times: dict[str, float] = {}
@@ -348,9 +350,17 @@ def distil(
         transfer_options = replace(transfer_options or Transfer(), loss=asked.transfer_loss)
     on_gpu = asked.device != "cpu"
     limit = teacher.max_positions or 1 << 30
+    if asked.length is not None and asked.length > limit:
+        raise LincompileError(f"--length {asked.length}: the model has {limit} positions; write at most that")
+    keep = parse_keep(asked.keep_softmax)[2] if asked.keep_softmax else 0
+    linear = sum(site.method != "softmax" for site in student.sites)
+    if keep >= linear:
+        raise LincompileError(
+            f"--keep-softmax auto:{keep} would leave nothing linear: {linear} sites of the model can be; keep fewer"
+        )
     recipe = Recipe(
         train=asked.train or ("full" if on_gpu else "none"),
-        keep=parse_keep(asked.keep_softmax)[2] if asked.keep_softmax else 0,
+        keep=keep,
         tokens=asked.tokens,
         seconds=asked.time,
         length=min(asked.length or (1024 if on_gpu else 256), limit),

@@ -89,12 +89,8 @@ class Options:
             Recipe(train=self.train)
         if self.transfer_loss is not None:
             Transfer(loss=self.transfer_loss)
-        for name, value in (("--transfer-loss", self.transfer_loss), ("--extend", self.extend)):
-            if value is not None and self.distil is None:
-                raise LincompileError(f"{name} is about distillation: add --distil FILE")
         check_share(self.echoes)
-        if self.echoes and self.distil is None:
-            raise LincompileError("--echoes is about distillation: add --distil FILE")
+        self._check_training()
         if self.retrieval and not (self.extend and 0 < self.retrieval <= 1):
             raise LincompileError(
                 "--retrieval is a share, above 0 and up to 1, of --extend's windows: add --extend LENGTH"
@@ -125,6 +121,29 @@ class Options:
                 raise LincompileError(f"--adapter says which {what} stay softmax: leave --keep-softmax out")
             if not Path(self.adapter).is_file():
                 raise LincompileError(f"the adapter {self.adapter} doesn't exist")
+
+    def _check_training(self) -> None:
+        """Every option about training needs training, and a size above 0."""
+        budget: dict[str, Any] = {"--tokens": self.tokens, "--time": self.time, "--train": self.train}
+        how: dict[str, Any] = {"--length": self.length, "--batch": self.batch, "--extend": self.extend}
+        for name, size in (how | {"--tokens": self.tokens, "--time": self.time}).items():
+            if size is not None and size <= 0:
+                raise LincompileError(f"{name} {size}: give a number above 0")
+        how |= {"--transfer-loss": self.transfer_loss, "--echoes": self.echoes or None}
+        if self.distil is None:
+            named = how if self.adapter is not None else how | budget  # with an adapter, a budget has its own message
+            if stray := [name for name, value in named.items() if value is not None]:
+                raise LincompileError(f"{stray[0]} is about distillation: add --distil FILE")
+            return
+        trains = self.adapter is None or any(value is not None for value in budget.values())
+        if not trains and (stray := [name for name, value in how.items() if value is not None]):
+            raise LincompileError(
+                f"{stray[0]}: with an adapter --distil only calibrates; to train on from it, add --tokens or --time"
+            )
+        if trains and self.dtype == "float16":
+            raise LincompileError(
+                "--distil with --dtype float16: small gradients would vanish in float16; give bfloat16 or float32"
+            )
 
     def followed(self) -> Options:
         """With an adapter: these options, and where they say nothing, those that the adapter was trained with.

@@ -115,11 +115,12 @@ def read_texts(source: str) -> Iterator[str]:
         if path.suffix == ".parquet":
             yield from _parquet(path)
         elif path.suffix == ".jsonl":
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-                if line.strip():
-                    yield _row(json.loads(line), f"{path}: line {number}")
+            with path.open(encoding="utf-8-sig") as lines:  # JSON strings may hold what splitlines() splits at
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield _row(json.loads(line), f"{path}: line {number}")
         elif path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
             if not isinstance(rows, list):
                 raise LincompileError(f"the text file {path} holds no list: write a list of texts")
             yield from (
@@ -127,7 +128,7 @@ def read_texts(source: str) -> Iterator[str]:
                 for number, row in enumerate(rows, 1)
             )
         else:
-            yield path.read_text(encoding="utf-8")
+            yield path.read_text(encoding="utf-8-sig")
     except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
         raise LincompileError(f"the text file {path} can't be read: {type(error).__name__}: {error}") from error
 

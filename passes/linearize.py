@@ -267,7 +267,7 @@ def find_operands(
     padding = mask if isinstance(mask, Node) else None
     if site.bias == "alibi":  # its slopes are the decays, so no gate reads hidden states
         return Operands(*without_positions(q, k), v, None, padding, "none")
-    hidden = hidden_states(k, q, make)
+    hidden = hidden_states(k, q, make, content)
     if hidden is None and (cls.gated or window):
         what = cls.method if cls.gated else "--window"
         return f"{what} needs the hidden states that k is projected from, and no projection was found above k"
@@ -426,8 +426,11 @@ def _heads_first(node: Node, like: Node, make: Builder | None) -> Node | None:
     return None
 
 
-def hidden_states(k: Node, q: Node, make: Builder) -> Node | None:
-    """The hidden states ``[B, T, C]`` that ``k`` is projected from: the input of the nearest projection above it."""
+def hidden_states(k: Node, q: Node, make: Builder, content: set[Node]) -> Node | None:
+    """The hidden states ``[B, T, C]`` that ``k`` is projected from: the input of the nearest projection above it.
+
+    Only what depends on ``content`` counts: the angles of a rotary embedding are a product with stored numbers, too.
+    """
     batch, _, time, _ = tensor_of(q).shape
     pending, seen = [k], set()
     while pending:
@@ -440,7 +443,7 @@ def hidden_states(k: Node, q: Node, make: Builder) -> Node | None:
             source = node.args[position]
             assert isinstance(source, Node)
             return _batch_first(source, batch, time, make)
-        pending.extend(item for item in node.all_input_nodes)
+        pending.extend(item for item in node.all_input_nodes if item in content)
     return None
 
 
@@ -485,10 +488,14 @@ def parse_keep(text: str) -> tuple[tuple[int, ...], int, int]:
         return (), 0, 0
     try:
         if text.startswith("auto:"):
-            return (), 0, int(text[5:])
+            if (count := int(text[5:])) < 1:
+                raise ValueError
+            return (), 0, count
         if "," in text:
             return tuple(int(part) for part in text.split(",") if part.strip()), 0, 0
-        return (), int(text), 0
+        if (count := int(text)) < 0:
+            raise ValueError
+        return (), count, 0
     except ValueError:
         raise LincompileError(
             f"--keep-softmax {text}: write a number (6), 'auto:6', site indices (0,5,9), KV heads (17.1,18.2), or "

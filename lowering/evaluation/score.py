@@ -97,6 +97,8 @@ class Scorer:
                 yield index, (0.0, True)
                 continue
             kept = context[-self._room(continuation) :]
+            if not kept:
+                raise LincompileError("a continuation without a context can't be scored: give at least a BOS token")
             rows.setdefault((*kept, *continuation[:-1]), []).append(index)
         order = sorted(rows, key=len, reverse=True)
         while order:

@@ -182,7 +182,7 @@ def _prepared(program: Program) -> tuple[Program, torch.dtype | None, set[Node]]
     content = content_nodes(twin)
     _simplify_softmax(twin, autocast, content)
     _keep_positions_exact(twin, autocast, content)
-    return twin, autocast, content
+    return twin, autocast, content_nodes(twin)  # with the casts that were put in
 
 
 class Exact:
@@ -266,6 +266,15 @@ def first_nonfinite(graph: TrainingGraph, tokens: Tensor) -> str:
 def weights_checksum(program: Program) -> int:
     """CRC-32 of every parameter, so that a checkpoint isn't continued on another model."""
     return checksum(program.graph_module.parameters())
+
+
+def run_of(stage: str, data: dict[str, Any], student: Program, teacher: Program | None) -> dict[str, Any]:
+    """What tells one training run from another, JSON-able: its data, what its sites became, and the teacher's weights.
+
+    ``teacher`` is None where nothing is to be resumed: reading all weights takes seconds.
+    """
+    sites = [[s.path, s.method, s.details.get("window"), s.details.get("rotary")] for s in student.sites]
+    return {"stage": stage, "data": data, "sites": sites, "model": teacher and weights_checksum(teacher)}
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:

@@ -27,7 +27,7 @@ from ..linearization.methods import LinearMethod
 from ..linearize import MODULE_PREFIX
 from ..program import Program
 from .data import Batches
-from .instrument import TrainingGraph, first_nonfinite, instead, unpadded, weights_checksum
+from .instrument import TrainingGraph, first_nonfinite, instead, run_of, unpadded
 from .loop import LoopOptions, LoopReport, Part, Progress, train
 from .lora import PREFIX as LORA_PREFIX
 from .lora import Addition, add_lora, merge_lora
@@ -261,9 +261,7 @@ def _distil(
     rates = {name: options.rate_of(name) for name in trained}
     held_out = data.measure(measure_windows)
     report = LogitReport()
-    identity: dict[str, Any] = {"stage": "logits", "data": data.fingerprint()}
-    if checkpoint is not None:
-        identity["model"] = weights_checksum(teacher)
+    identity = run_of("logits", data.fingerprint(), student, teacher if checkpoint is not None else None)
     if checkpoint is None or not checkpoint.exists():
         report.before = distiller.measure(held_out)
         if not math.isfinite(report.before):

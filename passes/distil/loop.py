@@ -248,7 +248,7 @@ def train(
     chosen = asdict(options)
     for name in ("seconds", "save_every", "replay", "compile"):  # what doesn't change what a step computes
         chosen.pop(name)
-    names = [list(part.parameters) for part in parts]
+    names = [[part.name, *part.parameters] for part in parts]
     fingerprint = json.dumps({"options": chosen, "parameters": names, **(identity or {})})
     frozen = {p: p.requires_grad for part in parts for p in part.parameters.values()}
     for parameter in frozen:

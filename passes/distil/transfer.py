@@ -22,7 +22,7 @@ from ..linearization.methods import HALF_LIVES, LinearMethod, mixed
 from ..program import Program
 from .calibrate import calibrate
 from .data import Batches
-from .instrument import TrainingGraph, beside, weights_checksum
+from .instrument import TrainingGraph, beside, run_of
 from .loop import LoopOptions, LoopReport, Part, Progress, train
 from .pieces import Pieces
 from .regions import Compiled
@@ -210,9 +210,7 @@ def transfer(
     ]
     held_out = data.measure(measure_windows)
     report = TransferReport()
-    identity: dict[str, Any] = {"stage": "transfer", "data": data.fingerprint()}
-    if checkpoint is not None:
-        identity["model"] = weights_checksum(teacher)
+    identity = run_of("transfer", data.fingerprint(), student, teacher if checkpoint is not None else None)
     if checkpoint is None or not checkpoint.exists():
         report.before = errors.by_path(held_out)
         _check_start(report.before)

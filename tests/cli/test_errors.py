@@ -190,6 +190,13 @@ def test_a_recipe_with_an_unknown_option(cli: Run, tmp_path: Path) -> None:
     assert "unknown option 'atn'" in result.error
 
 
+def test_a_recipe_says_what_the_command_line_says(cli: Run, tmp_path: Path) -> None:
+    """10 of ``1.10`` is a KV head; as a number it would be 1."""
+    (tmp_path / "recipe.yaml").write_text("keep-softmax: 0.10\nadapter: null\nrewrite-sliding: true\n")
+    result = cli("small_model:build", "--config", tmp_path / "recipe.yaml", "--plan")
+    assert result.code == 1 and "0.10" in result.error, result.error
+
+
 def test_an_internal_error_is_one_line_too(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("first line\nsecond line")

@@ -174,6 +174,19 @@ def test_an_extension_beyond_the_positions_is_refused() -> None:
         )
 
 
+def test_what_only_the_model_can_refuse_is_refused_before_training() -> None:
+    given: dict[str, Any] = {"example": {"idx": zoo.tokens()}, "distil": text(), "tokens": 10**9}
+    with pytest.raises(LincompileError, match=r"--length 5000: the model has \d+ positions; write at most that"):
+        lincompile.compile(model(), length=5000, **given)
+    with pytest.raises(LincompileError, match="auto:2 would leave nothing linear: 2 sites of the model can be"):
+        lincompile.compile(model(), keep_softmax="auto:2", length=LENGTH, **given)
+    with pytest.raises(LincompileError, match="--keep-softmax auto:0: write a number"):
+        lincompile.compile(model(), keep_softmax="auto:0", length=LENGTH, **given)
+    del given["distil"], given["tokens"]
+    with pytest.raises(LincompileError, match="--checkpoint is about distillation: add --distil FILE"):
+        lincompile.compile(model(), checkpoint=Path("run.ckpt"), **given)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -184,6 +197,15 @@ def test_an_extension_beyond_the_positions_is_refused() -> None:
         ({"echoes": 1.5, "distil": "t"}, "--echoes 1.5: the share of windows that repeat spans is from 0 to 1"),
         ({"retrieval": 0.1, "distil": "t"}, "--retrieval is a share, .* of --extend's windows: add --extend LENGTH"),
         ({"retrieval": 3.0, "extend": 9, "distil": "t"}, "--retrieval is a share, above 0 and up to 1"),
+        ({"tokens": 1000}, "--tokens is about distillation: add --distil FILE"),
+        ({"length": 64}, "--length is about distillation: add --distil FILE"),
+        ({"batch": 0, "distil": "t"}, "--batch 0: give a number above 0"),
+        ({"tokens": -5, "distil": "t"}, "--tokens -5: give a number above 0"),
+        ({"dtype": "float16", "distil": "t"}, "small gradients would vanish in float16; give bfloat16 or float32"),
+        *(
+            ({"adapter": "a", "distil": "t", **how}, "with an adapter --distil only calibrates; to train on from it")
+            for how in ({"extend": 64}, {"echoes": 0.5}, {"batch": 2}, {"transfer_loss": "mse"})
+        ),
     ],
 )
 def test_options_of_the_stages_are_checked_before_loading(options: dict[str, Any], message: str) -> None:

@@ -57,6 +57,12 @@ def test_contexts_are_cut_on_the_left(session: Session, batch: int) -> None:
         scorer.score([([4], [5] * 7)], batch)
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_without_a_context_nothing_is_scored(session: Session, batch: int) -> None:
+    with pytest.raises(LincompileError, match=r"empty|without a context"):
+        Scorer(session, 32).score([([], [70, 71]), ([4, 5, 6], [7])], batch)
+
+
 def test_one_token_answers_share_a_row(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     plain = Scorer._ends

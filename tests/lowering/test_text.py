@@ -57,6 +57,18 @@ def test_each_row_is_a_document_and_empty_ones_are_counted(tmp_path: Path, name:
     assert corpus.documents.tolist() == [0, 3] and corpus.empty == 2
 
 
+def test_line_separators_within_a_row_and_marks_before_the_first(tmp_path: Path) -> None:
+    """JSON may hold U+2028 and its like unescaped, and editors begin files with a byte order mark."""
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": "one\u2028two"}, {"text": "three\x85four\u2029five"}]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows), encoding="utf-8-sig")
+    assert len(read_corpus(str(path), tokenizer).documents) == 2
+    plain, marked = tmp_path / "plain.txt", tmp_path / "marked.txt"
+    plain.write_text("one two", encoding="utf-8")
+    marked.write_text("one two", encoding="utf-8-sig")
+    assert read_corpus(str(marked), tokenizer).ids.tolist() == read_corpus(str(plain), tokenizer).ids.tolist()
+
+
 def test_a_text_file_and_token_ids_are_one_document(tmp_path: Path) -> None:
     file = written(tmp_path / "a.txt", "one two\n\nthree")
     assert read_corpus(file, tokenizer).documents.tolist() == [0]

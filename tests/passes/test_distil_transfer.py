@@ -118,6 +118,11 @@ def test_a_checkpoint_of_another_run_is_refused(teacher: Program, tmp_path: Path
             transfer(teacher, linear(teacher), data, options, checkpoint=file)
     with pytest.raises(LincompileError, match="belongs to a run with other"):
         transfer(teacher, linear(teacher, keep=(0,)), windows(), Transfer(steps=2), checkpoint=file)
+    for one, two in (({"window": 4}, {"window": 2}), ({"keep": (0,)}, {"keep": (1,)})):  # parameters of the same shapes
+        part = tmp_path / f"{next(iter(one))}.ckpt"
+        transfer(teacher, linear(teacher, **one), windows(), Transfer(steps=2), checkpoint=part)
+        with pytest.raises(LincompileError, match="belongs to a run with other"):
+            transfer(teacher, linear(teacher, **two), windows(), Transfer(steps=2), checkpoint=part)
     another = proved()
     with torch.no_grad():
         next(another.graph_module.parameters()).add_(1e-3)

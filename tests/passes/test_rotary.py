@@ -120,3 +120,40 @@ def test_an_adapter_brings_its_reading_and_refuses_the_other(proved: Proved, tmp
 def test_another_word_is_refused() -> None:
     with pytest.raises(LincompileError, match="--rotary sideways: the choices are keep and remove"):
         LinearizeAttention("lawcat", rotary="sideways")
+
+
+class Rotated(nn.Module):
+    """Attention with a norm on k, and rotary angles that are a product of positions and stored frequencies."""
+
+    def __init__(self, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(50, width), nn.Linear(width, 50, bias=False)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.scale, self.heads = nn.Parameter(torch.ones(width // heads)), heads
+        self.register_buffer("frequencies", 0.01 ** (torch.arange(4) / 4))
+
+    def turned(self, x: Tensor, angles: Tensor) -> Tensor:
+        x = (self.scale * x * torch.rsqrt(x.pow(2).mean(-1, True) + 1e-6)).transpose(1, 2)
+        left, right = x.chunk(2, -1)
+        return x * angles.cos() + torch.cat([-right, left], -1) * angles.sin()
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.table(idx)
+        positions = torch.arange(idx.shape[1])[None].expand(idx.shape)[..., None].float()
+        angles = torch.cat([positions @ self.frequencies[None, :]] * 2, -1)[:, None]
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
+        q, k = self.turned(q, angles), self.turned(k, angles)
+        y = functional.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True)
+        result: Tensor = self.head(x + self.o(y.transpose(1, 2).flatten(2)))
+        return result
+
+
+@pytest.mark.parametrize("attn", ["lawcat", "gla"])
+@pytest.mark.parametrize("rotary", ["keep", "remove"])
+def test_gates_read_hidden_states_and_no_positions(attn: str, rotary: str) -> None:
+    """The angles' product with stored frequencies is nearer to k than its projection, and no projection."""
+    program = lincompile.capture(Rotated(), {"idx": torch.zeros(2, 9, dtype=torch.int64)})
+    student = Pipeline([Canonicalize(), ProveAttention(), LinearizeAttention(attn, rotary=rotary)])(program)
+    (site,) = student.sites
+    assert site.method == attn, site.reason
+    assert student.graph_module.get_submodule(site.details["module"]).shape.hidden == 32
