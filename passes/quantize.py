@@ -285,6 +285,10 @@ def quantize_graph(
             continue
         quality = sqnr_db(weight, dequantize(codes, scale, group_size))
         buffers = _buffers(codes, scale, scheme, group_size)
+        if taken := [suffix for suffix, value in buffers.items() if _taken(graph_module, layer.weight + suffix, value)]:
+            layer.reason = f"the model has a tensor '{layer.weight}{taken[0]}' of its own"
+            skipped.append(_record(layer) | {"reason": layer.reason})
+            continue
         for suffix, tensor in buffers.items():
             set_tensor(graph_module, layer.weight + suffix, tensor)
         for call in layer.calls:
@@ -303,6 +307,16 @@ def quantize_graph(
     finish(graph_module)
     _drop_unused(graph_module, {str(record["weight"]) for record in done})
     return {"layers": done, "skipped": skipped, "totals": _totals(done, skipped)}
+
+
+def _taken(module: GraphModule, path: str, value: Tensor) -> bool:
+    """Whether something else than ``value`` has that name (an embedding's planes may be a tied head's)."""
+    try:
+        found = get_attribute(module, path)
+    except AttributeError:
+        return False
+    same = isinstance(found, Tensor) and found.dtype == value.dtype and found.shape == value.shape
+    return not (same and torch.equal(found, value))
 
 
 def _buffers(codes: Tensor, scale: Tensor, scheme: Scheme, group_size: int) -> dict[str, Tensor]:

@@ -188,7 +188,7 @@ def _run(
     width, rows = x.shape[-1], hi.shape[0]
     flat = x.detach().reshape(-1, width).float().contiguous()
     tokens, groups = flat.shape[0], group_count(width, group_size)
-    y = torch.empty(tokens, rows)
+    y = torch.empty(*x.shape[:-1], rows)
     wide_bias = None if bias is None else bias.detach().float().contiguous()
     codes = token_scale = sums = None
     if activation != "a16":
@@ -207,7 +207,8 @@ def _run(
     else:
         bounds = [rows * index // threads for index in range(threads + 1)]
         list(_pool(threads).map(part, bounds[:-1], bounds[1:]))
-    return y.view(*x.shape[:-1], rows).to(x.dtype)
+    # A tensor of its own: what an op gives may be changed in place, a view of something else may not.
+    return y.to(x.dtype) if y.dtype != x.dtype else y
 
 
 def _addresses(*tensors: Tensor | None) -> list[int | None]:

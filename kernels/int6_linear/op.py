@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..registration import backend
+from ..registration import backend, without_autocast
 from ..shapes import require
 from . import cpu, reference
 from .codes import ACTIVATIONS
@@ -61,6 +61,7 @@ def _check_int6(
     schema="(Tensor x, Tensor weight_hi, Tensor weight_lo, Tensor weight_scale, Tensor? bias, int group_size,"
     " str activation) -> Tensor",
 )
+@without_autocast
 def int6_linear(
     x: Tensor, weight_hi: Tensor, weight_lo: Tensor, weight_scale: Tensor, bias: Tensor | None, group_size: int,
     activation: str,
@@ -91,6 +92,7 @@ def _(
     schema="(Tensor grad, Tensor weight_hi, Tensor weight_lo, Tensor weight_scale, int in_features, int group_size)"
     " -> Tensor",
 )
+@without_autocast
 def int6_linear_backward(
     grad: Tensor, weight_hi: Tensor, weight_lo: Tensor, weight_scale: Tensor, in_features: int, group_size: int
 ) -> Tensor:
@@ -116,7 +118,7 @@ def _int6_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = int6_linear_backward(grad, *ctx.saved_tensors, ctx.in_features, ctx.group_size)
     if ctx.needs_input_grad[4]:
-        grad_bias = grad.flatten(0, -2).sum(dim=0)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
     return grad_x, None, None, None, grad_bias, None, None
 
 
@@ -135,6 +137,7 @@ def _check_int8(
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, int group_size, str activation) -> Tensor",
 )
+@without_autocast
 def int8_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group_size: int, activation: str
 ) -> Tensor:
@@ -158,6 +161,7 @@ def _(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, grou
     mutates_args=(),
     schema="(Tensor grad, Tensor weight, Tensor weight_scale, int group_size) -> Tensor",
 )
+@without_autocast
 def int8_linear_backward(grad: Tensor, weight: Tensor, weight_scale: Tensor, group_size: int) -> Tensor:
     """Gradient of ``int8_linear`` for x."""
     return reference.int8_linear_input_grad(grad, weight, weight_scale, group_size)
@@ -178,7 +182,7 @@ def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = int8_linear_backward(grad, *ctx.saved_tensors, ctx.group_size)
     if ctx.needs_input_grad[3]:
-        grad_bias = grad.flatten(0, -2).sum(dim=0)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
     return grad_x, None, None, grad_bias, None, None
 
 

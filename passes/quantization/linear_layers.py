@@ -28,7 +28,6 @@ _SAME_MATRIX = {
     aten.detach.default,
     aten.contiguous.default,
     aten.clone.default,
-    aten.expand.default,
     aten.to.dtype,
     aten.to.dtype_layout,
     aten._to_copy.default,
@@ -181,7 +180,9 @@ def _read(node: Node) -> tuple[Call, Node] | None:
         return None
     origin, transposed, partial = root
     call = Call(node, transposed != (target is not aten.linear.default), partial)
-    return (call, origin) if isinstance(call.x, Node) else None
+    if not isinstance(call.x, Node) or tensor_of(call.x).dim() != tensor_of(node).dim():
+        return None  # a weight of more axes than x makes a batch of products
+    return call, origin
 
 
 def _root(node: object) -> tuple[Node, bool, bool] | None:
@@ -193,10 +194,17 @@ def _root(node: object) -> tuple[Node, bool, bool] | None:
             transposed = not transposed
         elif target in _PARTS:
             partial = True
-        elif target not in _SAME_MATRIX:
+        elif target not in _SAME_MATRIX and not _keeps_matrix(node):
             return None
         node = node.args[0]
     return (node, transposed, partial) if isinstance(node, Node) else None
+
+
+def _keeps_matrix(node: Node) -> bool:
+    """A matrix repeated along a batch, or not at all: its own axes are the parameter's."""
+    if target_of(node) is not aten.expand.default:
+        return False
+    return tensor_of(node).shape[-2:] == tensor_of(node.args[0]).shape[-2:]
 
 
 def _swaps_last_two(node: Node) -> bool:
@@ -265,7 +273,7 @@ def readers_of(graph_module: GraphModule) -> dict[int, list[Node]]:
         pending = list(node.users)
         while pending:
             user = pending.pop()
-            if target_of(user) in _TRANSPOSES | _SAME_MATRIX or _swaps_last_two(user):
+            if target_of(user) in _TRANSPOSES | _SAME_MATRIX or _swaps_last_two(user) or _keeps_matrix(user):
                 pending.extend(user.users)
             else:
                 found.append(user)

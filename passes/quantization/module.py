@@ -119,6 +119,9 @@ def quantize_(module: nn.Module, config: WeightConfig, filter_fn: FilterFn | Non
     skipped: list[dict[str, Any]] = []
     chosen: list[tuple[str, nn.Module, Tensor]] = []
     for name, part in module.named_modules():
+        if reason := _own_way(part):
+            skipped.append({"name": name, "reason": reason})
+            continue
         weight = _matrix(part)
         if weight is None:
             continue
@@ -133,6 +136,9 @@ def quantize_(module: nn.Module, config: WeightConfig, filter_fn: FilterFn | Non
             raise LincompileError(f"quantize_: the weights of '{name}' hold NaN or infinity; repair the model")
         else:
             chosen.append((name, part, weight))
+    names: dict[int, list[str]] = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        names.setdefault(id(part), []).append(name)
     layers: list[dict[str, Any]] = []
     for name, part, weight in chosen:
         try:
@@ -140,8 +146,9 @@ def quantize_(module: nn.Module, config: WeightConfig, filter_fn: FilterFn | Non
         except ValueError as error:
             skipped.append({"name": name, "reason": str(error)})
             continue
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, packed)
+        for place in names[id(part)]:  # a shared layer has several
+            owner, _, leaf = place.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, packed)
         layers.append({"name": name, "scheme": config.scheme.name, "sqnr_db": round(packed.weight_sqnr_db, 2)}
                       | {"weights": weight.numel(), "bytes_after": packed.weight_bytes})  # fmt: skip
     if not layers:
@@ -156,6 +163,17 @@ def quantize_(module: nn.Module, config: WeightConfig, filter_fn: FilterFn | Non
 
 def _not_a_head(_: nn.Module, name: str) -> bool:
     return not any(name == head or name.endswith("." + head) for head in HEAD_NAMES)
+
+
+def _own_way(module: nn.Module) -> str | None:
+    """Why a linear-like module computes something else than its weight's product, if it does."""
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    if isinstance(module, nn.Linear) and "weight" not in module._parameters:
+        return "its weight is computed, not stored (a parametrization)"
+    if _matrix(module) is not None and (module._forward_hooks or module._forward_pre_hooks):
+        return "it has hooks, which a packed layer wouldn't run"
+    return None
 
 
 def _matrix(module: nn.Module) -> Tensor | None:

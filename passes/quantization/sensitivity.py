@@ -24,6 +24,7 @@ from torch.fx import Interpreter, Node
 from torch.nn import functional as F
 
 from ...kernels.int6_linear.codes import dequantize, fake_quantize_activation, quantize_weight
+from ..distil.instrument import checksum
 from ..errors import LincompileError
 from ..program import Program
 from .linear_layers import LinearLayer, token_tables
@@ -162,7 +163,9 @@ def divergence(
                 output = run(program, batch, layers, emulate(plan, codes_of, group_size))
                 totals[name] += _divergence(program, batch, reference, output)
             tokens += int(real_tokens(program, batch, reference).sum())
-    return {name: total / max(tokens, 1) for name, total in totals.items()}
+    if not tokens:
+        raise LincompileError("quantize: the calibration set holds padding alone: give text with real tokens")
+    return {name: total / tokens for name, total in totals.items()}
 
 
 def rtn_codes(program: Program, group_size: int) -> CodesOf:
@@ -352,7 +355,9 @@ def _divergence(program: Program, batch: Batch, reference: Tensor, output: Tenso
     if not is_logits(program, reference):
         return float(((output - reference).double().square().sum(dim=-1) * real).sum() / 2)
     log_p, log_q = reference.float().log_softmax(dim=-1), output.float().log_softmax(dim=-1)
-    return float(((log_p.exp() * (log_p - log_q)).sum(dim=-1).double() * real).sum())
+    # A token that the float model excludes (−inf) counts nothing, however sure the other is of that.
+    terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
+    return float((terms.sum(dim=-1).double() * real).sum())
 
 
 def real_tokens(program: Program, batch: Batch, output: Tensor) -> Tensor:
@@ -367,8 +372,11 @@ def real_tokens(program: Program, batch: Batch, output: Tensor) -> Tensor:
 def _fingerprint(program: Program, layers: Sequence[LinearLayer], calibration: Sequence[Batch], options: str) -> str:
     digest = hashlib.sha256(options.encode())
     for layer in layers:
-        sample = layer.matrix(program.graph_module).flatten()[:: max(1, layer.weights // 64)].float().cpu()
-        digest.update(repr((layer.name, layer.out_features, layer.in_features)).encode() + sample.numpy().tobytes())
+        digest.update(repr((layer.name, layer.out_features, layer.in_features)).encode())
+    # All that the scores depend on: a converted model shares its linear layers with the one it came from.
+    digest.update(" ".join(str(node.target) for node in program.graph_module.graph.nodes).encode())
+    tensors = [*program.graph_module.parameters(), *program.graph_module.buffers()]
+    digest.update(str(checksum(tensors)).encode())
     for batch in calibration:
         for name in sorted(batch):
             value = batch[name].detach().cpu().contiguous()
