@@ -86,7 +86,7 @@ def command(
             quant="w6a8",
             adapter=None if from_scratch else str(ADAPTER),
             distil=str(TRAIN),
-            length=LENGTH,
+            length=LENGTH if from_scratch else None,
             time=(60.0 if seconds is None else seconds) if from_scratch else None,
             seed=seed,
             reporter=reporter,
