@@ -208,7 +208,7 @@ def _run(
         bounds = [rows * index // threads for index in range(threads + 1)]
         list(_pool(threads).map(part, bounds[:-1], bounds[1:]))
     # A tensor of its own: what an op gives may be changed in place, a view of something else may not.
-    return y.to(x.dtype) if y.dtype != x.dtype else y
+    return y.to(x.dtype)
 
 
 def _addresses(*tensors: Tensor | None) -> list[int | None]:

@@ -158,6 +158,20 @@ def evaluate_chain(root: Node, known: dict[Node, Tensor], casts: bool = True) ->
     return result
 
 
+def fuse(module: GraphModule, root: Node, rule: Callable[[Node], Match | None], report: Lowered) -> bool:
+    """Whether the rule's op took the chain's place; where it looked like one and isn't, the report says why."""
+    try:
+        match = rule(root)
+        if match is None:
+            return False
+        prove(match)
+    except Mismatch as reason:
+        report.kept[root.name] = str(reason)
+        return False
+    put(module, match)
+    return True
+
+
 def put(module: GraphModule, match: Match) -> None:
     """The op in the place of the chain, whose nodes are left without users."""
     root = match.outputs[0]

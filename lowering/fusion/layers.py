@@ -26,7 +26,7 @@ from ...passes.graph import (
 )
 from ...passes.op_kinds import CASTS
 from ...passes.program import is_lincompile_op
-from .chains import Lowered, Match, Mismatch, input_of, node_of, prove, put
+from .chains import Lowered, Match, Mismatch, fuse, input_of, node_of
 
 ops = torch.ops.lincompile
 _PLANES = {"int6_linear": 3, "int8_linear": 2}
@@ -39,16 +39,7 @@ def fuse_norms(module: GraphModule, report: Lowered) -> None:
     op rounds once, after it.
     """
     for root in [node for node in module.graph.nodes if target_of(node) is aten.rsqrt.default]:
-        try:
-            match = match_norm(root)
-            if match is None:
-                continue
-            prove(match)
-        except Mismatch as reason:
-            report.kept[root.name] = str(reason)
-            continue
-        put(module, match)
-        report.norms += 1
+        report.norms += fuse(module, root, match_norm, report)
     finish(module)
 
 

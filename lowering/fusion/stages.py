@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from ...kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompile)
 from ...passes.graph import argument, aten, finish, target_of, value_of
 from ...passes.program import is_lincompile_op
-from .chains import Lowered, Match, Mismatch, input_of, node_of, op_of, prove, put
+from .chains import Lowered, Match, Mismatch, fuse, input_of, node_of, op_of
 
 ops = torch.ops.lincompile
 
@@ -30,20 +30,11 @@ def fuse_stages(module: GraphModule) -> Lowered:
         for root, rule in rules:
             if not isinstance(root, Node):
                 continue
-            root = _past_cast(root)
-            try:
-                match = rule(root)
-                if match is None:
-                    continue
-                prove(match)
-            except Mismatch as reason:
-                report.kept[root.name] = str(reason)
-                continue
-            put(module, match)
+            fused = fuse(module, _past_cast(root), rule, report)
             if rule is match_features:
-                report.features += 1
+                report.features += fused
             else:
-                report.gates += 1
+                report.gates += fused
     finish(module)
     return report
 
