@@ -11,6 +11,8 @@ from click.testing import CliRunner
 from safetensors import safe_open
 
 from lincompile.cli import demo
+from lincompile.lowering.options import Options
+from lincompile.passes.errors import LincompileError
 
 PERPLEXITIES = {"teacher": 20.0, "undistilled": 2000.0, "student": 50.0}
 SPEED = {"prefill_tokens_per_second": 100.0, "decode_tokens_per_second": 5.0}
@@ -94,3 +96,22 @@ def test_adapters_ship_with_their_record(name: str, expected: set[str]) -> None:
     assert set(record["perplexity"]) == {"valid", "wikitext2"}
     methods = set(json.loads(metadata["sites"]).values())
     assert methods == expected
+
+
+@pytest.mark.parametrize("arguments", [[], ["--from-scratch"]])
+def test_what_it_asks_of_the_compiler_is_accepted(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo takes minutes; its options are checked before anything is loaded."""
+    seen: list[Options] = []
+
+    def compile(model: Path, *, reporter: Any, **options: Any) -> None:
+        seen.append(Options(**options))
+        seen[0].check()
+        raise LincompileError("far enough")
+
+    monkeypatch.setattr("lincompile.lowering.compiler.compile", compile)
+    monkeypatch.setattr("lincompile.passes.formats.load.find_packaged_model", lambda name: tmp_path / "model.gguf")
+    result = CliRunner().invoke(demo.command, [*arguments, "-o", str(tmp_path / "out")])
+    assert "far enough" in str(result.exception), result.exception
+    assert (seen[0].adapter is None) == bool(arguments)
