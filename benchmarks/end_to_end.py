@@ -10,11 +10,14 @@ Llama-shaped models with random weights (speed doesn't depend on them), bfloat16
 * hf: the Hugging Face model with SDPA, its layers under ``torch.compile``, decoding over a full static cache without a
   mask (with one, which transformers makes while a CUDA graph is recorded, SDPA repeats the keys and is slower);
 * softmax: the same decoder written for speed around FlashAttention, its layers under ``torch.compile``;
-* session (by ``--arms``): lincompile's session as it is, without ``torch.compile``.
+* session (by ``--arms``): lincompile's session as it is, without ``torch.compile``;
+* int6 (by ``--arms``): the same with six-bit weights (``quant="w6a8"``).
 
 Prefill: one sequence, logits of the last token, CUDA events, median. Decode: steps in one CUDA graph, per step, what
-carries states from one replay to the next included. Every row is saved as soon as it is there; nothing is begun after
-``--seconds``.
+carries states from one replay to the next included. Generate: 64 tokens after 128 by each side's own ``generate``, as
+a user calls it, by the clock, per token. Every row is saved as soon as it is there; nothing is begun after
+``--seconds``. Building a model is the CPU's work: processes with the same ``--alone FILE`` build side by side and time
+one after the other.
 """
 
 from __future__ import annotations
@@ -32,11 +35,13 @@ import end_to_end_arms as arms_of
 import log_plot
 import torch
 from end_to_end_arms import ARMS, Runs, Shape
-from gpu_timing import guarded, milliseconds, recorded
+from gpu_timing import alone, guarded, milliseconds, recorded
 from versions import versions
 
 BUDGET = 1.0
 STEPS = 4  # tokens in one recorded graph
+PROMPT, NEW = 128, 64  # tokens of a user's call
+LINEAR = ("lincompile", "session", "int6")
 SHAPES = [
     Shape("SmolLM2-135M", 30, 576, 9, 3, 64, 1536, 49152),
     Shape("Llama-3.2-1B", 16, 2048, 32, 8, 64, 8192, 128256),
@@ -50,7 +55,12 @@ DRY = {
     "PREFILL": (64, 130),
     "DECODE": ((1, 256), (2, 300)),
     "BUDGET": 0.001,
+    "PROMPT": 8,
+    "NEW": 3,
 }
+
+
+ALONE: list[Path | None] = [None]  # by --alone
 
 
 @torch.no_grad()
@@ -61,9 +71,10 @@ def prefill(arm: Any, length: int) -> dict[str, Any]:
     run.call()
     torch.cuda.synchronize()
     first = time.perf_counter() - started
-    torch.cuda.reset_peak_memory_stats()
-    base = torch.cuda.memory_allocated()
-    took = milliseconds(run.call, BUDGET)
+    with alone(ALONE[0]):
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        took = milliseconds(run.call, BUDGET)
     peak = (torch.cuda.max_memory_allocated() - base) / 2**30
     return {
         "ms": round(took, 3), "tokens_per_second": round(length / took * 1e3), "peak_gib": round(peak, 3),
@@ -82,25 +93,44 @@ def decode(arm: Any, batch: int, context: int) -> dict[str, Any]:
     notes = {}
     try:
         graph = recorded(lambda: run.call(STEPS))  # type: ignore[call-arg]
-        took = milliseconds(graph.replay, BUDGET) / STEPS
+        with alone(ALONE[0]):
+            took = milliseconds(graph.replay, BUDGET) / STEPS
         graph.reset()
     except RuntimeError as error:
         notes["not recorded"] = str(error)[:200]
-        took = milliseconds(lambda: run.call(STEPS), BUDGET) / STEPS  # type: ignore[call-arg]
+        with alone(ALONE[0]):
+            took = milliseconds(lambda: run.call(STEPS), BUDGET) / STEPS  # type: ignore[call-arg]
     return notes | {
         "ms": round(took, 4), "tokens_per_second": round(batch / took * 1e3, 1),
         "state_gib": round(run.state_bytes / 2**30, 4), "first_s": round(first, 1),
     }  # fmt: skip
 
 
+def generate(arm: Any, prompt: int, tokens: int) -> dict[str, Any]:
+    """Milliseconds per token of a user's call, the prompt's included, after one that warms up."""
+    arm.generate(prompt, tokens)
+    times = []
+    for _ in range(3):
+        with alone(ALONE[0]):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            arm.generate(prompt, tokens)
+            torch.cuda.synchronize()
+            times.append((time.perf_counter() - started) / tokens)
+    took = sorted(times)[1]
+    return {"ms": round(took * 1e3, 4), "tokens_per_second": round(1 / took, 1)}
+
+
 def labels(shape: Shape, arm: str) -> list[dict[str, Any]]:
     """What an arm is measured at."""
-    linear = arm in ("lincompile", "session")
+    linear = arm in LINEAR
     found = [{"what": "prefill", "tokens": length, "batch": 1} for length in PREFILL]
     for batch, context in DECODE:
         # A linear state is as large at any context: once a batch is enough.
         if not linear or context == min(c for b, c in DECODE if b == batch):
             found.append({"what": "decode", "tokens": context, "batch": batch})
+    if arm == "hf" or arm in LINEAR[1:]:
+        found.append({"what": "generate", "tokens": PROMPT, "batch": 1})
     return [{"model": shape.name, "arm": arm} | label for label in found]
 
 
@@ -127,6 +157,8 @@ def measure(shape: Shape, name: str, compiled: bool, end: float, save: Any) -> N
             row = {"error": "no time left"}
         elif label["what"] == "prefill":
             row = guarded(lambda label=label: prefill(built["arm"], label["tokens"]))  # type: ignore[misc]
+        elif label["what"] == "generate":
+            row = guarded(lambda: generate(built["arm"], PROMPT, NEW))
         else:
             row = guarded(lambda label=label: decode(built["arm"], label["batch"], label["tokens"]))  # type: ignore[misc]
         trace = row.pop("traceback", problem.get("traceback"))
@@ -160,7 +192,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             mine = [r for r in rows if (r["model"], r["what"], r["batch"], r["arm"]) == (model, what, batch, arm)]
             exact = [r for r in mine if r["tokens"] == tokens]
             # A linear state is as large at any context.
-            found = exact or (mine if what == "decode" and arm in ("lincompile", "session") else [])
+            found = exact or (mine if what == "decode" and arm in LINEAR else [])
             ratio = f" ({found[0]['÷ lincompile']:.2f}×)" if found and "÷ lincompile" in found[0] else ""
             cells.append(f"{found[0]['ms']:.3g}{ratio}" if found and "ms" in found[0] else "not measured")
         lines.append(f"| {model} | {what} | {batch} | {tokens} | " + " | ".join(cells) + " |")
@@ -192,9 +224,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=540, help="nothing is begun after this")
     parser.add_argument("--json", type=Path, default=Path("end_to_end.json"))
     parser.add_argument("--plot", type=Path, help="an .svg file")
+    parser.add_argument("--alone", type=Path, help="a file that processes pass to one another to time one by one")
     parser.add_argument("--table", type=Path, nargs="+", help="earlier runs' files, put together instead of measuring")
     options = parser.parse_args()
     torch.manual_seed(0)
+    ALONE[0] = options.alone
     shapes = [SHAPES[int(i)] for i in options.models.split(",")] if options.models else SHAPES
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {"command": " ".join(sys.argv), "versions": versions(), "rows": rows}

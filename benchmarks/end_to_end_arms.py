@@ -75,24 +75,28 @@ class Lincompile:
         RuntimeError: the model has no step form, or a chain of some site wasn't fused.
     """
 
-    def __init__(self, shape: Shape, positions: int, compiled: bool) -> None:
+    def __init__(self, shape: Shape, positions: int, compiled: bool, quant: dict[str, Any] | None = None) -> None:
         import lincompile
         from lincompile.lowering.generate import Session
         from lincompile.passes.stepping.last_token import last_token_only
 
         # "cuda" is spelt out: dry runs put their own word in.
         device = str(torch.zeros(1, device="cuda").device)
+        model = llama(shape, positions)
         built = lincompile.compile(
-            llama(shape, positions), attn="lawcat", target="triton", device=device, dtype=str(DTYPE).split(".")[1]
+            model, attn="lawcat", target="triton", device=device, dtype=str(DTYPE).split(".")[1], **(quant or {})
         )
         self.shape, self.session = shape, built.session
-        self.notes: dict[str, Any] = {"compile_s": built.seconds, "notes": built.notes[1:]}
+        tensors = [*self.session.program.graph_module.parameters(), *self.session.program.graph_module.buffers()]
+        stores = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        self.notes: dict[str, Any] = {
+            "compile_s": built.seconds, "notes": built.notes[1:], "weights_gib": round(sum(stores.values()) / 2**30, 3),
+        }  # fmt: skip
         if not self.session.states:
             raise RuntimeError(f"no step form: {built.notes}")
         targets = [str(node.target) for node in self.session.program.graph_module.graph.nodes]
-        fused = [targets.count(f"lincompile.{op}.default") for op in ("hedgehog_features", "decay_gate")]
-        if fused != [2 * shape.layers, shape.layers]:
-            raise RuntimeError(f"of {shape.layers} layers' chains {fused} were fused: {built.notes}")
+        if targets.count("lincompile.lawcat_inputs.default") != shape.layers:
+            raise RuntimeError(f"the stages of {shape.layers} layers weren't all fused: {built.notes}")
         # Two graphs of the same weights: one that may be compiled, and one as it is, to compare it with.
         self.last, self.plain = (
             Session(last_token_only(self.session.program), vocab_size=shape.vocabulary)  # type: ignore[arg-type]
@@ -132,6 +136,11 @@ class Lincompile:
             torch._foreach_copy_(states, carried)  # where the next replay reads them
 
         return Runs(lambda count=1: steps(count), _bytes(states))  # type: ignore[misc]
+
+    def generate(self, prompt: int, tokens: int) -> None:
+        from lincompile.lowering.generate import generate
+
+        generate(self.session, [random_tokens(self.shape, 1, prompt)[0].tolist()], tokens)
 
 
 def _compiled(session: Any) -> Any:
@@ -186,6 +195,11 @@ class HuggingFace:
 
         size = sum(_bytes([layer.keys, layer.values]) for layer in cache.layers)
         return Runs(lambda count=1: steps(count), size)  # type: ignore[misc]
+
+    def generate(self, prompt: int, tokens: int) -> None:
+        given = random_tokens(self.shape, 1, prompt)
+        length = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+        self.model.generate(given, attention_mask=torch.ones_like(given), **length)
 
 
 class Layer(nn.Module):
@@ -279,4 +293,8 @@ ARMS: dict[str, Callable[[Shape, int, bool], Any]] = {
     "hf": HuggingFace,
     "softmax": Softmax,
     "session": lambda shape, positions, compiled: Lincompile(shape, positions, False),
+    # Which codes random weights get doesn't change what they cost.
+    "int6": lambda shape, positions, compiled: Lincompile(
+        shape, positions, False, {"quant": "w6a8", "quant_method": "rtn"}
+    ),
 }

@@ -7,15 +7,29 @@ and its row says so. ``eager_ms`` is the call from Python, the device waited for
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Call = Callable[[], Any]
+
+
+@contextlib.contextmanager
+def alone(file: Path | None) -> Iterator[None]:
+    """Waits until no other process holds this file: processes that build side by side time one after the other."""
+    if file is None:
+        yield
+        return
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def milliseconds(function: Call, budget: float = 1.0) -> float:

@@ -14,6 +14,8 @@ from .gated_delta.op import gated_delta
 from .hedgehog_features.op import hedgehog_features
 from .int6_linear import op as int6_linear_op
 from .int6_linear.embedding import int6_embedding
+from .int6_linear.layer import int6_layer
+from .lawcat_inputs.op import lawcat_inputs
 from .linear_attention.op import linear_attention
 from .linear_attention.varlen import linear_attention_varlen
 from .short_conv.op import short_conv
@@ -24,7 +26,9 @@ __all__ = [
     "gated_delta",
     "hedgehog_features",
     "int6_embedding",
+    "int6_layer",
     "int6_linear_op",
+    "lawcat_inputs",
     "linear_attention",
     "linear_attention_varlen",
     "short_conv",

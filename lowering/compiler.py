@@ -84,7 +84,7 @@ class Compiled:
     def session(self) -> Session:
         """The torch runtime of the step program, with fused ops on a GPU or where ``target="triton"`` asks for them."""
         if self.options.target == "triton" or self.options.device.startswith("cuda"):
-            return Session(lower(self.step, join=True)[0])
+            return Session(lower(self.step, decoding=True)[0])
         return Session(self.step)
 
     def manifest(self) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def compile(
             step = redeployed(student, step)
     if asked.target == "triton":
         with _timed(say, times, "lower"):
-            notes.append(lower(step, join=True)[1].summary())
+            notes.append(lower(step, decoding=True)[1].summary())
     for remark in notes:
         say.note(remark)
     return Compiled(student, teacher, step, loaded, asked, distilled, notes, times)

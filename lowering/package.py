@@ -296,7 +296,7 @@ class Artefact:
     @cached_property
     def session(self) -> Session:
         """The torch runtime of the program; on a GPU with its stages fused (see ``lowering/triton.py``)."""
-        step = lower(self.step, join=True)[0] if self.device.type == "cuda" else self.step
+        step = lower(self.step, decoding=True)[0] if self.device.type == "cuda" else self.step
         return Session(step, vocab_size=self.manifest["vocab_size"])
 
     @cached_property

@@ -19,6 +19,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from ..first_use import trusted
 from ..registration import UNMEASURED
-from . import reference
+from . import layer, reference
 from . import triton_kernels as kernels
 from .codes import LEVELS
 from .pack import group_count
@@ -79,7 +80,7 @@ def int8_linear(
 
 Weights = tuple[Tensor, ...]
 # (x [M, K], weights and their scales, bias, y, activation) -> None
-Launch = Callable[[Tensor, Any, Tensor | None, Tensor, str], None]
+Launch = Callable[..., None]
 
 
 def _first_right(
@@ -124,6 +125,42 @@ def _right(
     return trusted(name, run, expected, layouts, (x, bias, *weights), together=False)
 
 
+def int6_layer(
+    x: Tensor, norm_weight: Tensor | None, eps: float, gated: bool, residual: Tensor | None, weight_hi: Tensor,
+    weight_lo: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str,
+) -> Tensor | None:  # fmt: skip
+    """As :func:`.layer.plain`, for one token; None where no kernel was right when it was first used."""
+    y = x.new_empty(*x.shape[:-1], weight_scale.shape[0])
+    if not y.numel():
+        return y
+    planes = (weight_hi.contiguous(), weight_lo.contiguous(), weight_scale.contiguous())
+    more = None if residual is None else residual.reshape(1, -1).contiguous()
+    args = (x.reshape(1, -1).contiguous(), norm_weight, more, bias, *planes)
+    for launch in (narrow, vector):
+        if launch is narrow and x.shape[-1] // (1 + gated) > NARROW:
+            continue
+
+        def run(
+            x: Tensor, norm_weight: Tensor | None, residual: Tensor | None, bias: Tensor | None, *planes: Tensor,
+            into: Tensor | None = None, launch: Launch = launch,
+        ) -> Tensor:  # fmt: skip
+            out = x.new_empty(1, planes[2].shape[0]) if into is None else into
+            launch(x, planes, bias, out, activation, around=Around(norm_weight, eps, gated, residual))
+            return out
+
+        def expected(
+            x: Tensor, norm_weight: Tensor | None, residual: Tensor | None, bias: Tensor | None, *planes: Tensor
+        ) -> Tensor:
+            hi, lo, scale = planes
+            return layer.plain(x, norm_weight, eps, gated, residual, hi, lo, scale, bias, _GROUP, activation)
+
+        name = f"int6_layer ({launch.__name__}, {activation}{', gated' if gated else ''})"
+        if trusted(name, run, expected, ("t.", ".", "t."), args, together=False):
+            run(*args, into=y)
+            return y
+    return None
+
+
 def ways(x: Tensor, planes: Planes) -> list[Launch]:
     """The launchers for a call, the fastest first."""
     in_features, rows = x.shape[-1], planes[2].shape[0]
@@ -146,25 +183,40 @@ def hopper(device: torch.device) -> bool:
     return importlib.util.find_spec("triton.experimental") is not None
 
 
+@dataclass(frozen=True)
+class Around:
+    """What the kernels of one token do before and after the product; see :func:`.layer.int6_layer`."""
+
+    norm_weight: Tensor | None = None
+    epsilon: float = 0.0
+    gated: bool = False
+    residual: Tensor | None = None
+
+
+ALONE = Around()
+
+
 def quantize_activation(
-    x: Tensor, activation: str, *, pad: int = 1, columns: bool = False, fragment: int = 0
+    x: Tensor, activation: str, *, pad: int = 1, columns: bool = False, fragment: int = 0, around: Around = ALONE
 ) -> tuple[Tensor, Tensor]:
     """Codes int8 ``[M, 128·ceil(K/128)]`` and float32 scales ``[M, ceil(K/128)]`` of ``x [M, K]``, contiguous.
 
     Args:
+        x: ``[M, 2·K]`` where ``around`` is gated.
         pad: tokens are made room for up to a multiple of this; what lies there is undefined.
         columns: scales as ``[ceil(K/128), M]``.
         fragment: tokens per block of the order of :mod:`.gluon`; 0: codes in plain order.
     """
-    tokens, in_features = x.shape
+    tokens, in_features = x.shape[0], x.shape[1] // (1 + around.gated)
     groups = group_count(in_features, _GROUP)
     room = triton.cdiv(tokens, pad) * pad
     codes = torch.empty(room, groups * _GROUP, dtype=torch.int8, device=x.device)
     scale = torch.empty((groups, room) if columns else (room, groups), dtype=torch.float32, device=x.device)
     per_program = 8 if groups > 4 else 4
     kernels.quantize_kernel[(tokens, triton.cdiv(groups, per_program))](
-        x, codes, scale, in_features, groups * _GROUP, groups, room, LEVELS=LEVELS[int(activation[1:])],
-        GB=per_program, FRAGMENT=fragment, COLUMNS=columns, num_warps=4,
+        x, around.norm_weight, codes, scale, in_features, groups * _GROUP, groups, room, around.epsilon,
+        LEVELS=LEVELS[int(activation[1:])], GB=per_program, FRAGMENT=fragment, COLUMNS=columns,
+        GATED=around.gated, NORM=around.norm_weight is not None, num_warps=4,
     )  # fmt: skip
     return codes, scale
 
@@ -214,29 +266,37 @@ def int8_config(tokens: int) -> dict[str, int]:
 Config = dict[str, int] | None
 
 
-def vector(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: str, config: Config = None) -> None:
+def vector(
+    x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: str, config: Config = None,
+    around: Around = ALONE,
+) -> None:  # fmt: skip
     """One token."""
     hi, lo, weight_scale = planes
-    codes, scale = quantize_activation(x, activation)
-    rows, in_features = hi.shape[0], x.shape[1]
+    codes, scale = quantize_activation(x, activation, around=around)
+    rows, in_features = hi.shape[0], x.shape[1] // (1 + around.gated)
     options: dict[str, Any] = config or vector_config(in_features)
     # The assembly reads 16 bytes at a time: every row of both planes must start on such a boundary.
     aligned = in_features % 64 == 0 and not INTERPRET and hi.data_ptr() % 16 == lo.data_ptr() % 16 == 0
     kernels.vector_kernel[(triton.cdiv(rows, options["BN"]),)](
-        codes.view(torch.int32), scale, hi.view(torch.int32), lo.view(torch.int32), weight_scale, bias, y, rows,
-        hi.shape[1] // 4, lo.shape[1] // 4, weight_scale.shape[1], in_features // _GROUP,
-        TAIL=in_features % _GROUP, BIAS=bias is not None, ASM=aligned, **options,
+        codes.view(torch.int32), scale, hi.view(torch.int32), lo.view(torch.int32), weight_scale, bias,
+        around.residual, y, rows, hi.shape[1] // 4, lo.shape[1] // 4, weight_scale.shape[1], in_features // _GROUP,
+        TAIL=in_features % _GROUP, BIAS=bias is not None, RESIDUAL=around.residual is not None, ASM=aligned, **options,
     )  # fmt: skip
 
 
-def narrow(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: str, config: Config = None) -> None:
+def narrow(
+    x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: str, config: Config = None,
+    around: Around = ALONE,
+) -> None:  # fmt: skip
     """One token of few channels."""
     hi, lo, weight_scale = planes
-    (rows, groups), in_features = weight_scale.shape, x.shape[1]
+    (rows, groups), in_features = weight_scale.shape, x.shape[1] // (1 + around.gated)
     options = config or narrow_config(groups)
     kernels.narrow_kernel[(triton.cdiv(rows, options["BN"]),)](
-        x, hi, lo, weight_scale, bias, y, rows, in_features, hi.shape[1], lo.shape[1], groups,
-        LEVELS=LEVELS[int(activation[1:])], TAIL=in_features % _GROUP, BIAS=bias is not None, **options,
+        x, around.norm_weight, hi, lo, weight_scale, bias, around.residual, y, rows, in_features, hi.shape[1],
+        lo.shape[1], groups, around.epsilon, LEVELS=LEVELS[int(activation[1:])], TAIL=in_features % _GROUP,
+        BIAS=bias is not None, RESIDUAL=around.residual is not None, GATED=around.gated,
+        NORM=around.norm_weight is not None, **options,
     )  # fmt: skip
 
 

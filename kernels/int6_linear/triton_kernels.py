@@ -27,21 +27,57 @@ def _round_to(x, scale):
     return tl.where(scale == 0.0, 0.0, (ratio + 12582912.0) - 12582912.0)
 
 
+@triton.jit
+def _gated(x_ptr, place, K, inside):
+    """``silu(gate) · up`` of a row ``[gate | up]``, rounded where the two ops would round."""
+    gate = tl.load(x_ptr + place, mask=inside, other=0.0)
+    up = tl.load(x_ptr + K + place, mask=inside, other=0.0).to(tl.float32)
+    wide = gate.to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+    return (silu * up).to(gate.dtype).to(tl.float32)
+
+
+@triton.jit
+def _normed(x_ptr, norm_ptr, x, root, place, inside):
+    """``x · root · weight``, rounded to the row's type."""
+    weight = tl.load(norm_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    return (x * root * weight).to(x_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _inverse_root(total, K, epsilon):
+    """1/√(mean + ε) of a row whose squares sum up to ``total``."""
+    return 1.0 / tl.sqrt_rn(total / K + epsilon)
+
+
 @triton.jit(do_not_specialize=["M_PAD"])
 def quantize_kernel(
-    x_ptr, codes_ptr, scale_ptr, K, K_PAD, G, M_PAD,
+    x_ptr, norm_ptr, codes_ptr, scale_ptr, K, K_PAD, G, M_PAD, epsilon,
     LEVELS: tl.constexpr, GB: tl.constexpr, FRAGMENT: tl.constexpr, COLUMNS: tl.constexpr,
+    GATED: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Dynamic symmetric codes of GB groups of one token; columns past K are written as 0.
 
     With FRAGMENT, codes are stored as :mod:`.gluon` reads them, ``[M_PAD / FRAGMENT, G, FRAGMENT, 128]``: slices of
-    a group in the order 0, 2, 1, 3. COLUMNS stores the scales as ``[G, M_PAD]`` instead of ``[M, G]``.
+    a group in the order 0, 2, 1, 3. COLUMNS stores the scales as ``[G, M_PAD]`` instead of ``[M, G]``. GATED: rows
+    are ``[gate | up]``, of which ``silu(gate) · up`` is quantized; NORM: their RMS norm is.
     """
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GB + tl.arange(0, GB)
     inner = tl.arange(0, 128)[None, :]
     k = group[:, None] * 128 + inner
-    x = tl.load(x_ptr + token * K + k, mask=k < K, other=0.0).to(tl.float32)
+    row = x_ptr + token * K
+    if GATED:
+        x = _gated(row + token * K, k, K, k < K)
+    else:
+        x = tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)
+    if NORM:
+        square = tl.zeros([1024], tl.float32)
+        for start in range(0, K, 1024):
+            at = start + tl.arange(0, 1024)
+            part = tl.load(row + at, mask=at < K, other=0.0).to(tl.float32)
+            square += part * part
+        x = _normed(x_ptr, norm_ptr, x, _inverse_root(tl.sum(square, 0), K, epsilon), k, k < K)
     absmax = tl.max(tl.abs(x), axis=1)
     scale = tl.div_rn(absmax, tl.full([GB], LEVELS, tl.float32))
     codes = _round_to(x, scale[:, None])
@@ -55,6 +91,17 @@ def quantize_kernel(
     tl.store(codes_ptr + place, codes.to(tl.int8), mask=k < K_PAD)
     where = group * M_PAD + token if COLUMNS else token * G + group
     tl.store(scale_ptr + where, scale, mask=group < G)
+
+
+@triton.jit
+def _store_row(y_ptr, bias_ptr, residual_ptr, y, rows, N, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):
+    """One token's outputs, rounded; what is added to them rounds once more."""
+    if BIAS:
+        y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+        y += tl.load(residual_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
 
 
 @triton.jit
@@ -102,8 +149,9 @@ def _dot_words(hi, lo, a, inside, WORDS: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])
 def vector_kernel(
-    a_ptr, sa_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, y_ptr, N, HI_WORDS, LO_WORDS, G, FULL,
-    TAIL: tl.constexpr, BN: tl.constexpr, HALVES: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr,
+    a_ptr, sa_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, residual_ptr, y_ptr, N, HI_WORDS, LO_WORDS, G, FULL,
+    TAIL: tl.constexpr, BN: tl.constexpr, HALVES: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """One token. A tile is BN rows by HALVES half groups (64 weights each); pointers are to 32-bit words.
 
@@ -143,17 +191,16 @@ def vector_kernel(
         else:
             part = _dot_words(hi, lo, a, rows >= 0, TAIL // 16, TAIL // 16)
         y += part.to(tl.float32) * (tl.load(sa_ptr + last) * tl.load(sw_ptr + row * G + last).to(tl.float32))
-    y *= 0.25
-    if BIAS:
-        y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
+    _store_row(y_ptr, bias_ptr, residual_ptr, y * 0.25, rows, N, BIAS, RESIDUAL)
 
 
 @triton.jit
-def _narrow_slice(x_ptr, place, inside):
-    """A slice of each group, its largest magnitude, and whether it holds NaN (which max() drops)."""
-    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    return x, tl.max(tl.abs(x), axis=1), tl.max((x != x).to(tl.int32), axis=1)
+def _narrow_slice(x_ptr, place, K, inside, GATED: tl.constexpr):
+    """A slice of each group."""
+    if GATED:
+        return _gated(x_ptr, place, K, inside)
+    else:
+        return tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -165,38 +212,48 @@ def _narrow_part(hi, lo, x, scale, SLICE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])
 def narrow_kernel(
-    x_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, y_ptr, N, K, HI_BYTES, LO_BYTES, G,
+    x_ptr, norm_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, residual_ptr, y_ptr, N, K, HI_BYTES, LO_BYTES, G, epsilon,
     LEVELS: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, GB: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """One token of at most GB groups by BN rows; every program quantizes the token itself, which saves a launch."""
+    """One token of at most GB groups by BN rows; every program quantizes the token itself, which saves a launch, and
+    what NORM and GATED (see :func:`quantize_kernel`) put before that another one.
+    """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(rows, N - 1).to(tl.int64)[:, None, None]  # rows past the end are read and never stored
     group, lane = tl.arange(0, GB), tl.arange(0, 32)[None, :]
     quarter = tl.where(group * 128 + 128 <= K, 32, TAIL // 4)[:, None]
     inside = (group < G)[:, None] & (lane < quarter)
     place = group[:, None] * 128 + lane
-    x0, most0, bad0 = _narrow_slice(x_ptr, place, inside)
-    x1, most1, bad1 = _narrow_slice(x_ptr, place + quarter, inside)
-    x2, most2, bad2 = _narrow_slice(x_ptr, place + 2 * quarter, inside)
-    x3, most3, bad3 = _narrow_slice(x_ptr, place + 3 * quarter, inside)
-    most = tl.maximum(tl.maximum(most0, most1), tl.maximum(most2, most3))
-    scale = tl.div_rn(most, tl.full([GB], LEVELS, tl.float32))
+    # The weights don't wait for the token.
     hi = hi_ptr + row * HI_BYTES + (group[:, None] * 64 + lane)[None, :, :]
     within = inside[None, :, :] & (row >= 0)
     first = tl.load(hi, mask=within, other=0).to(tl.int32)
     second = tl.load(hi + quarter[None, :, :], mask=within, other=0).to(tl.int32)
     low = tl.load(lo_ptr + row * LO_BYTES + (group[:, None] * 32 + lane)[None, :, :], mask=within, other=0)
     low = low.to(tl.int32)
+    line = tl.minimum(rows, N - 1).to(tl.int64)[:, None] * G + group[None, :]
+    weight_scale = tl.load(sw_ptr + line, mask=(group < G)[None, :] & (line >= 0), other=0.0).to(tl.float32)
+    x0 = _narrow_slice(x_ptr, place, K, inside, GATED)
+    x1 = _narrow_slice(x_ptr, place + quarter, K, inside, GATED)
+    x2 = _narrow_slice(x_ptr, place + 2 * quarter, K, inside, GATED)
+    x3 = _narrow_slice(x_ptr, place + 3 * quarter, K, inside, GATED)
+    if NORM:
+        root = _inverse_root(tl.sum(tl.sum(x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3, 1), 0), K, epsilon)
+        x0 = _normed(x_ptr, norm_ptr, x0, root, place, inside)
+        x1 = _normed(x_ptr, norm_ptr, x1, root, place + quarter, inside)
+        x2 = _normed(x_ptr, norm_ptr, x2, root, place + 2 * quarter, inside)
+        x3 = _normed(x_ptr, norm_ptr, x3, root, place + 3 * quarter, inside)
+    most = tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3)))
+    scale = tl.div_rn(tl.max(most, axis=1), tl.full([GB], LEVELS, tl.float32))
+    # max() drops NaN, see quantize_kernel.
+    bad = ((x0 != x0) | (x1 != x1) | (x2 != x2) | (x3 != x3)).to(tl.int32)
     # Masked weights are −32; the masked activations beside them are 0.
     part = _narrow_part(first, low, x0, scale, 0) + _narrow_part(first, low, x1, scale, 1)
     part += _narrow_part(second, low, x2, scale, 2) + _narrow_part(second, low, x3, scale, 3)
-    scale = tl.where(bad0 + bad1 + bad2 + bad3 != 0, float("nan"), scale)
-    line = tl.minimum(rows, N - 1).to(tl.int64)[:, None] * G + group[None, :]
-    weight_scale = tl.load(sw_ptr + line, mask=(group < G)[None, :] & (line >= 0), other=0.0).to(tl.float32)
+    scale = tl.where(tl.max(bad, axis=1) != 0, float("nan"), scale)
     y = tl.sum(tl.sum(part, axis=2).to(tl.float32) * (scale[None, :] * weight_scale), axis=1)
-    if BIAS:
-        y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
+    _store_row(y_ptr, bias_ptr, residual_ptr, y, rows, N, BIAS, RESIDUAL)
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ...passes.graph import expression, target_of, value_of
+from ...passes.graph import expression, order_of, target_of, value_of
 from ...passes.op_kinds import CASTS
 
 LENGTHS = (1, 2, 9)
@@ -29,8 +29,11 @@ class Lowered:
     features: int = 0
     gates: int = 0
     norms: int = 0
-    joined: int = 0  # packed layers that became rows of another one
+    joined: int = 0  # linear layers that became rows of another one
+    inputs: int = 0  # linear attentions whose features and gate became one op
+    layers: int = 0  # packed layers that took a norm, a gated product or a sum in
     kept: dict[str, str] = field(default_factory=dict)
+    proofs: dict[Any, str] = field(default_factory=dict)  # by form, as a model's layers are alike: "" or why not
 
     def summary(self) -> str:
         """One line for users."""
@@ -38,7 +41,10 @@ class Lowered:
         if self.norms:
             text += f", {self.norms} norms too"
         if self.joined:
-            text += f"; {self.joined} packed layers were joined to others of the same input"
+            text += f"; {self.joined} linear layers were joined to others of the same input"
+        if self.inputs or self.layers:
+            text += f"; for one token, {self.inputs} sites' inputs and {self.layers} packed layers with what is"
+            text += " beside them take one kernel each"
         if self.kept:
             first = next(iter(self.kept))
             text += f"; {len(self.kept)} stay as they are ('{first}': {self.kept[first]})"
@@ -51,7 +57,8 @@ class Match:
 
     ``leaves`` are by name, in the op's order, None where absent; the first is the tensor ``[B, …, T, …]`` whose axes
     ``batch`` and ``time`` are. ``call`` takes the leaves (nodes or tensors) to the op's arguments. ``casts``: whether
-    the chain's casts are part of what the op computes; without, they only say where it rounds.
+    the chain's casts are part of what the op computes; without, they only say where it rounds. ``packed``: places of
+    leaves that stay of their type, since their bits mean something.
     """
 
     op: Any
@@ -60,6 +67,7 @@ class Match:
     call: Callable[..., tuple[Any, ...]]
     time: int
     casts: bool = True
+    packed: tuple[int, ...] = ()
 
 
 def node_of(item: Any) -> Node:
@@ -115,8 +123,11 @@ def _random_leaves(match: Match, length: int, generator: torch.Generator) -> lis
         return int(sizes[str(expression(dim))] if str(expression(dim)) in sizes else expression(dim))
 
     values: list[Tensor | None] = []
-    for leaf in match.leaves:
+    for index, leaf in enumerate(match.leaves):
         fake = value_of(leaf)
+        if leaf is not None and leaf in match.leaves[:index]:
+            values.append(values[match.leaves.index(leaf)])
+            continue
         if leaf is None:
             values.append(None)
             continue
@@ -126,9 +137,44 @@ def _random_leaves(match: Match, length: int, generator: torch.Generator) -> lis
             shape = [size(dim) for dim in fake.shape]
         except TypeError:
             raise Mismatch(f"'{leaf.name}' has a size of its own") from None
+        if index in match.packed and fake.dtype == torch.uint8:
+            values.append(torch.randint(256, shape, generator=generator, dtype=torch.uint8))
+            continue
         random = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if index in match.packed:
+            random = random.to(fake.dtype)
         values.append(random > 0 if fake.dtype == torch.bool else random)
     return values
+
+
+def _form(match: Match) -> Any:
+    """What a proof depends on: the chain with its leaves as numbers, and their shapes."""
+    names: dict[Node, Any] = {}
+    for index, leaf in enumerate(match.leaves):
+        if leaf is not None and leaf not in names:
+            names[leaf] = index
+    # One leaf in two places is another form than two leaves.
+    places = tuple(None if leaf is None else names[leaf] for leaf in match.leaves)
+    shapes = tuple(
+        (tuple(str(expression(dim)) for dim in fake.shape), str(fake.dtype)) if isinstance(fake, Tensor) else None
+        for fake in map(value_of, match.leaves)
+    )
+    pending = [output for output in match.outputs if output is not None][::-1]
+    lines: list[str] = []
+    while pending:
+        node = pending[-1]
+        missing = [item for item in node.all_input_nodes if item not in names]
+        if node in names:
+            pending.pop()
+        elif missing:
+            pending.extend(missing)
+        else:
+            args = torch.fx.map_arg((node.args, node.kwargs), lambda item: f"%{names[item]}")
+            names[pending.pop()] = len(match.leaves) + len(lines)
+            lines.append(f"{node.op} {node.target} {args}")
+    outputs = tuple(None if output is None else names[output] for output in match.outputs)
+    constants = str(match.call(*(None if leaf is None else f"%{names[leaf]}" for leaf in match.leaves)))
+    return match.op, places, shapes, tuple(lines), outputs, constants, match.time, match.casts, match.packed
 
 
 def evaluate_chain(root: Node, known: dict[Node, Tensor], casts: bool = True) -> Tensor:
@@ -164,29 +210,44 @@ def fuse(module: GraphModule, root: Node, rule: Callable[[Node], Match | None], 
         match = rule(root)
         if match is None:
             return False
-        prove(match)
+        form = _form(match)
+        if form not in report.proofs:
+            try:
+                prove(match)
+                report.proofs[form] = ""
+            except Mismatch as reason:
+                report.proofs[form] = str(reason)
+        if report.proofs[form]:
+            raise Mismatch(report.proofs[form])
+        put(module, match)
     except Mismatch as reason:
         report.kept[root.name] = str(reason)
         return False
-    put(module, match)
     return True
 
 
 def put(module: GraphModule, match: Match) -> None:
     """The op in the place of the chain, whose nodes are left without users."""
-    root = match.outputs[0]
-    assert root is not None
+    outputs = [output for output in match.outputs if output is not None]
+    order = order_of(module)
+    last = max((leaf for leaf in match.leaves if leaf is not None), key=order.__getitem__)
+    first = min((user for output in outputs for user in output.users), key=order.__getitem__, default=None)
+    if first is not None and order[first] <= order[last]:
+        raise Mismatch(f"'{first.name}' reads a part before '{last.name}' is there")
+    while last.next.op == "placeholder":
+        last = last.next
     fakes: Sequence[Any] = [value_of(output) for output in match.outputs]
-    with module.graph.inserting_before(root):
+    with module.graph.inserting_after(last):
         new = module.graph.call_function(match.op, match.call(*match.leaves))
-        if len(match.outputs) == 1:
-            new.meta["val"] = fakes[0]
-            root.replace_all_uses_with(new)
-            return
-        new.meta["val"] = tuple(fakes)
-        for index, output in enumerate(match.outputs):
-            if output is None:
-                continue
+    if len(match.outputs) == 1:
+        new.meta["val"] = fakes[0]
+        outputs[0].replace_all_uses_with(new)
+        return
+    new.meta["val"] = tuple(fakes)
+    for index, output in reversed(list(enumerate(match.outputs))):
+        if output is None:
+            continue
+        with module.graph.inserting_after(new):
             item = module.graph.call_function(operator.getitem, (new, index))
-            item.meta["val"] = fakes[index]
-            output.replace_all_uses_with(item)
+        item.meta["val"] = fakes[index]
+        output.replace_all_uses_with(item)

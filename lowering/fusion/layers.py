@@ -1,4 +1,4 @@
-"""Between the linear attentions: norms as one op each, and packed linears of one input as one.
+"""Between the linear attentions: norms as one op each, and linear layers of one input as one.
 
 A step of one token is bound by the number of kernels: a norm written out is seven, and q, k and v read the same input.
 """
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ...kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompile)
 from ...passes.graph import (
     Builder,
-    argument,
     aten,
     finish,
     get_attribute,
@@ -23,13 +23,14 @@ from ...passes.graph import (
     set_tensor,
     target_of,
     tensor_of,
+    value_of,
 )
 from ...passes.op_kinds import CASTS
-from ...passes.program import is_lincompile_op
 from .chains import Lowered, Match, Mismatch, fuse, input_of, node_of
 
 ops = torch.ops.lincompile
-_PLANES = {"int6_linear": 3, "int8_linear": 2}
+# How many stored tensors follow a layer's input: of its weight, and its bias.
+_TENSORS = {aten.linear.default: 2, ops.int6_linear.default: 4, ops.int8_linear.default: 3}
 
 
 def fuse_norms(module: GraphModule, report: Lowered) -> None:
@@ -94,23 +95,49 @@ def _only_user(node: Node) -> Node:
     return next(iter(node.users))
 
 
-def join_packed(module: GraphModule, report: Lowered) -> None:
-    """Makes packed linears that read the same input one layer with the rows of all, in place.
+def merge_masks(module: GraphModule) -> None:
+    """Computes every bool tensor once, in place: each site makes its own mask of the one that came in.
+
+    Only those: which op may be merged with its like depends on what it is, and these are all that repeats.
+    """
+    known: dict[Any, Node] = {}
+    for node in list(module.graph.nodes):
+        fake = value_of(node)
+        if node.op != "call_function" or not isinstance(fake, Tensor) or fake.dtype != torch.bool:
+            continue
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags:
+            continue
+        # By how they are written: 1, 1.0 and True are equal, but ask for different types.
+        key = node.target, repr(node.args), repr(node.kwargs)
+        if key in known:
+            node.replace_all_uses_with(known[key])
+        else:
+            known[key] = node
+    finish(module)
+
+
+def join_layers(module: GraphModule, report: Lowered) -> None:
+    """Makes linear layers that read the same input one layer with the rows of all, in place.
 
     The layers' own tensors, which other graphs may share, become views of the joined ones: nothing is stored twice.
     """
-    for name, planes in _PLANES.items():
+    for op, tensors in _TENSORS.items():
         alike: dict[Any, list[Node]] = defaultdict(list)
         for node in module.graph.nodes:
-            if is_lincompile_op(node, name) and all(map(_stored, node.args[1 : planes + 2])):
-                kinds = tuple(item and tensor_of(item).dtype for item in node.args[1 : planes + 2])
-                options = (argument(node, planes + 2, "group_size"), argument(node, planes + 3, "activation"))
-                alike[node.args[0], kinds, options].append(node)
+            if target_of(node) is op and all(map(_stored, args := _tensors(node, tensors))):
+                kinds = tuple(item and tensor_of(item).dtype for item in args)
+                alike[node.args[0], kinds, tuple(node.args[tensors + 1 :])].append(node)
         for (_, _, options), nodes in alike.items():
             if 1 < len(nodes) == len({_path(node, 1) for node in nodes}):
-                _join(module, getattr(ops, name).default, nodes, planes, options)
+                _join(module, op, nodes, tensors, options)
                 report.joined += len(nodes) - 1
     finish(module)
+
+
+def _tensors(node: Node, count: int) -> list[Any]:
+    """A layer's stored tensors: weights, scales where it has some, and bias or None."""
+    return [node.args[index] if index < len(node.args) else None for index in range(1, count + 1)]
 
 
 def _path(node: Node, index: int) -> str:
@@ -121,11 +148,11 @@ def _stored(item: Any) -> bool:
     return item is None or (isinstance(item, Node) and item.op == "get_attr")
 
 
-def _join(module: GraphModule, op: Any, nodes: list[Node], planes: int, options: tuple[Any, ...]) -> None:
+def _join(module: GraphModule, op: Any, nodes: list[Node], tensors: int, options: tuple[Any, ...]) -> None:
     make = Builder(module, nodes[0])
     joined: list[Node | None] = []
-    for index in range(1, planes + 2):
-        if nodes[0].args[index] is None:
+    for index, item in enumerate(_tensors(nodes[0], tensors), 1):
+        if item is None:
             joined.append(None)
             continue
         paths = [_path(node, index) for node in nodes]

@@ -30,7 +30,7 @@ def fuse_stages(module: GraphModule) -> Lowered:
         for root, rule in rules:
             if not isinstance(root, Node):
                 continue
-            fused = fuse(module, _past_cast(root), rule, report)
+            fused = fuse(module, past_cast(root), rule, report)
             if rule is match_features:
                 report.features += fused
             else:
@@ -140,7 +140,8 @@ def _attribute(node: Node, what: str) -> Node:
     return node
 
 
-def _past_cast(node: Node) -> Node:
+def past_cast(node: Node) -> Node:
+    """The node, or what it casts."""
     return input_of(node) if target_of(node) is aten.to.dtype and isinstance(node.args[0], Node) else node
 
 

@@ -58,11 +58,17 @@ def _projection(module: GraphModule) -> Node | None:
     while isinstance(node, Node):
         if target_of(node) is aten.linear.default or op_name(node) == "int6_linear":
             return node
+        if op_name(node) == "int6_layer" and _residual(node) is None:
+            return node
         if target_of(node) not in POINTWISE | CASTS | SAME:
             return None
         inputs = [item for item in node.all_input_nodes if item.op != "get_attr"]
         node = inputs[0] if len(inputs) == 1 else None
     return None
+
+
+def _residual(node: Node) -> Any:
+    return argument(node, 4, "residual")
 
 
 def _alone(module: GraphModule, projection: Node) -> set[Node]:
@@ -82,6 +88,10 @@ def _treats_tokens_alone(node: Node, projection: Node) -> bool:
         if target in _NORMS and len(argument(node, 1, "normalized_shape")) != 1:
             return False
         return _is_rows(node.args[0], projection) and all(item.op == "get_attr" for item in inputs[1:])
+    if op_name(node) == "int6_layer":
+        rows = [item for item in (node.args[0], _residual(node)) if item is not None]
+        stored = [item for item in inputs if item not in rows]
+        return all(_is_rows(item, projection) for item in rows) and all(item.op == "get_attr" for item in stored)
     if target is aten.slice.Tensor:  # of channels
         return argument(node, 1, "dim", 0) in (-1, 2)
     if target is aten.mean.dim:

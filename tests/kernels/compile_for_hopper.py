@@ -143,6 +143,23 @@ def sliding() -> None:
         kernels.backward(kernels.forward(q, k, k, *options), q, k, k, *options)
 
 
+def inputs() -> None:
+    from lincompile.kernels.lawcat_inputs import triton as kernels
+
+    for heads, kv_heads, dim, width in ((9, 3, 64, 576), (32, 8, 128, 4096)):
+        for dtype in (BF16, torch.float32):
+            sides: list[torch.Tensor] = []
+            for count in (heads, kv_heads):
+                sides += [torch.zeros(2, 1, count, dim, dtype=dtype).transpose(1, 2)]
+                sides += [torch.zeros(count * dim, 4, dtype=dtype), torch.zeros(2, count * dim, 3, dtype=dtype)]
+                sides += [torch.zeros(kv_heads, dim, dim, dtype=dtype), torch.zeros(kv_heads, 1, dim, dtype=dtype)]
+            rows = kv_heads * 2 * dim
+            gate = torch.zeros(16, width, dtype=dtype), torch.zeros(rows, 16, dtype=dtype), torch.zeros(rows)
+            for norm in (None, torch.ones(width, dtype=dtype)):
+                x, mask = torch.zeros(2, 1, width, dtype=dtype), torch.ones(2, 1, dtype=torch.bool)
+                kernels.forward(*sides, x, norm, *gate, mask, 1e-5, kv_heads, 16.0)  # type: ignore[arg-type]
+
+
 def int6() -> None:
     from lincompile.kernels.int6_linear import pack
     from lincompile.kernels.int6_linear import triton as int6_linear
@@ -152,11 +169,19 @@ def int6() -> None:
     for tokens, name in ((1, "vector"), (1, "narrow"), (16, "few"), (31, "few"), (31, "small"), (300, "large")):
         y = torch.zeros(tokens, 300, dtype=BF16)
         getattr(int6_linear, name)(torch.zeros(tokens, 1024, dtype=BF16), planes, torch.zeros(300), y, "a8")
+    for gated, norm, residual in ((False, True, False), (False, False, True), (True, False, True)):
+        around = int6_linear.Around(
+            torch.ones(1024, dtype=BF16) if norm else None, 1e-5, gated,
+            torch.zeros(1, 300, dtype=BF16) if residual else None,
+        )  # fmt: skip
+        x, y = torch.zeros(1, 1024 * (1 + gated), dtype=BF16), torch.zeros(1, 300, dtype=BF16)
+        for launch in (int6_linear.vector, int6_linear.narrow):
+            launch(x, planes, None, y, "a8", around=around)
     for tokens in (1, 60):
         int8 = torch.zeros(300, 1024, dtype=torch.int8), planes[2]
         launch = int6_linear.vector_bytes if tokens == 1 else int6_linear.large_bytes
         launch(torch.zeros(tokens, 1024, dtype=BF16), int8, None, torch.zeros(tokens, 300, dtype=BF16), "a8")
 
 
-PARTS = (stages, attention, forms, small, sliding, int6)
+PARTS = (stages, attention, forms, small, sliding, inputs, int6)
 {part.__name__: part for part in PARTS}[sys.argv[1]]()

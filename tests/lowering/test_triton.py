@@ -110,7 +110,7 @@ def test_target_triton_says_what_it_did_and_keeps_the_artefact_plain(tmp_path: P
     module, example = zoo.build("nanogpt")
     compiled = lincompile.compile(module, example=example, attn="lawcat", target="triton")
     assert any("4 feature chains and 2 gates became one op each" in note for note in compiled.notes)
-    assert "lincompile.hedgehog_features.default" in counts(compiled.session.program)
+    assert "lincompile.lawcat_inputs.default" in counts(compiled.session.program)
     artefact = open_artefact(compiled.save(tmp_path / "out"))
     assert "lincompile.hedgehog_features.default" not in counts(artefact.step)
     lowered, report = lowering.lower(artefact.step)

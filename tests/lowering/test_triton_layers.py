@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lincompile
 from lincompile.lowering.fusion.chains import Lowered
-from lincompile.lowering.fusion.layers import fuse_norms, join_packed
+from lincompile.lowering.fusion.layers import fuse_norms, join_layers
 from lincompile.lowering.generate import Session
 from lincompile.lowering.package import open_artefact
 from lincompile.lowering.triton import lower
@@ -54,18 +54,22 @@ def test_a_llama(quant: str, op: str, tmp_path: Path) -> None:
     assert (report.norms, report.joined, report.kept) == (5, 0, {})
     torch.testing.assert_close(outputs(plain), before, rtol=1e-4, atol=1e-5)
 
-    joined, report = lower(compiled.step, join=True)
+    joined, report = lower(compiled.step, decoding=True)
     assert (report.norms, report.joined, report.kept) == (5, 6, {})  # of each layer q, k, v and gate, up
     after = counts(joined)
-    assert after["aten.rms_norm.default"] == 5 and "aten.rsqrt.default" not in after
+    assert "aten.rsqrt.default" not in after and after["lincompile.lawcat_inputs.default"] == report.inputs == 2
     layers = f"lincompile.{op}.default"
-    assert after[layers] == names[layers] - 6
-    assert "5 norms too; 6 packed layers were joined to others of the same input" in report.summary()
+    if op == "int6_linear":  # 4 a layer; the last norm's reader is the float head
+        assert (after["lincompile.int6_layer.default"], after[layers], after["aten.rms_norm.default"]) == (8, 0, 1)
+    else:
+        assert (after[layers], after["aten.rms_norm.default"]) == (names[layers] - 6, 5)
+    assert "5 norms too; 6 linear layers were joined to others of the same input" in report.summary()
+    assert f"2 sites' inputs and {report.layers} packed layers" in report.summary()
     torch.testing.assert_close(outputs(joined), before, rtol=1e-4, atol=1e-5)
 
     assert counts(compiled.step) == names and stored(compiled.step) == size
     torch.testing.assert_close(outputs(compiled.step), before, rtol=0, atol=0)
-    lower(compiled.step, join=True)
+    lower(compiled.step, decoding=True)
     assert stored(compiled.step) == stored(joined) == size, "what is joined already isn't copied again"
 
     last = last_token_only(joined)
@@ -88,7 +92,7 @@ def test_a_tied_table_is_joined_to_nothing() -> None:
         module.model.lm_head.weight = module.model.model.embed_tokens.weight
     compiled = lincompile.compile(module, example=example, attn="lawcat", quant="w6a8", quant_embeddings=True)
     before = outputs(compiled.step)
-    torch.testing.assert_close(outputs(lower(compiled.step, join=True)[0]), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(lower(compiled.step, decoding=True)[0]), before, rtol=1e-4, atol=1e-5)
 
 
 class Norm(nn.Module):
@@ -189,6 +193,6 @@ def test_only_layers_alike_are_joined() -> None:
     want = module(x)
     program = lincompile.capture(module, {"x": x})
     report = Lowered()
-    join_packed(program.graph_module, report)
+    join_layers(program.graph_module, report)
     assert report.joined == 1, "q and k; not the one without bias, nor those of other inputs"
     torch.testing.assert_close(program(x), want, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,109 @@
+"""``torch.ops.lincompile.lawcat_inputs``: schema, checks, fake. Shapes: ``docs/architecture.md``.
+
+It appears in graphs lowered for a GPU and has no gradient: one token takes one kernel there instead of eight; several
+take the ops it is defined by.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from ..decay_gate.op import decay_gate
+from ..first_use import serving
+from ..hedgehog_features.op import hedgehog_features
+from ..registration import backend, without_autocast
+from ..shapes import require, require_rank, require_same_device, require_shape
+from . import reference
+
+_SCHEMA = (
+    "(Tensor q, Tensor conv_q, Tensor state_q, Tensor map_q, Tensor bias_q, Tensor k, Tensor conv_k, Tensor state_k,"
+    " Tensor map_k, Tensor bias_k, Tensor x, Tensor? norm_weight, Tensor down, Tensor up, Tensor gate_bias,"
+    " Tensor? mask, float eps, int kv_heads, float temperature) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# As ``first_use`` reads them.
+_FEATURES = ("b.t.", "..", "b..", "...", "...")
+_LAYOUTS = (*_FEATURES, *_FEATURES, "bt.", ".", "..", "..", ".", "bt")
+
+
+def _check(
+    q: Tensor, conv_q: Tensor, state_q: Tensor, map_q: Tensor, bias_q: Tensor,
+    k: Tensor, conv_k: Tensor, state_k: Tensor, map_k: Tensor, bias_k: Tensor,
+    x: Tensor, norm_weight: Tensor | None, down: Tensor, up: Tensor, gate_bias: Tensor, mask: Tensor | None,
+    eps: float, kv_heads: int, temperature: float,
+) -> None:  # fmt: skip
+    op = "lawcat_inputs"
+    sides = (("q", q, conv_q, state_q, map_q, bias_q), ("k", k, conv_k, state_k, map_k, bias_k))
+    for side, tensor, conv, state, weight, bias in sides:
+        require_rank(op, side, tensor, "[B, H, T, D]")
+        batch, heads, _, dim = tensor.shape
+        require_rank(op, f"conv_{side}", conv, "[H * D, W]")
+        taps = conv.shape[1]
+        require_shape(op, f"conv_{side}", conv, "[H * D, W]", (heads * dim, taps))
+        require_shape(op, f"state_{side}", state, "[B, H * D, W - 1]", (batch, heads * dim, taps - 1))
+        maps = weight.shape[0]
+        require(maps > 0 and heads % maps == 0, op, f"{heads} heads of {side} don't divide into {maps} maps")
+        require_shape(op, f"map_{side}", weight, "[M, D, D]", (maps, dim, dim))
+        require_shape(op, f"bias_{side}", bias, "[M, 1, D]", (maps, 1, dim))
+    require(kv_heads == k.shape[1], op, f"kv_heads must be the heads of k, {k.shape[1]}, got {kv_heads}")
+    require(temperature > 0, op, f"temperature must be above 0, got {temperature}")
+    require_shape(op, "x", x, "[B, T, C]", (q.shape[0], q.shape[2], x.shape[-1]))
+    require(k.shape[0] == q.shape[0] and k.shape[2] == q.shape[2], op, "q and k must be of the same tokens")
+    require_rank(op, "down", down, "[R, C]")
+    require_shape(op, "down", down, "[R, C]", (down.shape[0], x.shape[2]))
+    require_rank(op, "up", up, "[Hkv * F, R]")
+    rows = up.shape[0]
+    require(rows % kv_heads == 0, op, f"{rows} rows of up don't divide into {kv_heads} kv heads")
+    require_shape(op, "up", up, "[Hkv * F, R]", (rows, down.shape[0]))
+    require_shape(op, "gate_bias", gate_bias, "[Hkv * F]", (rows,))
+    require(q.dtype == k.dtype == x.dtype == down.dtype, op, "q, k, x and down must be of one type")
+    if norm_weight is not None:
+        require_shape(op, "norm_weight", norm_weight, "[C]", (x.shape[2],))
+    if mask is not None:
+        require_shape(op, "mask", mask, "[B, T]", (q.shape[0], q.shape[2]))
+        require(mask.dtype == torch.bool, op, f"mask must be bool (True = real token), got {mask.dtype}")
+    require_same_device(op, q, k=k, x=x, state_q=state_q, state_k=state_k, map_q=map_q, down=down, up=up, mask=mask)
+
+
+@custom_op("lincompile::lawcat_inputs", mutates_args=(), schema=_SCHEMA)
+@without_autocast
+def lawcat_inputs(
+    q: Tensor, conv_q: Tensor, state_q: Tensor, map_q: Tensor, bias_q: Tensor,
+    k: Tensor, conv_k: Tensor, state_k: Tensor, map_k: Tensor, bias_k: Tensor,
+    x: Tensor, norm_weight: Tensor | None, down: Tensor, up: Tensor, gate_bias: Tensor, mask: Tensor | None,
+    eps: float, kv_heads: int, temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Features ``[B, H, T, 2·D]`` and ``[B, Hkv, T, 2·D]``, log_decay ``[B, Hkv, T, F]``, both convolutions' states."""
+    args = (
+        q, conv_q, state_q, map_q, bias_q, k, conv_k, state_k, map_k, bias_k, x, norm_weight, down, up, gate_bias,
+        mask, eps, kv_heads, temperature,
+    )  # fmt: skip
+    _check(*args)
+    kernels = backend("lawcat_inputs", q)
+    if kernels is not None and serving("lawcat_inputs", kernels, reference, "forward", _LAYOUTS, args, args) is kernels:
+        found = kernels.forward(*args)
+    else:
+        found = reference.forward(*args, features=hedgehog_features, gate=decay_gate)
+    feature_q, feature_k, log_decay, end_q, end_k = found
+    return feature_q, feature_k, log_decay, end_q, end_k
+
+
+@lawcat_inputs.register_fake
+def _(
+    q: Tensor, conv_q: Tensor, state_q: Tensor, map_q: Tensor, bias_q: Tensor,
+    k: Tensor, conv_k: Tensor, state_k: Tensor, map_k: Tensor, bias_k: Tensor,
+    x: Tensor, norm_weight: Tensor | None, down: Tensor, up: Tensor, gate_bias: Tensor, mask: Tensor | None,
+    eps: float, kv_heads: int, temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _check(
+        q, conv_q, state_q, map_q, bias_q, k, conv_k, state_k, map_k, bias_k, x, norm_weight, down, up, gate_bias,
+        mask, eps, kv_heads, temperature,
+    )  # fmt: skip
+    return (
+        q.new_empty(*q.shape[:3], 2 * q.shape[3]),
+        k.new_empty(*k.shape[:3], 2 * k.shape[3]),
+        x.new_empty(x.shape[0], kv_heads, x.shape[1], up.shape[0] // kv_heads),
+        q.new_empty(state_q.shape),
+        k.new_empty(state_k.shape),
+    )
