@@ -18,6 +18,7 @@ from torch.nn import functional
 DTYPE = torch.bfloat16
 # Tokens that a static cache has room for while it is timed, which is more than timing takes.
 SPARE = 192
+EPSILON = 1e-6  # of the norms
 
 
 @dataclass(frozen=True)
@@ -219,19 +220,21 @@ class Layer(nn.Module):
             size = (batch, shape.kv_heads, context, shape.head_dim)
             self.register_buffer(name, torch.randn(size, device="cuda", dtype=DTYPE), persistent=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
-        h = functional.rms_norm(x, (self.shape.hidden,), self.norms[0])
-        q, k, v = (
-            part.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2) for part in self.qkv(h).split(self.sizes, -1)
-        )
+    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
+        """The heads' outputs side by side, of all projections side by side."""
+        q, k, v = (part.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2) for part in qkv.split(self.sizes, -1))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if not self.prefill:
             self.keys.index_copy_(2, position, k)
             self.values.index_copy_(2, position, v)
             k, v = self.keys, self.values
         o = functional.scaled_dot_product_attention(q, k, v, is_causal=self.prefill, enable_gqa=True)
-        x = x + self.o_proj(o.transpose(1, 2).flatten(2))
-        gate, up = self.gate_up(functional.rms_norm(x, (self.shape.hidden,), self.norms[1])).chunk(2, dim=-1)
+        return o.transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
+        h = functional.rms_norm(x, (self.shape.hidden,), self.norms[0], EPSILON)
+        x = x + self.o_proj(self.attend(self.qkv(h), cos, sin, position))
+        gate, up = self.gate_up(functional.rms_norm(x, (self.shape.hidden,), self.norms[1], EPSILON)).chunk(2, dim=-1)
         out: Tensor = x + self.down(functional.silu(gate) * up)
         return out
 

@@ -7,7 +7,8 @@ by ``lincompile.quantize_``, so that no more than one layer is ever there in bf1
 and v in one linear, gate and up in one, ``torch.compile`` around a layer, one CUDA graph around a token. Decoding is
 greedy, one sequence, over a full key-value cache of ``--context`` positions. An untied output head is quantized too; a
 tied one, like every embedding, stays bf16, except in the arm ``int6 embeddings``, where one copy of the planes serves
-both.
+both. In the arms ``int6`` and ``int6 embeddings`` norms, gated products and sums are part of the packed layers, as the
+compiler's lowering for GPUs makes them (``int6_layer``); in ``int6 apart`` they are left to ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from end_to_end_arms import DTYPE, Layer, Shape
+from end_to_end_arms import DTYPE, EPSILON, Layer, Shape
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,7 +30,8 @@ from lincompile import W6A8, W8A8, quantize_
 from lincompile.kernels.int6_linear import codes, pack
 
 EMBEDDINGS = "int6 embeddings"
-ARMS = {"bf16": None, "w8a8": W8A8(), "int6": W6A8(), EMBEDDINGS: W6A8()}
+APART = "int6 apart"
+ARMS = {"bf16": None, "w8a8": W8A8(), APART: W6A8(), "int6": W6A8(), EMBEDDINGS: W6A8()}
 
 
 SHAPES = [
@@ -52,6 +54,8 @@ class Model(nn.Module):
         parts: list[nn.Module] = []
         for _ in range(shape.layers):
             parts.append(packed(Layer(shape, 1, context), arm))
+            if ARMS[arm] is not None and arm not in ("w8a8", APART):
+                parts[-1] = Whole(parts[-1])
             if compiled:
                 parts[-1].compile(fullgraph=True, dynamic=False)
         self.blocks = nn.ModuleList(parts)
@@ -71,6 +75,30 @@ class Model(nn.Module):
         else:
             logits = F.linear(x, self.embedding.weight)
         return logits.argmax(dim=-1)
+
+
+class Whole(nn.Module):
+    """A packed :class:`Layer` with what surrounds its products inside them."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
+        layer = self.layer
+
+        def linear(
+            part: Any, x: Tensor, norm: Tensor | None = None, gated: bool = False, residual: Tensor | None = None
+        ) -> Tensor:
+            planes = part.weight_hi, part.weight_lo, part.weight_scale
+            out: Tensor = torch.ops.lincompile.int6_layer(
+                x, norm, EPSILON, gated, residual, *planes, None, pack.GROUP_SIZE, "a8"
+            )
+            return out
+
+        attended = layer.attend(linear(layer.qkv, x, norm=layer.norms[0]), cos, sin, position)
+        x = linear(layer.o_proj, attended, residual=x)
+        return linear(layer.down, linear(layer.gate_up, x, norm=layer.norms[1]), gated=True, residual=x)
 
 
 class Table(nn.Module):

@@ -338,14 +338,16 @@ def warm_peer(name: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def sweep() -> dict[str, Any]:
-    """Other tile shapes of each path."""
+def sweep(paths: list[str]) -> dict[str, Any]:
+    """Other tile shapes of these paths: ``vector``, ``narrow``, ``small``, ``large``."""
     found: dict[str, Any] = {}
-    for (rows, width), (block, halves, warps) in itertools.product(DECODE, VECTOR):
+    for (rows, width), (block, halves, warps) in itertools.product(DECODE if "vector" in paths else (), VECTOR):
         config = {"BN": block, "HALVES": halves, "num_warps": warps}
         attempt(found, f"vector {rows}x{width} {block}/{halves}/{warps}",
                 lambda c=config, r=rows, w=width: int6_us(r, w, 1, "vector", c))  # type: ignore[misc]  # fmt: skip
-    for rows, width in NARROW:  # SmolLM2-135M's layers: one launch or two, and cuBLAS beside them
+    for rows, width in (
+        NARROW if "narrow" in paths else ()
+    ):  # SmolLM2-135M's layers: one launch or two, and cuBLAS beside them
         name = f"{rows}x{width}"
         attempt(found, f"cublas {name}", lambda r=rows, w=width: cublas_us(r, w, 1))  # type: ignore[misc]
         attempt(found, f"vector {name}", lambda r=rows, w=width: int6_us(r, w, 1, "vector"))  # type: ignore[misc]
@@ -353,11 +355,12 @@ def sweep() -> dict[str, Any]:
             config = {"BN": block, "GB": 8 if width <= 1024 else 16, "num_warps": warps}
             attempt(found, f"narrow {name} {block}/{warps}",
                     lambda c=config, r=rows, w=width: int6_us(r, w, 1, "narrow", c))  # type: ignore[misc]  # fmt: skip
-    for (rows, width), tokens, (block, warps, stages, split) in itertools.product(DECODE[:2], (16, 32), SMALL):
+    few = DECODE[:2] if "small" in paths else ()
+    for (rows, width), tokens, (block, warps, stages, split) in itertools.product(few, (16, 32), SMALL):
         config = {"BM": tokens, "BN": block, "STAGES": stages, "SPLIT": split, "num_warps": warps}
         attempt(found, f"small {rows}x{width} M={tokens} {block}/{warps}/{stages}/{split}",
                 lambda c=config, r=rows, w=width, t=tokens: int6_us(r, w, t, "small", c))  # type: ignore[misc]  # fmt: skip
-    for block_m, block_n, warps, stages in LARGE:
+    for block_m, block_n, warps, stages in LARGE if "large" in paths else ():
         config = {"BM": block_m, "BN": block_n, "STAGES": stages, "BAND": 8, "num_warps": warps}
         attempt(found, f"large {block_m}x{block_n}/{warps}/{stages}",
                 lambda c=config: int6_us(28672, 8192, 4096, "large", c))  # type: ignore[misc]  # fmt: skip
@@ -396,7 +399,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("int6_linear.json"))
     parser.add_argument("--variants", action="store_true", help="also time the Gluon kernel's tiles")
-    parser.add_argument("--sweep", action="store_true", help="also time other tile shapes")
+    parser.add_argument("--sweep", nargs="?", const="vector,narrow,small,large", help="also time other tiles, of these")
+    parser.add_argument("--only-sweep", action="store_true", help="no table")
     parser.add_argument("--peers", action="store_true", help="also time torchao and humming-kernels")
     parser.add_argument("--seconds", type=float, default=240, help="time for everything; the peers get what is left")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
@@ -435,9 +439,9 @@ def main() -> int:
         except subprocess.TimeoutExpired:
             process.kill()
             result.setdefault("ended_early", {})["warming a peer"] = "stopped after 90 s"
-    part("table", table())
+    part("table", [] if arguments.only_sweep else table())
     if arguments.sweep:
-        part("sweep", sweep())
+        part("sweep", sweep(arguments.sweep.split(",")))
         print(json.dumps(result["sweep"], indent=0), flush=True)
     todo = [("variants", ["--variant"], 80.0)] if arguments.variants else []
     todo += [("peers", ["--peer", name], 70.0) for name in PEERS if arguments.peers]
