@@ -68,6 +68,7 @@ class Compiled:
     distilled: Distilled | None = None
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    _lowered: StepProgram | None = field(default=None, repr=False)
     _artefact: Artefact | None = field(default=None, repr=False)
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
@@ -84,7 +85,9 @@ class Compiled:
     def session(self) -> Session:
         """The torch runtime of the step program, with fused ops on a GPU or where ``target="triton"`` asks for them."""
         if self.options.target == "triton" or self.options.device.startswith("cuda"):
-            return Session(lower(self.step, decoding=True)[0])
+            if self._lowered is None:
+                self._lowered = lower(self.step, decoding=True)[0]
+            return Session(self._lowered)
         return Session(self.step)
 
     def manifest(self) -> dict[str, Any]:
@@ -244,12 +247,14 @@ def compile(
             tuning = record.get("tuning", {})
             notes += [*tuning.get("notes", []), *([tuning["note"]] if "note" in tuning else [])]
             step = redeployed(student, step)
+    lowered = None
     if asked.target == "triton":
         with _timed(say, times, "lower"):
-            notes.append(lower(step, decoding=True)[1].summary())
+            lowered, fused = lower(step, decoding=True)
+            notes.append(fused.summary())
     for remark in notes:
         say.note(remark)
-    return Compiled(student, teacher, step, loaded, asked, distilled, notes, times)
+    return Compiled(student, teacher, step, loaded, asked, distilled, notes, times, lowered)
 
 
 def capture_loaded(loaded: LoadedModel) -> Program:

@@ -317,14 +317,18 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     """Next tokens int64 ``[B]`` from logits ``[B, V]``; row i draws from ``generators[i]`` alone.
 
     Raises:
-        LincompileError: logits that aren't finite: continuing would print noise as if it were text.
+        LincompileError: NaN, or no finite largest logit: continuing would print noise as if it were text. A model may
+            give −inf to what it never says.
     """
-    logits = logits.detach().to("cpu", torch.float32)
-    if not bool(torch.isfinite(logits).all()):
+    logits = logits.detach()
+    largest, tokens = logits.max(-1)  # NaN where any is
+    # On the logits' device, and brought over in one piece: nothing else waits for the GPU in a step.
+    tokens, sound = torch.stack((tokens, torch.isfinite(largest).long())).cpu()
+    if not bool(sound.all()):
         raise LincompileError("the model's logits are not finite (NaN or inf): the artefact or its state is damaged")
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / sampling.temperature
+        return tokens
+    logits = logits.to("cpu", torch.float32) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))

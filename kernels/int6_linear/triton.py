@@ -293,10 +293,11 @@ def narrow(
     (rows, groups), in_features = weight_scale.shape, x.shape[1] // (1 + around.gated)
     options = config or narrow_config(groups)
     kernels.narrow_kernel[(triton.cdiv(rows, options["BN"]),)](
-        x, around.norm_weight, hi, lo, weight_scale, bias, around.residual, y, rows, in_features, hi.shape[1],
-        lo.shape[1], groups, around.epsilon, LEVELS=LEVELS[int(activation[1:])], TAIL=in_features % _GROUP,
-        BIAS=bias is not None, RESIDUAL=around.residual is not None, GATED=around.gated,
-        NORM=around.norm_weight is not None, **options,
+        x, around.norm_weight, hi.view(torch.int32), lo.view(torch.int32), weight_scale, bias, around.residual, y,
+        rows, in_features, hi.shape[1] // 4, lo.shape[1] // 4, groups, around.epsilon,
+        LEVELS=LEVELS[int(activation[1:])], TAIL=in_features % _GROUP, BIAS=bias is not None,
+        RESIDUAL=around.residual is not None, GATED=around.gated, NORM=around.norm_weight is not None,
+        ASM=not INTERPRET, **options,
     )  # fmt: skip
 
 

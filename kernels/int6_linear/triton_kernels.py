@@ -204,56 +204,104 @@ def _narrow_slice(x_ptr, place, K, inside, GATED: tl.constexpr):
 
 
 @triton.jit
-def _narrow_part(hi, lo, x, scale, SLICE: tl.constexpr):
-    """Products of one slice's codes: weights ``[BN, GB, 32]``, activations ``[GB, 32]``."""
-    weight = ((hi >> 4 * (SLICE % 2) & 15) << 2 | lo >> 2 * SLICE & 3) - 32
-    return weight * _round_to(x, scale[:, None]).to(tl.int32)[None, :, :]
+def _words(x, scale):
+    """Codes of ``[GB, 8, 4]`` channels, four to a word."""
+    codes = _round_to(x, scale[:, None, None]).to(tl.int32) & 255
+    return tl.sum(codes << 8 * tl.arange(0, 4)[None, None, :], axis=2)[None, :, :]
+
+
+@triton.jit
+def _four_products(weight, codes, total, ASM: tl.constexpr):
+    """``total + Σ weight·code`` over the four bytes of each word."""
+    if ASM:
+        total = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [weight, codes, total],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        for byte in tl.static_range(4):
+            total += _signed_byte(weight, byte) * _signed_byte(codes, byte)
+    return total
+
+
+@triton.jit
+def _unpack_words(hi, lo, SECOND: tl.constexpr, ASM: tl.constexpr):
+    """Two slices of ``4·c``, four to a word, from words of one half of the nibble plane and of the two-bit plane."""
+    if ASM:
+        if SECOND:
+            even, odd = tl.inline_asm_elementwise(
+                _ASM_SECOND, "=&r,=&r,r,r", [hi, lo], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+            )
+        else:
+            even, odd = tl.inline_asm_elementwise(
+                _ASM_FIRST, "=&r,=&r,r,r", [hi, lo], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+            )
+    else:
+        HIGH: tl.constexpr = -252645136  # 0xF0F0F0F0
+        LOW: tl.constexpr = 202116108  # 0x0C0C0C0C
+        SIGNS: tl.constexpr = -2139062144  # 0x80808080
+        first = lo >> 2 if SECOND else lo << 2
+        second = lo >> 4 if SECOND else lo
+        even = ((hi << 4) & HIGH | first & LOW) ^ SIGNS
+        odd = (hi & HIGH | second & LOW) ^ SIGNS
+    return even, odd
 
 
 @triton.jit(do_not_specialize=["N"])
 def narrow_kernel(
-    x_ptr, norm_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, residual_ptr, y_ptr, N, K, HI_BYTES, LO_BYTES, G, epsilon,
+    x_ptr, norm_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, residual_ptr, y_ptr, N, K, HI_WORDS, LO_WORDS, G, epsilon,
     LEVELS: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, GB: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One token of at most GB groups by BN rows; every program quantizes the token itself, which saves a launch, and
-    what NORM and GATED (see :func:`quantize_kernel`) put before that another one.
+    what NORM and GATED (see :func:`quantize_kernel`) put before that another one. Planes are read as 32-bit words.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    row = tl.minimum(rows, N - 1).to(tl.int64)[:, None, None]  # rows past the end are read and never stored
-    group, lane = tl.arange(0, GB), tl.arange(0, 32)[None, :]
-    quarter = tl.where(group * 128 + 128 <= K, 32, TAIL // 4)[:, None]
-    inside = (group < G)[:, None] & (lane < quarter)
-    place = group[:, None] * 128 + lane
+    line = tl.minimum(rows, N - 1).to(tl.int64)  # rows past the end read the last one and are never stored
+    row, group, word = line[:, None, None], tl.arange(0, GB), tl.arange(0, 8)
+    quarter = 8 + tl.zeros([GB], tl.int32)  # words of a slice
+    if TAIL:
+        quarter = tl.where(group * 128 + 128 <= K, quarter, TAIL // 16)
+    inside = (group < G)[:, None] & (word[None, :] < quarter[:, None])
     # The weights don't wait for the token.
-    hi = hi_ptr + row * HI_BYTES + (group[:, None] * 64 + lane)[None, :, :]
     within = inside[None, :, :] & (row >= 0)
-    first = tl.load(hi, mask=within, other=0).to(tl.int32)
-    second = tl.load(hi + quarter[None, :, :], mask=within, other=0).to(tl.int32)
-    low = tl.load(lo_ptr + row * LO_BYTES + (group[:, None] * 32 + lane)[None, :, :], mask=within, other=0)
-    low = low.to(tl.int32)
-    line = tl.minimum(rows, N - 1).to(tl.int64)[:, None] * G + group[None, :]
-    weight_scale = tl.load(sw_ptr + line, mask=(group < G)[None, :] & (line >= 0), other=0.0).to(tl.float32)
-    x0 = _narrow_slice(x_ptr, place, K, inside, GATED)
-    x1 = _narrow_slice(x_ptr, place + quarter, K, inside, GATED)
-    x2 = _narrow_slice(x_ptr, place + 2 * quarter, K, inside, GATED)
-    x3 = _narrow_slice(x_ptr, place + 3 * quarter, K, inside, GATED)
+    hi = hi_ptr + row * HI_WORDS + (group[:, None] * 16 + word[None, :])[None, :, :]
+    first = tl.load(hi, mask=within, other=0)
+    second = tl.load(hi + quarter[None, :, None], mask=within, other=0)
+    low = lo_ptr + row * LO_WORDS + (group[:, None] * 8 + word[None, :])[None, :, :]
+    low = tl.load(low, mask=within, other=0)
+    weight_scale = sw_ptr + line[:, None] * G + group[None, :]
+    weight_scale = tl.load(weight_scale, mask=(group < G)[None, :] & (line >= 0)[:, None], other=0.0).to(tl.float32)
+    within = inside[:, :, None]
+    step = quarter[:, None, None] * 4
+    place = (group[:, None] * 32 + word[None, :])[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    x0 = _narrow_slice(x_ptr, place, K, within, GATED)
+    x1 = _narrow_slice(x_ptr, place + step, K, within, GATED)
+    x2 = _narrow_slice(x_ptr, place + 2 * step, K, within, GATED)
+    x3 = _narrow_slice(x_ptr, place + 3 * step, K, within, GATED)
     if NORM:
-        root = _inverse_root(tl.sum(tl.sum(x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3, 1), 0), K, epsilon)
-        x0 = _normed(x_ptr, norm_ptr, x0, root, place, inside)
-        x1 = _normed(x_ptr, norm_ptr, x1, root, place + quarter, inside)
-        x2 = _normed(x_ptr, norm_ptr, x2, root, place + 2 * quarter, inside)
-        x3 = _normed(x_ptr, norm_ptr, x3, root, place + 3 * quarter, inside)
+        square = tl.sum(x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3, 2)
+        root = _inverse_root(tl.sum(tl.sum(square, 1), 0), K, epsilon)
+        x0 = _normed(x_ptr, norm_ptr, x0, root, place, within)
+        x1 = _normed(x_ptr, norm_ptr, x1, root, place + step, within)
+        x2 = _normed(x_ptr, norm_ptr, x2, root, place + 2 * step, within)
+        x3 = _normed(x_ptr, norm_ptr, x3, root, place + 3 * step, within)
     most = tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3)))
-    scale = tl.div_rn(tl.max(most, axis=1), tl.full([GB], LEVELS, tl.float32))
-    # max() drops NaN, see quantize_kernel.
-    bad = ((x0 != x0) | (x1 != x1) | (x2 != x2) | (x3 != x3)).to(tl.int32)
+    # max() drops NaN, see quantize_kernel: where there is one, infinity stands for it until the codes are made.
+    bad = (x0 != x0) | (x1 != x1) | (x2 != x2) | (x3 != x3)
+    most = tl.max(tl.max(tl.where(bad, float("inf"), most), axis=2), axis=1)
+    scale = tl.div_rn(most, tl.full([GB], LEVELS, tl.float32))
     # Masked weights are −32; the masked activations beside them are 0.
-    part = _narrow_part(first, low, x0, scale, 0) + _narrow_part(first, low, x1, scale, 1)
-    part += _narrow_part(second, low, x2, scale, 2) + _narrow_part(second, low, x3, scale, 3)
-    scale = tl.where(tl.max(bad, axis=1) != 0, float("nan"), scale)
+    w0, w1 = _unpack_words(first, low, False, ASM)
+    w2, w3 = _unpack_words(second, low, True, ASM)
+    part = tl.zeros([BN, GB, 8], tl.int32)
+    part = _four_products(w0, _words(x0, scale), part, ASM)
+    part = _four_products(w1, _words(x1, scale), part, ASM)
+    part = _four_products(w2, _words(x2, scale), part, ASM)
+    part = _four_products(w3, _words(x3, scale), part, ASM)
+    scale = tl.where(most == float("inf"), float("nan"), scale)
     y = tl.sum(tl.sum(part, axis=2).to(tl.float32) * (scale[None, :] * weight_scale), axis=1)
-    _store_row(y_ptr, bias_ptr, residual_ptr, y, rows, N, BIAS, RESIDUAL)
+    _store_row(y_ptr, bias_ptr, residual_ptr, y * 0.25, rows, N, BIAS, RESIDUAL)
 
 
 @triton.jit(do_not_specialize=["N"])

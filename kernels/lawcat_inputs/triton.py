@@ -20,8 +20,9 @@ from ..triton_device import LOG2E, mask_bytes
 
 WIDEST = 128  # channels of a head
 RANKS = 64
-_CHANNELS = 512  # of the hidden states at a time
+_CHANNELS = 1024  # of the hidden states at a time
 _FEATURES = 128  # of a head's gate in one program
+_WARPS = 8
 
 
 @triton.jit
@@ -172,6 +173,6 @@ def forward(
         heads // map_q.shape[0], kv_heads // map_k.shape[0], x.shape[2], down.shape[0], features, eps,
         1.0 / temperature, D=dim, W=conv_q.shape[1], BD=width, MASKED=mask is not None, NORM=norm_weight is not None,
         BC=min(_CHANNELS, triton.next_power_of_2(x.shape[2])), BR=max(16, triton.next_power_of_2(down.shape[0])),
-        BF=block, BLOCKS=blocks, num_warps=4 if width <= 64 else 8,
+        BF=block, BLOCKS=blocks, num_warps=_WARPS,
     )  # fmt: skip
     return feature_q, feature_k, log_decay, end_q, end_k

@@ -117,6 +117,8 @@ def _random_leaves(match: Match, length: int, generator: torch.Generator) -> lis
     first = value_of(match.leaves[0])
     if not isinstance(first, Tensor):
         raise Mismatch("the graph carries no shapes")
+    # Where the program runs: a GPU proves the layers of billions of weights in seconds.
+    device = first.device if first.device.type == "cuda" else torch.device("cpu")
     sizes = {str(expression(first.shape[0])): 2, str(expression(first.shape[match.time])): length}
 
     def size(dim: Any) -> int:
@@ -138,11 +140,13 @@ def _random_leaves(match: Match, length: int, generator: torch.Generator) -> lis
         except TypeError:
             raise Mismatch(f"'{leaf.name}' has a size of its own") from None
         if index in match.packed and fake.dtype == torch.uint8:
-            values.append(torch.randint(256, shape, generator=generator, dtype=torch.uint8))
+            random = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+            values.append(random.to(device))
             continue
         random = torch.randn(shape, generator=generator, dtype=torch.float64)
         if index in match.packed:
             random = random.to(fake.dtype)
+        random = random.to(device)
         values.append(random > 0 if fake.dtype == torch.bool else random)
     return values
 
