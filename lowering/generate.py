@@ -323,7 +323,7 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     logits = logits.detach()
     largest, tokens = logits.max(-1)  # NaN where any is
     # On the logits' device, and brought over in one piece: nothing else waits for the GPU in a step.
-    tokens, sound = torch.stack((tokens, torch.isfinite(largest).long())).cpu()
+    tokens, sound = torch.stack((tokens, torch.isfinite(largest).long())).cpu().unbind()
     if not bool(sound.all()):
         raise LincompileError("the model's logits are not finite (NaN or inf): the artefact or its state is damaged")
     if sampling.temperature == 0:
