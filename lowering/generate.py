@@ -119,7 +119,7 @@ class Session:
     ) -> tuple[Tensor, list[Tensor]]:
         """Runs one chunk; see :class:`StepSession`. The given states are not modified.
 
-        On a GPU a step of one token that comes again may be recorded as a CUDA graph (``lowering/recorded.py``).
+        On a GPU a step that comes again may be recorded as a CUDA graph (``lowering/recorded.py``).
         """
         if self._recorded is None:
             return self.advance(tokens, positions, mask, states)

@@ -1,8 +1,9 @@
-"""Decoding steps of a session as CUDA graphs: recorded once, and then launched as one.
+"""Steps of a session as CUDA graphs: recorded once, and then launched as one.
 
-A step of one token is hundreds of kernels of a few microseconds, and Python can't launch them that fast: decoding would
-take as long as the launching does. What is recorded is compared with the step itself before it is used; where they
-differ, or nothing can be recorded, steps run as they are, and a warning says so once.
+A step is hundreds of kernels, for one token of a few microseconds each, and Python can't launch them that fast:
+decoding would take as long as the launching does, and so would the chunks of a small model's prompt. What is recorded
+is compared with the step itself before it is used; where they differ, or nothing can be recorded, steps run as they
+are, and a warning says so once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.registration import UNMEASURED
 from ..passes.stateful import StepProgram
 
 Run = Callable[[list[Tensor]], list[Tensor]]
@@ -30,12 +30,11 @@ _TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 
 
 def recordable(program: StepProgram, device: torch.device) -> bool:
-    """Whether a program's decoding steps may be recorded: on a GPU, with states, all of which stop growing.
+    """Whether a program's steps may be recorded: on a GPU, with states, all of which stop growing.
 
-    Keys and values of full softmax attention grow with every token, so no step comes again. Off until it has been run
-    on a GPU, as the kernels' unmeasured configurations are (``LINCOMPILE_UNMEASURED=1``).
+    Keys and values of full softmax attention grow with every token, so no step comes again.
     """
-    if not UNMEASURED or device.type != "cuda" or not program.states:
+    if device.type != "cuda" or not program.states:
         return False
     return all(None not in spec.shape or program.limit(spec) is not None for spec in program.states)
 
@@ -66,9 +65,10 @@ def cuda_graph(run: Run, inputs: list[Tensor], pool: Any) -> tuple[Callable[[], 
 class Recorded:
     """A step by recordings: ``run([tokens, positions, mask, *states]) -> [logits, *states]``.
 
-    A step of one token that leaves its states' shapes as they are is recorded when it has come ``OFTEN`` times. Inputs
-    are copied into a recording's own, and what it writes is copied out of it, so nothing that a caller holds changes
-    later. One call at a time: others wait.
+    A step that gives one token's logits and leaves its states' shapes as they are is recorded when it has come
+    ``OFTEN`` times. (Logits of a whole chunk would stay in memory as long as its recording.) Inputs are copied into a
+    recording's own, and what it writes is copied out of it, so nothing that a caller holds changes later. One call at a
+    time: others wait.
 
     Args:
         run: does the same for all inputs of the same shapes, without asking the GPU for a value.
@@ -95,7 +95,7 @@ class Recorded:
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         given = [value.to(self.device) for value in inputs]
-        if self.off or given[0].shape[1] != 1 or self._elsewhere():
+        if self.off or self._elsewhere():
             return self.run(given)
         with self.lock:
             return self._step(given)
@@ -110,7 +110,8 @@ class Recorded:
             self.recordings.move_to_end(key)
             return self._replay(key, given)
         outputs = self.run(given)
-        if [value.shape for value in outputs[1:]] == [value.shape for value in given[3:]]:
+        same = [value.shape for value in outputs[1:]] == [value.shape for value in given[3:]]
+        if same and outputs[0].shape[1] == 1:
             if len(self.seen) >= KNOWN:
                 self.seen.clear()
             self.seen[key] = self.seen.get(key, 0) + 1

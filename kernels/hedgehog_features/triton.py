@@ -54,12 +54,12 @@ def both_softmaxes(y, cols, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def features_forward(
-    x, conv, initial, weight, bias, mask, out, final, x_b, x_h, x_t, x_d, T, H, GROUPS, PER_PROGRAM,
+    x, conv, initial, weight, bias, mask, out, final, x_b, x_h, x_t, x_d, T, H, GROUPS, PER_PROGRAM, SKIPPED,
     D: tl.constexpr, W: tl.constexpr, CONV: tl.constexpr, HAS_INITIAL: tl.constexpr, MASKED: tl.constexpr,
     MASK_OUTPUT: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The features of PER_PROGRAM tiles of one head."""
+    """The features of PER_PROGRAM tiles of one head, after its first SKIPPED."""
     problem, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = problem // H, problem % H
     cols, index = tl.arange(0, BD), tl.arange(0, BT)
@@ -76,7 +76,7 @@ def features_forward(
     w = tl.load(weight + chosen * D * D + cols[:, None] * D + cols[None, :], mask=square, other=0.0).to(DOT)
     b = tl.load(bias + chosen * D + cols, mask=cols < D, other=0.0).to(tl.float32)
     for step in range(PER_PROGRAM):
-        first = (part * PER_PROGRAM + step) * BT
+        first = (SKIPPED + part * PER_PROGRAM + step) * BT
         c = mapped_rows(
             base, taps, start, keep_base, H * D, x_t, x_d, first, cols, T, D, W, CONV, HAS_INITIAL, MASKED, BT, BD, DOT
         )
@@ -91,7 +91,7 @@ def features_forward(
         tl.store(pointers, positive.to(out.dtype.element_ty), mask=inside)
         tl.store(pointers + D, negative.to(out.dtype.element_ty), mask=inside)
     if CONV and W > 1:  # noqa: SIM102  (decided when compiled, the other at run time)
-        if part == tl.num_programs(1) - 1:
+        if (part == tl.num_programs(1) - 1) & ((SKIPPED + tl.num_programs(1) * PER_PROGRAM) * BT >= T):
             end = final + problem * D * (W - 1)
             store_final(base, start, keep_base, end, x_t, x_d, cols, D, T, W, HAS_INITIAL, MASKED, BW)
 
@@ -193,9 +193,9 @@ def _stages(fits: bool, options: dict[str, Any]) -> int:
     return 3 if fits or not options["HAS_INITIAL"] else 1
 
 
-def _parts(x: Tensor, rows: int, programs: int) -> tuple[int, int]:
+def _parts(x: Tensor, tiles: int, programs: int) -> tuple[int, int]:
     """Into how many programs a head's tiles are cut, and tiles per program: about ``programs`` a processor."""
-    tiles, heads = triton.cdiv(x.shape[2], rows), x.shape[0] * x.shape[1]
+    heads = x.shape[0] * x.shape[1]
     parts = max(1, min(tiles, triton.cdiv(programs * processors(x.device), heads)))
     each = triton.cdiv(tiles, parts)
     return triton.cdiv(tiles, each), each
@@ -216,15 +216,33 @@ def forward(
     x = _unit_columns(x)
     features = x.new_empty(batch, heads, length, 2 * dim)
     state = x.new_empty(batch, heads * dim, options["W"] - 1)
-    parts, each = _parts(x, options["BT"], 16)
-    launcher(features_forward, (batch * heads, parts))(
-        x, None if conv_weight is None else conv_weight.t().contiguous(),
-        initial_state.contiguous() if initial_state is not None and options["HAS_INITIAL"] else None,
-        weight.to(x.dtype).contiguous(), bias.contiguous(), mask_bytes(mask), features, state, *x.stride(), length,
-        heads, heads // weight.shape[0], each, num_warps=4 if options["BD"] <= 64 else 8,
-        num_stages=_stages(x.dtype != torch.float32, options), **options,
-    )  # fmt: skip
+    taps = None if conv_weight is None else conv_weight.t().contiguous()
+    weight, bias, keep = weight.to(x.dtype).contiguous(), bias.contiguous(), mask_bytes(mask)
+    tiles = triton.cdiv(length, options["BT"])
+
+    def launch(parts: int, each: int, skipped: int, initial: Tensor | None) -> None:
+        tuning = forward_config(x, options | {"HAS_INITIAL": initial is not None})
+        launcher(features_forward, (batch * heads, parts))(
+            x, taps, initial, weight, bias, keep, features, state, *x.stride(), length, heads,
+            heads // weight.shape[0], each, skipped, **tuning,
+        )  # fmt: skip
+
+    # A carried state enters the first tile alone. Its loads would cost every other one as much, masked as they were.
+    first = 0
+    if options["HAS_INITIAL"]:
+        assert initial_state is not None
+        launch(1, 1, 0, initial_state.contiguous())
+        first = 1
+    if tiles > first:
+        parts, each = _parts(x, tiles - first, 16)
+        launch(parts, each, first, None)
     return features, state
+
+
+def forward_config(x: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    """The forward kernel's tile and options."""
+    stages = _stages(x.dtype != torch.float32, options)
+    return {"num_warps": 4 if options["BD"] <= 64 else 8, "num_stages": stages, **options}
 
 
 def backward(
@@ -244,7 +262,7 @@ def backward(
     options = _options(x, conv_weight, initial_state, mask, mask_output)
     x, grad, keep = _unit_columns(x), _unit_columns(grad), mask_bytes(mask)
     d_mixed = x.new_empty(batch, length, heads, dim).transpose(1, 2)
-    parts, each = _parts(x, options["BT"], 8)
+    parts, each = _parts(x, triton.cdiv(length, options["BT"]), 8)
     d_weight = x.new_empty((parts, batch, maps, heads // maps, dim, dim), dtype=torch.float32)
     d_bias = x.new_empty((parts, batch, maps, heads // maps, dim), dtype=torch.float32)
     launcher(features_backward, (batch * heads, parts))(

@@ -3,7 +3,7 @@
 By the number of tokens M; every path quantizes the activations (most in a small kernel of its own) and multiplies
 integers:
 
-* M = 1 and at most 2,048 channels: one kernel, which quantizes the token as well (off until a GPU has run it).
+* M = 1 and at most 2,048 channels: one kernel, which quantizes the token as well.
 * M = 1 otherwise: every thread unpacks whole 32-bit words of the planes and multiplies with ``dp4a``; nothing but
   packed weights crosses the memory bus (0.77 bytes per weight).
 * M up to ``FEW_TOKENS`` on Hopper: :func:`.gluon.few_kernel`.
@@ -27,7 +27,6 @@ import triton
 from torch import Tensor
 
 from ..first_use import trusted
-from ..registration import UNMEASURED
 from . import layer, reference
 from . import triton_kernels as kernels
 from .codes import LEVELS
@@ -166,7 +165,7 @@ def ways(x: Tensor, planes: Planes) -> list[Launch]:
     in_features, rows = x.shape[-1], planes[2].shape[0]
     tokens = x.numel() // max(1, in_features)
     if tokens == 1:
-        return [narrow, vector] if UNMEASURED and in_features <= NARROW else [vector]
+        return [narrow, vector] if in_features <= NARROW else [vector]
     if tokens > _SMALL_M:
         return [large]
     found: list[Launch] = []
@@ -228,9 +227,8 @@ def vector_config(in_features: int) -> dict[str, int]:
 
 
 def narrow_config(groups: int) -> dict[str, int]:
-    """Tile of the one-token kernel for few channels: 32 or 64 weights a thread."""
-    room = max(2, triton.next_power_of_2(groups))
-    return {"BN": 64 // room if room > 8 else 8, "GB": room, "num_warps": 4}
+    """Tile of the one-token kernel for few channels."""
+    return {"BN": 16, "GB": max(2, triton.next_power_of_2(groups)), "num_warps": 8}
 
 
 def few_config(tokens: int, rows: int, in_features: int) -> dict[str, int]:

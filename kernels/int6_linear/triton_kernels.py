@@ -38,10 +38,9 @@ def _gated(x_ptr, place, K, inside):
 
 
 @triton.jit
-def _normed(x_ptr, norm_ptr, x, root, place, inside):
+def _normed(x_ptr, x, root, weight):
     """``x · root · weight``, rounded to the row's type."""
-    weight = tl.load(norm_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    return (x * root * weight).to(x_ptr.dtype.element_ty).to(tl.float32)
+    return (x * root * weight.to(tl.float32)).to(x_ptr.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -77,7 +76,8 @@ def quantize_kernel(
             at = start + tl.arange(0, 1024)
             part = tl.load(row + at, mask=at < K, other=0.0).to(tl.float32)
             square += part * part
-        x = _normed(x_ptr, norm_ptr, x, _inverse_root(tl.sum(square, 0), K, epsilon), k, k < K)
+        root = _inverse_root(tl.sum(square, 0), K, epsilon)
+        x = _normed(x_ptr, x, root, tl.load(norm_ptr + k, mask=k < K, other=0.0))
     absmax = tl.max(tl.abs(x), axis=1)
     scale = tl.div_rn(absmax, tl.full([GB], LEVELS, tl.float32))
     codes = _round_to(x, scale[:, None])
@@ -94,13 +94,22 @@ def quantize_kernel(
 
 
 @triton.jit
-def _store_row(y_ptr, bias_ptr, residual_ptr, y, rows, N, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):
-    """One token's outputs, rounded; what is added to them rounds once more."""
+def _load_row(bias_ptr, residual_ptr, rows, N, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):
+    """What is added to one token's outputs: read first, since nothing has to be waited for."""
+    bias, residual = rows * 0.0, rows * 0.0
     if BIAS:
-        y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
     if RESIDUAL:
-        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
-        y += tl.load(residual_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+    return bias, residual
+
+
+@triton.jit
+def _store_row(y_ptr, y, bias, residual, rows, N, RESIDUAL: tl.constexpr):
+    """One token's outputs, rounded; what is added to them rounds once more."""
+    y += bias
+    if RESIDUAL:
+        y = y.to(y_ptr.dtype.element_ty).to(tl.float32) + residual
     tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
 
 
@@ -160,6 +169,7 @@ def vector_kernel(
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(rows, N - 1).to(tl.int64)[:, None]  # rows past the end read the last one and are never stored
     half = tl.arange(0, HALVES)[None, :]
+    bias, residual = _load_row(bias_ptr, residual_ptr, rows, N, BIAS, RESIDUAL)
     hi_row, lo_row, sw_row = hi_ptr + row * HI_WORDS, lo_ptr + row * LO_WORDS, sw_ptr + row * G
     acc = tl.zeros([BN, HALVES], tl.float32)
     for start in range(0, FULL * 2, HALVES):
@@ -191,7 +201,7 @@ def vector_kernel(
         else:
             part = _dot_words(hi, lo, a, rows >= 0, TAIL // 16, TAIL // 16)
         y += part.to(tl.float32) * (tl.load(sa_ptr + last) * tl.load(sw_ptr + row * G + last).to(tl.float32))
-    _store_row(y_ptr, bias_ptr, residual_ptr, y * 0.25, rows, N, BIAS, RESIDUAL)
+    _store_row(y_ptr, y * 0.25, bias, residual, rows, N, RESIDUAL)
 
 
 @triton.jit
@@ -272,6 +282,7 @@ def narrow_kernel(
     low = tl.load(low, mask=within, other=0)
     weight_scale = sw_ptr + line[:, None] * G + group[None, :]
     weight_scale = tl.load(weight_scale, mask=(group < G)[None, :] & (line >= 0)[:, None], other=0.0).to(tl.float32)
+    bias, residual = _load_row(bias_ptr, residual_ptr, rows, N, BIAS, RESIDUAL)
     within = inside[:, :, None]
     step = quarter[:, None, None] * 4
     place = (group[:, None] * 32 + word[None, :])[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
@@ -280,12 +291,14 @@ def narrow_kernel(
     x2 = _narrow_slice(x_ptr, place + 2 * step, K, within, GATED)
     x3 = _narrow_slice(x_ptr, place + 3 * step, K, within, GATED)
     if NORM:
+        n0 = tl.load(norm_ptr + place, mask=within, other=0.0)
+        n1 = tl.load(norm_ptr + place + step, mask=within, other=0.0)
+        n2 = tl.load(norm_ptr + place + 2 * step, mask=within, other=0.0)
+        n3 = tl.load(norm_ptr + place + 3 * step, mask=within, other=0.0)
         square = tl.sum(x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3, 2)
         root = _inverse_root(tl.sum(tl.sum(square, 1), 0), K, epsilon)
-        x0 = _normed(x_ptr, norm_ptr, x0, root, place, within)
-        x1 = _normed(x_ptr, norm_ptr, x1, root, place + step, within)
-        x2 = _normed(x_ptr, norm_ptr, x2, root, place + 2 * step, within)
-        x3 = _normed(x_ptr, norm_ptr, x3, root, place + 3 * step, within)
+        x0, x1 = _normed(x_ptr, x0, root, n0), _normed(x_ptr, x1, root, n1)
+        x2, x3 = _normed(x_ptr, x2, root, n2), _normed(x_ptr, x3, root, n3)
     most = tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3)))
     # max() drops NaN, see quantize_kernel: where there is one, infinity stands for it until the codes are made.
     bad = (x0 != x0) | (x1 != x1) | (x2 != x2) | (x3 != x3)
@@ -301,7 +314,7 @@ def narrow_kernel(
     part = _four_products(w3, _words(x3, scale), part, ASM)
     scale = tl.where(most == float("inf"), float("nan"), scale)
     y = tl.sum(tl.sum(part, axis=2).to(tl.float32) * (scale[None, :] * weight_scale), axis=1)
-    _store_row(y_ptr, bias_ptr, residual_ptr, y * 0.25, rows, N, BIAS, RESIDUAL)
+    _store_row(y_ptr, y * 0.25, bias, residual, rows, N, RESIDUAL)
 
 
 @triton.jit(do_not_specialize=["N"])

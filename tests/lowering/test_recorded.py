@@ -116,6 +116,16 @@ def test_chunks_and_steps_with_growing_states_are_run(inputs: list[Tensor]) -> N
     assert not imitation.recorded
 
 
+def test_chunks_are_recorded_where_one_tokens_logits_come_of_them(imitation: Imitation) -> None:
+    session, plain = Session(stepped()), Session(stepped())
+    plain.__dict__["_recorded"] = plain._last.__dict__["_recorded"] = None  # type: ignore[union-attr]
+    prompt = [[index % 20 for index in range(30)]]
+    wanted, got = (generate(s, prompt, 1, chunk=5) for s in (plain, session))
+    assert imitation.recorded == 1 and imitation.launched >= 3
+    assert got.tokens == wanted.tokens
+    torch.testing.assert_close(got.state.states, wanted.state.states)
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -191,9 +201,7 @@ def test_copies_of_a_session_leave_recordings_behind(windowed: StepProgram, imit
     assert generate(pickle.loads(pickle.dumps(session)), PROMPTS, 12).tokens == wanted.tokens
 
 
-def test_what_may_be_recorded(windowed: StepProgram, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not recorded.recordable(windowed, GPU), "off until it has been measured"
-    monkeypatch.setattr(recorded, "UNMEASURED", True)
+def test_what_may_be_recorded(windowed: StepProgram) -> None:
     assert recorded.recordable(windowed, GPU) and not recorded.recordable(windowed, CPU)
     assert not recorded.recordable(stepped(keep_softmax="1.0"), GPU), "its keys and values grow with every token"
 
@@ -206,8 +214,7 @@ def test_a_session_of_another_kind_isnt_recorded(windowed: StepProgram, imitatio
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded, "UNMEASURED", True)
+def test_on_a_gpu() -> None:
     step = stepped(window=4, device="cuda")
     session, plain = Session(step), Session(step)
     plain.__dict__["_recorded"] = None
