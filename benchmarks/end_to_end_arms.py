@@ -134,7 +134,9 @@ class Lincompile:
             for _ in range(count):
                 logits, carried = self.session.step(token, positions, mask, carried)
                 token.copy_(logits.argmax(-1))
-            torch._foreach_copy_(states, carried)  # where the next replay reads them
+            for dtype in {state.dtype for state in states}:  # where the next replay reads them; a kernel for each type
+                pairs = [pair for pair in zip(states, carried, strict=True) if pair[0].dtype == dtype]
+                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
         return Runs(lambda count=1: steps(count), _bytes(states))  # type: ignore[misc]
 

@@ -34,6 +34,19 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
 
 
+@functools.cache
+def chained(device: torch.device) -> dict[str, bool]:
+    """Options of kernels that may begin before the one in front of them ends (Hopper's programmatic dependent launch).
+
+    Such a kernel has PDL as a constant, tells at its beginning that the next may come, and waits (``gdc_wait``) before
+    it reads anything that another kernel wrote. What never changes, weights above all, it reads before that: in a step
+    of one token waiting for those, and being launched, takes most of a kernel's time.
+    """
+    if device.type != "cuda" or INTERPRETED or torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9:
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
 def mask_bytes(mask: Tensor | None) -> Tensor | None:
     """A bool mask as the bytes that kernels load."""
     return None if mask is None else mask.contiguous().view(torch.uint8)

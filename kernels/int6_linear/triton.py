@@ -27,6 +27,7 @@ import triton
 from torch import Tensor
 
 from ..first_use import trusted
+from ..triton_device import chained
 from . import layer, reference
 from . import triton_kernels as kernels
 from .codes import LEVELS
@@ -215,7 +216,7 @@ def quantize_activation(
     kernels.quantize_kernel[(tokens, triton.cdiv(groups, per_program))](
         x, around.norm_weight, codes, scale, in_features, groups * _GROUP, groups, room, around.epsilon,
         LEVELS=LEVELS[int(activation[1:])], GB=per_program, FRAGMENT=fragment, COLUMNS=columns,
-        GATED=around.gated, NORM=around.norm_weight is not None, num_warps=4,
+        GATED=around.gated, NORM=around.norm_weight is not None, num_warps=4, **chained(x.device),
     )  # fmt: skip
     return codes, scale
 
@@ -278,7 +279,8 @@ def vector(
     kernels.vector_kernel[(triton.cdiv(rows, options["BN"]),)](
         codes.view(torch.int32), scale, hi.view(torch.int32), lo.view(torch.int32), weight_scale, bias,
         around.residual, y, rows, hi.shape[1] // 4, lo.shape[1] // 4, weight_scale.shape[1], in_features // _GROUP,
-        TAIL=in_features % _GROUP, BIAS=bias is not None, RESIDUAL=around.residual is not None, ASM=aligned, **options,
+        TAIL=in_features % _GROUP, BIAS=bias is not None, RESIDUAL=around.residual is not None, ASM=aligned,
+        **chained(x.device), **options,
     )  # fmt: skip
 
 
@@ -295,7 +297,7 @@ def narrow(
         rows, in_features, hi.shape[1] // 4, lo.shape[1] // 4, groups, around.epsilon,
         LEVELS=LEVELS[int(activation[1:])], TAIL=in_features % _GROUP, BIAS=bias is not None,
         RESIDUAL=around.residual is not None, GATED=around.gated, NORM=around.norm_weight is not None,
-        ASM=not INTERPRET, **options,
+        ASM=not INTERPRET, **chained(x.device), **options,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .unpack_ptx import UNPACK_FIRST, UNPACK_SECOND, dot_bytes, dot_half
 
@@ -53,7 +54,7 @@ def _inverse_root(total, K, epsilon):
 def quantize_kernel(
     x_ptr, norm_ptr, codes_ptr, scale_ptr, K, K_PAD, G, M_PAD, epsilon,
     LEVELS: tl.constexpr, GB: tl.constexpr, FRAGMENT: tl.constexpr, COLUMNS: tl.constexpr,
-    GATED: tl.constexpr, NORM: tl.constexpr,
+    GATED: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Dynamic symmetric codes of GB groups of one token; columns past K are written as 0.
 
@@ -65,6 +66,12 @@ def quantize_kernel(
     group = tl.program_id(1) * GB + tl.arange(0, GB)
     inner = tl.arange(0, 128)[None, :]
     k = group[:, None] * 128 + inner
+    if PDL:
+        gdc_launch_dependents()
+    if NORM:
+        norm = tl.load(norm_ptr + k, mask=k < K, other=0.0)
+    if PDL:
+        gdc_wait()
     row = x_ptr + token * K
     if GATED:
         x = _gated(row + token * K, k, K, k < K)
@@ -77,7 +84,7 @@ def quantize_kernel(
             part = tl.load(row + at, mask=at < K, other=0.0).to(tl.float32)
             square += part * part
         root = _inverse_root(tl.sum(square, 0), K, epsilon)
-        x = _normed(x_ptr, x, root, tl.load(norm_ptr + k, mask=k < K, other=0.0))
+        x = _normed(x_ptr, x, root, norm)
     absmax = tl.max(tl.abs(x), axis=1)
     scale = tl.div_rn(absmax, tl.full([GB], LEVELS, tl.float32))
     codes = _round_to(x, scale[:, None])
@@ -94,14 +101,12 @@ def quantize_kernel(
 
 
 @triton.jit
-def _load_row(bias_ptr, residual_ptr, rows, N, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):
-    """What is added to one token's outputs: read first, since nothing has to be waited for."""
-    bias, residual = rows * 0.0, rows * 0.0
-    if BIAS:
-        bias = tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        residual = tl.load(residual_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
-    return bias, residual
+def _load_row(pointer, rows, N, GIVEN: tl.constexpr):
+    """What is added to one token's outputs: read as early as it can be, since the sums don't wait for it."""
+    if GIVEN:
+        return tl.load(pointer + rows, mask=rows < N, other=0.0).to(tl.float32)
+    else:
+        return rows * 0.0
 
 
 @triton.jit
@@ -160,7 +165,7 @@ def _dot_words(hi, lo, a, inside, WORDS: tl.constexpr, STRIDE: tl.constexpr):
 def vector_kernel(
     a_ptr, sa_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, residual_ptr, y_ptr, N, HI_WORDS, LO_WORDS, G, FULL,
     TAIL: tl.constexpr, BN: tl.constexpr, HALVES: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    ASM: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token. A tile is BN rows by HALVES half groups (64 weights each); pointers are to 32-bit words.
 
@@ -169,7 +174,12 @@ def vector_kernel(
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(rows, N - 1).to(tl.int64)[:, None]  # rows past the end read the last one and are never stored
     half = tl.arange(0, HALVES)[None, :]
-    bias, residual = _load_row(bias_ptr, residual_ptr, rows, N, BIAS, RESIDUAL)
+    if PDL:
+        gdc_launch_dependents()
+    bias = _load_row(bias_ptr, rows, N, BIAS)
+    if PDL:
+        gdc_wait()
+    residual = _load_row(residual_ptr, rows, N, RESIDUAL)
     hi_row, lo_row, sw_row = hi_ptr + row * HI_WORDS, lo_ptr + row * LO_WORDS, sw_ptr + row * G
     acc = tl.zeros([BN, HALVES], tl.float32)
     for start in range(0, FULL * 2, HALVES):
@@ -261,7 +271,7 @@ def _unpack_words(hi, lo, SECOND: tl.constexpr, ASM: tl.constexpr):
 def narrow_kernel(
     x_ptr, norm_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, residual_ptr, y_ptr, N, K, HI_WORDS, LO_WORDS, G, epsilon,
     LEVELS: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, GB: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ASM: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token of at most GB groups by BN rows; every program quantizes the token itself, which saves a launch, and
     what NORM and GATED (see :func:`quantize_kernel`) put before that another one. Planes are read as 32-bit words.
@@ -273,6 +283,8 @@ def narrow_kernel(
     if TAIL:
         quarter = tl.where(group * 128 + 128 <= K, quarter, TAIL // 16)
     inside = (group < G)[:, None] & (word[None, :] < quarter[:, None])
+    if PDL:
+        gdc_launch_dependents()
     # The weights don't wait for the token.
     within = inside[None, :, :] & (row >= 0)
     hi = hi_ptr + row * HI_WORDS + (group[:, None] * 16 + word[None, :])[None, :, :]
@@ -282,19 +294,23 @@ def narrow_kernel(
     low = tl.load(low, mask=within, other=0)
     weight_scale = sw_ptr + line[:, None] * G + group[None, :]
     weight_scale = tl.load(weight_scale, mask=(group < G)[None, :] & (line >= 0)[:, None], other=0.0).to(tl.float32)
-    bias, residual = _load_row(bias_ptr, residual_ptr, rows, N, BIAS, RESIDUAL)
+    bias = _load_row(bias_ptr, rows, N, BIAS)
     within = inside[:, :, None]
     step = quarter[:, None, None] * 4
     place = (group[:, None] * 32 + word[None, :])[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    x0 = _narrow_slice(x_ptr, place, K, within, GATED)
-    x1 = _narrow_slice(x_ptr, place + step, K, within, GATED)
-    x2 = _narrow_slice(x_ptr, place + 2 * step, K, within, GATED)
-    x3 = _narrow_slice(x_ptr, place + 3 * step, K, within, GATED)
     if NORM:
         n0 = tl.load(norm_ptr + place, mask=within, other=0.0)
         n1 = tl.load(norm_ptr + place + step, mask=within, other=0.0)
         n2 = tl.load(norm_ptr + place + 2 * step, mask=within, other=0.0)
         n3 = tl.load(norm_ptr + place + 3 * step, mask=within, other=0.0)
+    if PDL:
+        gdc_wait()
+    residual = _load_row(residual_ptr, rows, N, RESIDUAL)
+    x0 = _narrow_slice(x_ptr, place, K, within, GATED)
+    x1 = _narrow_slice(x_ptr, place + step, K, within, GATED)
+    x2 = _narrow_slice(x_ptr, place + 2 * step, K, within, GATED)
+    x3 = _narrow_slice(x_ptr, place + 3 * step, K, within, GATED)
+    if NORM:
         square = tl.sum(x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3, 2)
         root = _inverse_root(tl.sum(tl.sum(square, 1), 0), K, epsilon)
         x0, x1 = _normed(x_ptr, x0, root, n0), _normed(x_ptr, x1, root, n1)

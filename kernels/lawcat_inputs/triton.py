@@ -12,11 +12,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..compile_ahead import launcher
 from ..decay_gate.triton import log1p
 from ..short_conv.triton import MAX_TAPS
-from ..triton_device import LOG2E, mask_bytes
+from ..triton_device import LOG2E, chained, mask_bytes
 
 WIDEST = 128  # channels of a head
 RANKS = 64
@@ -27,13 +28,23 @@ _WARPS = 8
 
 @triton.jit
 def _features(
-    x, x_b, x_h, x_d, conv, state, weight, bias, out, end, keep, batch, head, H, GROUPS,
-    D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, ZEROED: tl.constexpr,
+    x, x_b, x_h, x_d, conv, state, weight, bias, mask, out, end, batch, head, H, GROUPS,
+    D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, ZEROED: tl.constexpr, MASKED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One head: the convolution of one token, the map, both softmaxes, and the convolution's next state."""
     cols = tl.arange(0, BD)
     inside = cols < D
     channel = head * D + cols
+    square = inside[:, None] & inside[None, :]
+    place = head // GROUPS * D
+    tile = tl.load(weight + (place + cols)[:, None] * D + cols[None, :], mask=square, other=0.0).to(tl.float32)
+    added = tl.load(bias + place + cols, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    keep = 1
+    if MASKED:
+        keep = tl.load(mask + batch).to(tl.int32)
     now = tl.load(x + batch * x_b + head * x_h + cols * x_d, mask=inside, other=0.0).to(tl.float32)
     now = tl.where(keep != 0, now, 0.0)
     base = (batch * H * D + channel) * (W - 1)
@@ -46,11 +57,7 @@ def _features(
     if W > 1:
         tl.store(end + base + W - 2, now.to(end.dtype.element_ty), mask=inside)
     mixed = mixed.to(x.dtype.element_ty).to(tl.float32)
-    square = inside[:, None] & inside[None, :]
-    place = head // GROUPS * D
-    tile = tl.load(weight + (place + cols)[:, None] * D + cols[None, :], mask=square, other=0.0).to(tl.float32)
-    y = tl.sum(mixed[:, None] * tile, 0) + tl.load(bias + place + cols, mask=inside, other=0.0).to(tl.float32)
-    y *= LOG2E
+    y = (tl.sum(mixed[:, None] * tile, 0) + added) * LOG2E
     high = tl.exp2(tl.where(inside, y - tl.max(tl.where(inside, y, float("-inf")), 0), float("-inf")))
     low = tl.exp2(tl.where(inside, tl.min(tl.where(inside, y, float("inf")), 0) - y, float("-inf")))
     high, low = high / tl.sum(high, 0), low / tl.sum(low, 0)
@@ -62,37 +69,63 @@ def _features(
 
 
 @triton.jit
-def _log_decay(
-    x, norm, down, up, bias, out, keep, batch, kv_head, block, HKV, C, R, F, epsilon, rate,
-    NORM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr,
-):  # fmt: skip
-    """BF features of one KV head's gate."""
-    ranks, row = tl.arange(0, BR), x + batch * C
-    root = 1.0
+def _projection(down, norm, start, C, R, NORM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):
+    """BC columns of the low-rank projection, and of the norm's weight."""
+    ranks, at = tl.arange(0, BR), start + tl.arange(0, BC)
+    within = (ranks < R)[:, None] & (at < C)[None, :]
+    weights = tl.load(down + ranks[:, None] * C + at[None, :], mask=within, other=0.0)
+    scales = weights
     if NORM:
-        squares = tl.zeros([BC], tl.float32)
-        for start in range(0, C, BC):
-            at = start + tl.arange(0, BC)
-            part = tl.load(row + at, mask=at < C, other=0.0).to(tl.float32)
-            squares += part * part
-        root = 1.0 / tl.sqrt_rn(tl.sum(squares, 0) / C + epsilon)
-    z = tl.zeros([BR], tl.float32)
-    for start in range(0, C, BC):
-        at = start + tl.arange(0, BC)
-        part = tl.load(row + at, mask=at < C, other=0.0).to(tl.float32)
-        if NORM:
-            part = part * root * tl.load(norm + at, mask=at < C, other=0.0).to(tl.float32)
-            part = part.to(x.dtype.element_ty).to(tl.float32)
-        within = (ranks < R)[:, None] & (at < C)[None, :]
-        weights = tl.load(down + ranks[:, None] * C + at[None, :], mask=within, other=0.0).to(tl.float32)
-        z += tl.sum(weights * part[None, :], 1)
-    z = z.to(x.dtype.element_ty).to(tl.float32)
+        scales = tl.load(norm + at, mask=at < C, other=0.0)
+    return weights, scales
+
+
+@triton.jit
+def _log_decay(
+    x, norm, down, up, bias, mask, out, batch, kv_head, block, HKV, C, R, F, epsilon, rate,
+    NORM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, ONCE: tl.constexpr,
+    MASKED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BF features of one KV head's gate. ONCE: the hidden states are at most BC channels."""
+    ranks, row = tl.arange(0, BR), x + batch * C
     cols = block * BF + tl.arange(0, BF)
     inside = cols < F
     rows = kv_head * F + cols
     within = inside[:, None] & (ranks < R)[None, :]
-    weights = tl.load(up + rows[:, None] * R + ranks[None, :], mask=within, other=0.0).to(tl.float32)
-    logits = tl.sum(weights * z[None, :], 1) + tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+    raised = tl.load(up + rows[:, None] * R + ranks[None, :], mask=within, other=0.0).to(tl.float32)
+    added = tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+    if ONCE:
+        weights, scales = _projection(down, norm, 0, C, R, NORM, BC, BR)
+    if PDL:
+        gdc_wait()
+    keep = 1
+    if MASKED:
+        keep = tl.load(mask + batch).to(tl.int32)
+    root, z = 1.0, tl.zeros([BR], tl.float32)
+    if ONCE:
+        at = tl.arange(0, BC)
+        part = tl.load(row + at, mask=at < C, other=0.0).to(tl.float32)
+        if NORM:
+            root = 1.0 / tl.sqrt_rn(tl.sum(part * part, 0) / C + epsilon)
+            part = (part * root * scales.to(tl.float32)).to(x.dtype.element_ty).to(tl.float32)
+        z = tl.sum(weights.to(tl.float32) * part[None, :], 1)
+    else:
+        if NORM:
+            squares = tl.zeros([BC], tl.float32)
+            for start in range(0, C, BC):
+                at = start + tl.arange(0, BC)
+                part = tl.load(row + at, mask=at < C, other=0.0).to(tl.float32)
+                squares += part * part
+            root = 1.0 / tl.sqrt_rn(tl.sum(squares, 0) / C + epsilon)
+        for start in range(0, C, BC):
+            at = start + tl.arange(0, BC)
+            part = tl.load(row + at, mask=at < C, other=0.0).to(tl.float32)
+            weights, scales = _projection(down, norm, start, C, R, NORM, BC, BR)
+            if NORM:
+                part = (part * root * scales.to(tl.float32)).to(x.dtype.element_ty).to(tl.float32)
+            z += tl.sum(weights.to(tl.float32) * part[None, :], 1)
+    z = z.to(x.dtype.element_ty).to(tl.float32)
+    logits = tl.sum(raised * z[None, :], 1) + added
     value = (tl.minimum(logits, 0.0) - log1p(tl.exp2(tl.abs(logits) * -LOG2E))) * rate
     value = tl.where(keep != 0, value, 0.0)
     tl.store(out + (batch * HKV + kv_head) * F + cols, value.to(out.dtype.element_ty), mask=inside)
@@ -104,28 +137,28 @@ def one_token(
     feature_q, feature_k, log_decay, end_q, end_k, q_b, q_h, q_d, k_b, k_h, k_d,
     H, HKV, GROUPS_Q, GROUPS_K, C, R, F, epsilon, rate,
     D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, NORM: tl.constexpr,
-    BC: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, BLOCKS: tl.constexpr,
+    BC: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, BLOCKS: tl.constexpr, ONCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid ``[H + HKV + HKV · BLOCKS, B]``."""
     part, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    keep = 1
-    if MASKED:
-        keep = tl.load(mask + batch).to(tl.int32)
+    if PDL:
+        gdc_launch_dependents()
     if part < H:
         _features(
-            q, q_b, q_h, q_d, conv_q, state_q, map_q, bias_q, feature_q, end_q, keep, batch, part, H, GROUPS_Q,
-            D, W, BD, False,
+            q, q_b, q_h, q_d, conv_q, state_q, map_q, bias_q, mask, feature_q, end_q, batch, part, H, GROUPS_Q,
+            D, W, BD, False, MASKED, PDL,
         )  # fmt: skip
     elif part < H + HKV:
         _features(
-            k, k_b, k_h, k_d, conv_k, state_k, map_k, bias_k, feature_k, end_k, keep, batch, part - H, HKV, GROUPS_K,
-            D, W, BD, MASKED,
+            k, k_b, k_h, k_d, conv_k, state_k, map_k, bias_k, mask, feature_k, end_k, batch, part - H, HKV, GROUPS_K,
+            D, W, BD, MASKED, MASKED, PDL,
         )  # fmt: skip
     else:
         gate = part - H - HKV
         _log_decay(
-            x, norm, down, up, gate_bias, log_decay, keep, batch, gate // BLOCKS, gate % BLOCKS, HKV, C, R, F,
-            epsilon, rate, NORM, BC, BR, BF,
+            x, norm, down, up, gate_bias, mask, log_decay, batch, gate // BLOCKS, gate % BLOCKS, HKV, C, R, F,
+            epsilon, rate, NORM, BC, BR, BF, ONCE, MASKED, PDL,
         )  # fmt: skip
 
 
@@ -173,6 +206,6 @@ def forward(
         heads // map_q.shape[0], kv_heads // map_k.shape[0], x.shape[2], down.shape[0], features, eps,
         1.0 / temperature, D=dim, W=conv_q.shape[1], BD=width, MASKED=mask is not None, NORM=norm_weight is not None,
         BC=min(_CHANNELS, triton.next_power_of_2(x.shape[2])), BR=max(16, triton.next_power_of_2(down.shape[0])),
-        BF=block, BLOCKS=blocks, num_warps=_WARPS,
+        BF=block, BLOCKS=blocks, ONCE=x.shape[2] <= _CHANNELS, num_warps=_WARPS, **chained(q.device),
     )  # fmt: skip
     return feature_q, feature_k, log_decay, end_q, end_k

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..triton_device import COUNTS, LOG2E
 from .triton_blocks import (
@@ -323,9 +324,12 @@ def output(
 def decode(
     q, k, v, g, initial, o, final, q_b, q_h, k_b, k_h, v_b, v_h, g_b, g_h, scale, D, DV, HKV,
     GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: read a block of BV state columns once, write it once."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     block, problem = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, kv_head = problem // HKV, problem % HKV
     E = DV + NORMALIZE

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from ..compile_ahead import launcher
+from ..triton_device import chained
 from .triton_backward import key_gradients, normaliser, value_gradients
 from .triton_forward import chunk_decays, chunk_depths, decode, output, scan, states
 from .triton_plan import CHUNK, LEVELS, Plan, in_pieces, prepare, strides, unit_columns
@@ -196,6 +197,7 @@ def _step(plan: Plan, initial: Tensor | None, out: Tensor) -> Tensor:
         plan.scale, width, columns, k.shape[1],
         GROUP=plan.group, DECAY=g is not None, PER_KEY=g is not None and g.shape[-1] > 1,
         NORMALIZE=plan.normalize, HAS_INITIAL=initial is not None, BK=plan.blocks[0], BV=block, num_warps=4,
+        **chained(q.device),
     )  # fmt: skip
     return _state_of(plan, final)
 

@@ -20,6 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from lincompile.kernels import triton_device
+
 CHIP = int(sys.argv[2].removeprefix("sm_")) if len(sys.argv) > 2 else 90
 # Shared memory a block of threads may have.
 ROOM = {80: 163, 86: 99, 89: 99, 90: 227}
@@ -51,6 +53,8 @@ def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any)
 driver.set_active(NoGpu())
 JITFunction.run = compile_only
 BF16 = torch.bfloat16
+# Tensors lie on the CPU; kernels that are chained on Hopper are compiled so.
+triton_device.chained = lambda device: {"PDL": True, "launch_pdl": True} if CHIP >= 90 else {"PDL": False}
 
 
 def stages() -> None:
