@@ -79,7 +79,7 @@ def quantize_kernel(
         x = tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)
     if NORM:
         square = tl.zeros([1024], tl.float32)
-        for start in range(0, K, 1024):
+        for start in tl.range(0, K, 1024):
             at = start + tl.arange(0, 1024)
             part = tl.load(row + at, mask=at < K, other=0.0).to(tl.float32)
             square += part * part

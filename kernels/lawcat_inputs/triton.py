@@ -112,12 +112,12 @@ def _log_decay(
     else:
         if NORM:
             squares = tl.zeros([BC], tl.float32)
-            for start in range(0, C, BC):
+            for start in tl.range(0, C, BC):
                 at = start + tl.arange(0, BC)
                 part = tl.load(row + at, mask=at < C, other=0.0).to(tl.float32)
                 squares += part * part
             root = 1.0 / tl.sqrt_rn(tl.sum(squares, 0) / C + epsilon)
-        for start in range(0, C, BC):
+        for start in tl.range(0, C, BC):
             at = start + tl.arange(0, BC)
             part = tl.load(row + at, mask=at < C, other=0.0).to(tl.float32)
             weights, scales = _projection(down, norm, start, C, R, NORM, BC, BR)

@@ -20,6 +20,7 @@ CHUNK = 64
 LEVELS = CHUNK.bit_length() - 1
 SLICE = 64
 MIN_SEGMENT_CHUNKS = 8
+WAVES = 2
 # Bytes of shared memory per block of threads that 128 columns take (A100 has 163 KiB, consumer chips 99, Hopper 227).
 ROOMY = 200 * 1024
 OVERRIDES: dict[str, dict[str, int]] = {}
@@ -107,7 +108,7 @@ class Plan:
     @property
     def segment_chunks(self) -> int:
         """Chunks per segment: enough segments for about two waves of programs, none shorter than 8 chunks."""
-        wanted = max(1, 2 * processors(self.tensors[0].device) // self.problems)
+        wanted = max(1, WAVES * processors(self.tensors[0].device) // self.problems)
         return max(min(MIN_SEGMENT_CHUNKS, self.chunks), -(-self.chunks // wanted), 1)
 
     @property
