@@ -19,8 +19,7 @@ from .triton_blocks import INTERPRETED
 CHUNK = 64
 LEVELS = CHUNK.bit_length() - 1
 SLICE = 64
-MIN_SEGMENT_CHUNKS = 8
-WAVES = 2
+MIN_SEGMENT_CHUNKS = 2
 # Bytes of shared memory per block of threads that 128 columns take (A100 has 163 KiB, consumer chips 99, Hopper 227).
 ROOMY = 200 * 1024
 OVERRIDES: dict[str, dict[str, int]] = {}
@@ -107,8 +106,8 @@ class Plan:
 
     @property
     def segment_chunks(self) -> int:
-        """Chunks per segment: enough segments for about two waves of programs, none shorter than 8 chunks."""
-        wanted = max(1, WAVES * processors(self.tensors[0].device) // self.problems)
+        """Chunks per segment: enough segments for about two waves of programs, none shorter than 2 chunks."""
+        wanted = max(1, 2 * processors(self.tensors[0].device) // self.problems)
         return max(min(MIN_SEGMENT_CHUNKS, self.chunks), -(-self.chunks // wanted), 1)
 
     @property
@@ -176,7 +175,7 @@ def tiles(kernel: str, blocks: tuple[int, int], group: int, narrow: bool, wide: 
         return {"num_warps": 4, "STAGES": 3 if deep > 1 else 1, "SLICE": min(blocks[0], SLICE)}
     if kernel == "output":
         # Scores are computed for every block of value columns: cheap where one product gives them.
-        columns = SLICE if group == 1 and not wide else blocks[1]
+        columns = blocks[1] if wide else SLICE
         return {"num_warps": warps, "STAGES": 1, "BV": min(blocks[1], columns)}
     if kernel == "values":
         return {"num_warps": warps, "STAGES": deep, "SLICE": min(blocks[0], SLICE)}
