@@ -12,10 +12,12 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from ..passes.stateful import StepProgram
 
@@ -62,6 +64,19 @@ def cuda_graph(run: Run, inputs: list[Tensor], pool: Any) -> tuple[Callable[[], 
     return launch, outputs
 
 
+Group = tuple[list[Tensor], list[int]]  # tensors of one type, and their places in a step's list
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded step: what it reads and writes, by type, and what launches it."""
+
+    taken: list[Group]
+    launch: Callable[[], None]
+    outputs: list[Tensor]
+    given: list[Group]
+
+
 class Recorded:
     """A step by recordings: ``run([tokens, positions, mask, *states]) -> [logits, *states]``.
 
@@ -87,7 +102,7 @@ class Recorded:
         self.run, self.device, self.places, self.record = run, device, places, record or cuda_graph
         self.lay: list[int] = []
         self.seen: dict[Any, int] = {}
-        self.recordings: OrderedDict[Any, tuple[list[Tensor], Callable[[], None], list[Tensor]]] = OrderedDict()
+        self.recordings: OrderedDict[Any, Recording] = OrderedDict()
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.done: torch.cuda.Event | None = None
         self.lock = threading.Lock()
@@ -129,13 +144,16 @@ class Recorded:
             return torch.cuda.is_current_stream_capturing()
 
     def _replay(self, key: Any, given: list[Tensor]) -> list[Tensor]:
-        inputs, launch, outputs = self.recordings[key]
+        recording = self.recordings[key]
         if self.done is not None:  # another stream may still be copying from the last call
             torch.cuda.current_stream(self.device).wait_event(self.done)
-        _copy(inputs, given)
-        launch()
-        results = [torch.empty_like(value) for value in outputs]
-        _copy(results, outputs)
+        for mine, places in recording.taken:
+            torch._foreach_copy_(mine, [given[place] for place in places])
+        recording.launch()
+        results: list[Any] = [None] * len(recording.outputs)
+        for mine, places in recording.given:
+            for place, copy in zip(places, _copies(mine), strict=True):
+                results[place] = copy
         if self.device.type == "cuda":
             self.done = torch.cuda.current_stream(self.device).record_event()
         return results
@@ -144,8 +162,9 @@ class Recorded:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 inputs = [value.clone(memory_format=torch.contiguous_format) for value in given]
-                self.recordings[key] = (inputs, *self.record(self.run, inputs, self.pool))
-                for value in self.recordings[key][2]:  # so that it is the launch that gives what is compared
+                launch, outputs = self.record(self.run, inputs, self.pool)
+                self.recordings[key] = Recording(_by_type(inputs), launch, outputs, _by_type(outputs))
+                for value in outputs:  # so that it is the launch that gives what is compared
                     value.fill_(torch.nan if value.is_floating_point() else 0)
                 found = self._replay(key, given)
         except RuntimeError as error:
@@ -162,18 +181,34 @@ class Recorded:
         warnings.warn(f"lincompile: steps run one kernel after the other, and slower: they {why}", stacklevel=7)
 
 
-def _copy(into: list[Tensor], values: list[Tensor]) -> None:
-    """One call for each type: a model has dozens of states, and a kernel for each would take as long as the step."""
-    for dtype in {value.dtype for value in into}:
-        mine, theirs = zip(*((a, b) for a, b in zip(into, values, strict=True) if a.dtype == dtype), strict=True)
-        torch._foreach_copy_(mine, theirs)
+def _by_type(values: list[Tensor]) -> list[Group]:
+    """A model has dozens of states; a kernel, or only a call, for each would take as long as the step."""
+    types = dict.fromkeys(value.dtype for value in values)
+    places = [[place for place, value in enumerate(values) if value.dtype == dtype] for dtype in types]
+    return [([values[place] for place in own], own) for own in places]
+
+
+def _copies(values: list[Tensor]) -> Sequence[Tensor]:
+    """Copies of tensors of one type, made by one call: a product with 1 changes no bit of a float."""
+    if values[0].is_floating_point():
+        return torch._foreach_mul(values, 1.0)
+    return [value.clone() for value in values]
 
 
 def places_of(module: nn.Module) -> Callable[[], list[int]]:
-    """What says where a module's parameters and buffers lie; for every step, so without walking over its modules."""
+    """What says where the tensors lie that a module reads; for every step, so without walking over its modules.
+
+    Of a graph those that its nodes name: others, like layers that were joined, may lie anywhere.
+    """
     tables = [
         (table, name) for part in module.modules() for table in (part._parameters, part._buffers) for name in table
     ]
+    if isinstance(module, GraphModule):
+        paths = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+        read = [(module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in sorted(paths)]
+        tables = [
+            (table, name) for part, name in read for table in (part._parameters, part._buffers) if name in table
+        ]
 
     def places() -> list[int]:
         return [value.data_ptr() for table, name in tables if (value := table.get(name)) is not None]
