@@ -209,6 +209,7 @@ def prefill(
         LincompileError: an empty prompt, a gap in a row's mask, an unknown token id, states of another batch size, or
             more tokens than ``session.max_positions``.
     """
+    tokens, mask = tokens.cpu(), mask.cpu()  # what is counted here isn't worth waiting for a GPU
     batch, length = tokens.shape
     if length == 0:
         raise LincompileError("the prompt is empty: give at least one token (the tokenizer's BOS token, for example)")

@@ -206,9 +206,7 @@ def places_of(module: nn.Module) -> Callable[[], list[int]]:
     if isinstance(module, GraphModule):
         paths = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
         read = [(module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in sorted(paths)]
-        tables = [
-            (table, name) for part, name in read for table in (part._parameters, part._buffers) if name in table
-        ]
+        tables = [(table, name) for part, name in read for table in (part._parameters, part._buffers) if name in table]
 
     def places() -> list[int]:
         return [value.data_ptr() for table, name in tables if (value := table.get(name)) is not None]

@@ -6,6 +6,8 @@ take the ops it is defined by.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -16,6 +18,7 @@ from ..hedgehog_features.op import hedgehog_features
 from ..registration import backend, without_autocast
 from ..shapes import require, require_rank, require_same_device, require_shape
 from . import reference
+from .reference import Inputs
 
 _SCHEMA = (
     "(Tensor q, Tensor conv_q, Tensor state_q, Tensor map_q, Tensor bias_q, Tensor k, Tensor conv_k, Tensor state_k,"
@@ -27,15 +30,9 @@ _FEATURES = ("b.t.", "..", "b..", "...", "...")
 _LAYOUTS = (*_FEATURES, *_FEATURES, "bt.", ".", "..", "..", ".", "bt")
 
 
-def _check(
-    q: Tensor, conv_q: Tensor, state_q: Tensor, map_q: Tensor, bias_q: Tensor,
-    k: Tensor, conv_k: Tensor, state_k: Tensor, map_k: Tensor, bias_k: Tensor,
-    x: Tensor, norm_weight: Tensor | None, down: Tensor, up: Tensor, gate_bias: Tensor, mask: Tensor | None,
-    eps: float, kv_heads: int, temperature: float,
-) -> None:  # fmt: skip
-    op = "lawcat_inputs"
-    sides = (("q", q, conv_q, state_q, map_q, bias_q), ("k", k, conv_k, state_k, map_k, bias_k))
-    for side, tensor, conv, state, weight, bias in sides:
+def _check(given: Inputs) -> None:
+    op, q, k, x, down, up = "lawcat_inputs", given.q, given.k, given.x, given.down, given.up
+    for side, (tensor, conv, state, weight, bias) in (("q", given[:5]), ("k", given[5:10])):
         require_rank(op, side, tensor, "[B, H, T, D]")
         batch, heads, _, dim = tensor.shape
         require_rank(op, f"conv_{side}", conv, "[H * D, W]")
@@ -46,41 +43,38 @@ def _check(
         require(maps > 0 and heads % maps == 0, op, f"{heads} heads of {side} don't divide into {maps} maps")
         require_shape(op, f"map_{side}", weight, "[M, D, D]", (maps, dim, dim))
         require_shape(op, f"bias_{side}", bias, "[M, 1, D]", (maps, 1, dim))
+    kv_heads, rows, mask = given.kv_heads, up.shape[0], given.mask
     require(kv_heads == k.shape[1], op, f"kv_heads must be the heads of k, {k.shape[1]}, got {kv_heads}")
-    require(temperature > 0, op, f"temperature must be above 0, got {temperature}")
+    require(given.temperature > 0, op, f"temperature must be above 0, got {given.temperature}")
     require_shape(op, "x", x, "[B, T, C]", (q.shape[0], q.shape[2], x.shape[-1]))
     require(k.shape[0] == q.shape[0] and k.shape[2] == q.shape[2], op, "q and k must be of the same tokens")
     require_rank(op, "down", down, "[R, C]")
     require_shape(op, "down", down, "[R, C]", (down.shape[0], x.shape[2]))
     require_rank(op, "up", up, "[Hkv * F, R]")
-    rows = up.shape[0]
     require(rows % kv_heads == 0, op, f"{rows} rows of up don't divide into {kv_heads} kv heads")
     require_shape(op, "up", up, "[Hkv * F, R]", (rows, down.shape[0]))
-    require_shape(op, "gate_bias", gate_bias, "[Hkv * F]", (rows,))
+    require_shape(op, "gate_bias", given.gate_bias, "[Hkv * F]", (rows,))
     require(q.dtype == k.dtype == x.dtype == down.dtype, op, "q, k, x and down must be of one type")
-    if norm_weight is not None:
-        require_shape(op, "norm_weight", norm_weight, "[C]", (x.shape[2],))
+    if given.norm_weight is not None:
+        require_shape(op, "norm_weight", given.norm_weight, "[C]", (x.shape[2],))
     if mask is not None:
         require_shape(op, "mask", mask, "[B, T]", (q.shape[0], q.shape[2]))
         require(mask.dtype == torch.bool, op, f"mask must be bool (True = real token), got {mask.dtype}")
-    require_same_device(op, q, k=k, x=x, state_q=state_q, state_k=state_k, map_q=map_q, down=down, up=up, mask=mask)
+    others = {name: value for name, value in given._asdict().items() if isinstance(value, Tensor)}
+    require_same_device(op, q, **others)
 
 
 @custom_op("lincompile::lawcat_inputs", mutates_args=(), schema=_SCHEMA)
 @without_autocast
-def lawcat_inputs(
-    q: Tensor, conv_q: Tensor, state_q: Tensor, map_q: Tensor, bias_q: Tensor,
-    k: Tensor, conv_k: Tensor, state_k: Tensor, map_k: Tensor, bias_k: Tensor,
-    x: Tensor, norm_weight: Tensor | None, down: Tensor, up: Tensor, gate_bias: Tensor, mask: Tensor | None,
-    eps: float, kv_heads: int, temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Features ``[B, H, T, 2·D]`` and ``[B, Hkv, T, 2·D]``, log_decay ``[B, Hkv, T, F]``, both convolutions' states."""
-    args = (
-        q, conv_q, state_q, map_q, bias_q, k, conv_k, state_k, map_k, bias_k, x, norm_weight, down, up, gate_bias,
-        mask, eps, kv_heads, temperature,
-    )  # fmt: skip
-    _check(*args)
-    kernels = backend("lawcat_inputs", q)
+def lawcat_inputs(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Features ``[B, H, T, 2·D]`` and ``[B, Hkv, T, 2·D]``, log_decay ``[B, Hkv, T, F]``, both convolutions' states.
+
+    Raises:
+        ValueError: arguments that don't fit together, by name; see :class:`.reference.Inputs`.
+    """
+    given = Inputs(*args)
+    _check(given)
+    kernels = backend("lawcat_inputs", given.q)
     if kernels is not None and serving("lawcat_inputs", kernels, reference, "forward", _LAYOUTS, args, args) is kernels:
         found = kernels.forward(*args)
     else:
@@ -90,20 +84,14 @@ def lawcat_inputs(
 
 
 @lawcat_inputs.register_fake
-def _(
-    q: Tensor, conv_q: Tensor, state_q: Tensor, map_q: Tensor, bias_q: Tensor,
-    k: Tensor, conv_k: Tensor, state_k: Tensor, map_k: Tensor, bias_k: Tensor,
-    x: Tensor, norm_weight: Tensor | None, down: Tensor, up: Tensor, gate_bias: Tensor, mask: Tensor | None,
-    eps: float, kv_heads: int, temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    _check(
-        q, conv_q, state_q, map_q, bias_q, k, conv_k, state_k, map_k, bias_k, x, norm_weight, down, up, gate_bias,
-        mask, eps, kv_heads, temperature,
-    )  # fmt: skip
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = Inputs(*args)
+    _check(given)
+    q, k, x = given.q, given.k, given.x
     return (
         q.new_empty(*q.shape[:3], 2 * q.shape[3]),
         k.new_empty(*k.shape[:3], 2 * k.shape[3]),
-        x.new_empty(x.shape[0], kv_heads, x.shape[1], up.shape[0] // kv_heads),
-        q.new_empty(state_q.shape),
-        k.new_empty(state_k.shape),
+        x.new_empty(x.shape[0], given.kv_heads, x.shape[1], given.up.shape[0] // given.kv_heads),
+        q.new_empty(given.state_q.shape),
+        k.new_empty(given.state_k.shape),
     )

@@ -7,7 +7,7 @@ projection, whose RMS norm may come with it. Shapes: ``docs/architecture.md``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional
@@ -16,17 +16,44 @@ from ..decay_gate import reference as decay_gate
 from ..hedgehog_features import reference as hedgehog_features
 
 
+class Inputs(NamedTuple):
+    """The op's arguments, in order."""
+
+    q: Tensor  # [B, H, T, D]
+    conv_q: Tensor  # [H * D, W]
+    state_q: Tensor  # [B, H * D, W - 1]
+    map_q: Tensor  # [M, D, D]: one map for each H // M heads
+    bias_q: Tensor  # [M, 1, D]
+    k: Tensor  # [B, Hkv, T, D], and so on as for q
+    conv_k: Tensor
+    state_k: Tensor
+    map_k: Tensor
+    bias_k: Tensor
+    x: Tensor  # [B, T, C]: hidden states
+    norm_weight: Tensor | None  # [C]: of their RMS norm, where it comes with them
+    down: Tensor  # [R, C]
+    up: Tensor  # [Hkv * F, R]
+    gate_bias: Tensor  # [Hkv * F]
+    mask: Tensor | None  # [B, T] bool, True = real token
+    eps: float
+    kv_heads: int
+    temperature: float
+
+
 def forward(
-    q: Tensor, conv_q: Tensor, state_q: Tensor, map_q: Tensor, bias_q: Tensor,
-    k: Tensor, conv_k: Tensor, state_k: Tensor, map_k: Tensor, bias_k: Tensor,
-    x: Tensor, norm_weight: Tensor | None, down: Tensor, up: Tensor, gate_bias: Tensor, mask: Tensor | None,
-    eps: float, kv_heads: int, temperature: float,
-    features: Callable[..., Any] = hedgehog_features.forward, gate: Callable[..., Any] = decay_gate.forward,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """``(feature_q, feature_k, log_decay, state_q, state_k)``; ``features`` and ``gate`` compute their parts."""
-    if norm_weight is not None:
-        x = functional.rms_norm(x, (x.shape[-1],), norm_weight, eps)
-    feature_q, state_q = features(q, conv_q, state_q, map_q, bias_q, mask, False)
-    feature_k, state_k = features(k, conv_k, state_k, map_k, bias_k, mask, True)
-    log_decay = gate(functional.linear(x, down), up, gate_bias, mask, kv_heads, temperature)
+    *args: Any,
+    features: Callable[..., Any] = hedgehog_features.forward,
+    gate: Callable[..., Any] = decay_gate.forward,
+) -> tuple[Tensor, ...]:
+    """``(feature_q, feature_k, log_decay, state_q, state_k)`` of :class:`Inputs`; ``features`` and ``gate`` compute
+    their parts.
+    """
+    given = Inputs(*args)
+    x, mask = given.x, given.mask
+    if given.norm_weight is not None:
+        x = functional.rms_norm(x, (x.shape[-1],), given.norm_weight, given.eps)
+    feature_q, state_q = features(*given[:5], mask, False)
+    feature_k, state_k = features(*given[5:10], mask, True)
+    z = functional.linear(x, given.down)
+    log_decay = gate(z, given.up, given.gate_bias, mask, given.kv_heads, given.temperature)
     return feature_q, feature_k, log_decay, state_q, state_k

@@ -8,6 +8,8 @@ float32; what the separate ops round between them is rounded here, too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from ..compile_ahead import launcher
 from ..decay_gate.triton import log1p
 from ..short_conv.triton import MAX_TAPS
 from ..triton_device import LOG2E, chained, mask_bytes
+from .reference import Inputs
 
 WIDEST = 128  # channels of a head
 RANKS = 64
@@ -162,50 +165,45 @@ def one_token(
         )  # fmt: skip
 
 
-def supports(
-    q: Tensor, conv_q: Tensor, state_q: Tensor, map_q: Tensor, bias_q: Tensor,
-    k: Tensor, conv_k: Tensor, state_k: Tensor, map_k: Tensor, bias_k: Tensor,
-    x: Tensor, norm_weight: Tensor | None, down: Tensor, up: Tensor, gate_bias: Tensor, mask: Tensor | None,
-    eps: float, kv_heads: int, temperature: float,
-) -> bool:  # fmt: skip
+def supports(*args: Any) -> bool:
     """Whether the kernel serves a call: one token, no float64, q's heads as wide and as many taps as k's, heads of at
     most 128 channels, at most 8 taps, a gate of rank 64 at most.
     """
-    tensors = (conv_q, state_q, map_q, bias_q, conv_k, state_k, map_k, bias_k, down, up, gate_bias)
+    given = Inputs(*args)
+    q, taps = given.q, given.conv_q.shape[1]
+    dtypes = {value.dtype for value in args if isinstance(value, Tensor) and value.dtype != torch.bool}
     return (
         q.shape[2] == 1
         and min(q.shape) > 0
-        and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and all(tensor.dtype in (torch.bfloat16, torch.float16, torch.float32) for tensor in tensors)
-        and (q.shape[3], conv_q.shape[1]) == (k.shape[3], conv_k.shape[1])
+        and dtypes <= {torch.bfloat16, torch.float16, torch.float32}
+        and (q.shape[3], taps) == (given.k.shape[3], given.conv_k.shape[1])
         and q.shape[3] <= WIDEST
-        and conv_q.shape[1] <= MAX_TAPS
-        and down.shape[0] <= RANKS
+        and taps <= MAX_TAPS
+        and given.down.shape[0] <= RANKS
     )
 
 
-def forward(
-    q: Tensor, conv_q: Tensor, state_q: Tensor, map_q: Tensor, bias_q: Tensor,
-    k: Tensor, conv_k: Tensor, state_k: Tensor, map_k: Tensor, bias_k: Tensor,
-    x: Tensor, norm_weight: Tensor | None, down: Tensor, up: Tensor, gate_bias: Tensor, mask: Tensor | None,
-    eps: float, kv_heads: int, temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``reference.forward``; q and k may have any strides."""
-    (batch, heads, _, dim), features = q.shape, up.shape[0] // kv_heads
+    given = Inputs(*args)
+    q, k, x, kv_heads = given.q, given.k, given.x, given.kv_heads
+    (batch, heads, _, dim), features = q.shape, given.up.shape[0] // kv_heads
     feature_q, feature_k = (t.new_empty(*t.shape[:3], 2 * dim) for t in (q, k))
     log_decay = x.new_empty(batch, kv_heads, 1, features)
-    end_q, end_k = q.new_empty(state_q.shape), k.new_empty(state_k.shape)
+    end_q, end_k = q.new_empty(given.state_q.shape), k.new_empty(given.state_k.shape)
     block = min(_FEATURES, max(16, triton.next_power_of_2(features)))
     blocks, width = triton.cdiv(features, block), max(16, triton.next_power_of_2(dim))
+    of_q, of_k = ([tensor.contiguous() for tensor in side] for side in (given[1:5], given[6:10]))
+    norm = None if given.norm_weight is None else given.norm_weight.contiguous()
+    gate = [tensor.contiguous() for tensor in (given.down, given.up, given.gate_bias)]
     launcher(one_token, (heads + kv_heads + kv_heads * blocks, batch))(
-        q, conv_q.contiguous(), state_q.contiguous(), map_q.contiguous(), bias_q.contiguous(),
-        k, conv_k.contiguous(), state_k.contiguous(), map_k.contiguous(), bias_k.contiguous(),
-        x.contiguous(), None if norm_weight is None else norm_weight.contiguous(), down.contiguous(), up.contiguous(),
-        gate_bias.contiguous(), mask_bytes(mask), feature_q, feature_k, log_decay, end_q, end_k,
-        q.stride(0), q.stride(1), q.stride(3), k.stride(0), k.stride(1), k.stride(3), heads, kv_heads,
-        heads // map_q.shape[0], kv_heads // map_k.shape[0], x.shape[2], down.shape[0], features, eps,
-        1.0 / temperature, D=dim, W=conv_q.shape[1], BD=width, MASKED=mask is not None, NORM=norm_weight is not None,
-        BC=min(_CHANNELS, triton.next_power_of_2(x.shape[2])), BR=max(16, triton.next_power_of_2(down.shape[0])),
-        BF=block, BLOCKS=blocks, ONCE=x.shape[2] <= _CHANNELS, num_warps=_WARPS, **chained(q.device),
+        q, *of_q, k, *of_k, x.contiguous(), norm, *gate, mask_bytes(given.mask),
+        feature_q, feature_k, log_decay, end_q, end_k, q.stride(0), q.stride(1), q.stride(3),
+        k.stride(0), k.stride(1), k.stride(3), heads, kv_heads, heads // given.map_q.shape[0],
+        kv_heads // given.map_k.shape[0], x.shape[2], given.down.shape[0], features, given.eps, 1.0 / given.temperature,
+        D=dim, W=given.conv_q.shape[1], BD=width, MASKED=given.mask is not None, NORM=norm is not None,
+        BC=min(_CHANNELS, triton.next_power_of_2(x.shape[2])),
+        BR=max(16, triton.next_power_of_2(given.down.shape[0])), BF=block, BLOCKS=blocks,
+        ONCE=x.shape[2] <= _CHANNELS, num_warps=_WARPS, **chained(q.device),
     )  # fmt: skip
     return feature_q, feature_k, log_decay, end_q, end_k
