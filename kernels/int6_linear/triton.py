@@ -30,6 +30,7 @@ from ..first_use import trusted
 from ..triton_device import chained
 from . import layer, reference
 from . import triton_kernels as kernels
+from . import triton_token as one
 from .codes import LEVELS
 from .pack import group_count
 
@@ -276,7 +277,7 @@ def vector(
     options: dict[str, Any] = config or vector_config(in_features)
     # The assembly reads 16 bytes at a time: every row of both planes must start on such a boundary.
     aligned = in_features % 64 == 0 and not INTERPRET and hi.data_ptr() % 16 == lo.data_ptr() % 16 == 0
-    kernels.vector_kernel[(triton.cdiv(rows, options["BN"]),)](
+    one.vector_kernel[(triton.cdiv(rows, options["BN"]),)](
         codes.view(torch.int32), scale, hi.view(torch.int32), lo.view(torch.int32), weight_scale, bias,
         around.residual, y, rows, hi.shape[1] // 4, lo.shape[1] // 4, weight_scale.shape[1], in_features // _GROUP,
         TAIL=in_features % _GROUP, BIAS=bias is not None, RESIDUAL=around.residual is not None, ASM=aligned,
@@ -292,7 +293,7 @@ def narrow(
     hi, lo, weight_scale = planes
     (rows, groups), in_features = weight_scale.shape, x.shape[1] // (1 + around.gated)
     options = config or narrow_config(groups)
-    kernels.narrow_kernel[(triton.cdiv(rows, options["BN"]),)](
+    one.narrow_kernel[(triton.cdiv(rows, options["BN"]),)](
         x, around.norm_weight, hi.view(torch.int32), lo.view(torch.int32), weight_scale, bias, around.residual, y,
         rows, in_features, hi.shape[1] // 4, lo.shape[1] // 4, groups, around.epsilon,
         LEVELS=LEVELS[int(activation[1:])], TAIL=in_features % _GROUP, BIAS=bias is not None,
@@ -307,7 +308,7 @@ def vector_bytes(x: Tensor, weights: Weights, bias: Tensor | None, y: Tensor, ac
     codes, scale = quantize_activation(x, activation)
     rows, in_features = weight.shape
     options: dict[str, Any] = vector_config(in_features)
-    kernels.vector_bytes_kernel[(triton.cdiv(rows, options["BN"]),)](
+    one.vector_bytes_kernel[(triton.cdiv(rows, options["BN"]),)](
         codes.view(torch.int32), scale, weight.view(torch.int32), weight_scale, bias, y, rows, in_features // 4,
         weight_scale.shape[1], in_features // 64, BIAS=bias is not None, ASM=not INTERPRET, **options,
     )  # fmt: skip

@@ -1,0 +1,265 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+"""Triton kernels of ``int6_linear`` for one token; :mod:`.triton` launches them and says which is for what.
+
+On Hopper they are chained (:func:`..triton_device.chained`): weights are read before the kernel in front has ended.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .triton_kernels import gated, inverse_root, normed, round_to
+from .unpack_ptx import UNPACK_FIRST, UNPACK_SECOND, dot_bytes, dot_half
+
+_ASM_HALF_GROUP: tl.constexpr = tl.constexpr(dot_half(32))
+_ASM_HALF_TAIL: tl.constexpr = tl.constexpr(dot_half(16))
+_ASM_BYTES: tl.constexpr = tl.constexpr(dot_bytes())
+_ASM_FIRST: tl.constexpr = tl.constexpr(UNPACK_FIRST)
+_ASM_SECOND: tl.constexpr = tl.constexpr(UNPACK_SECOND)
+
+
+@triton.jit
+def _load_row(pointer, rows, N, GIVEN: tl.constexpr):
+    """What is added to one token's outputs: read as early as it can be, since the sums don't wait for it."""
+    if GIVEN:
+        return tl.load(pointer + rows, mask=rows < N, other=0.0).to(tl.float32)
+    else:
+        return rows * 0.0
+
+
+@triton.jit
+def _store_row(y_ptr, y, bias, residual, rows, N, RESIDUAL: tl.constexpr):
+    """One token's outputs, rounded; what is added to them rounds once more."""
+    y += bias
+    if RESIDUAL:
+        y = y.to(y_ptr.dtype.element_ty).to(tl.float32) + residual
+    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
+def _signed_byte(word, index: tl.constexpr):
+    return (word << (24 - 8 * index)) >> 24
+
+
+@triton.jit
+def _dot_words(hi, lo, a, inside, WORDS: tl.constexpr, STRIDE: tl.constexpr):
+    """``Σ 4·c·a`` over 16·WORDS weights in plain Triton; pointers to 32-bit words, slices STRIDE words long."""
+    total = tl.zeros_like(tl.load(lo, mask=inside, other=0))
+    for word in tl.static_range(WORDS):
+        two = tl.load(lo + word, mask=inside, other=0)
+        h0 = tl.load(hi + word, mask=inside, other=0)
+        h1 = tl.load(hi + STRIDE + word, mask=inside, other=0)
+        for index in tl.static_range(4):
+            codes = tl.load(a + index * STRIDE + word, mask=inside, other=0)
+            h = h0 if index < 2 else h1
+            for byte in tl.static_range(4):
+                nibble = h >> 8 * byte + 4 * (index % 2) & 15
+                c4 = (nibble << 4 | (two >> 8 * byte + 2 * index & 3) << 2) - 128
+                total += c4 * _signed_byte(codes, byte)
+    return total
+
+
+@triton.jit(do_not_specialize=["N"])
+def vector_kernel(
+    a_ptr, sa_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, residual_ptr, y_ptr, N, HI_WORDS, LO_WORDS, G, FULL,
+    TAIL: tl.constexpr, BN: tl.constexpr, HALVES: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token. A tile is BN rows by HALVES half groups (64 weights each); pointers are to 32-bit words.
+
+    A thread reads a half group as three 16-byte loads of the planes and four of the activation codes.
+    """
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(rows, N - 1).to(tl.int64)[:, None]  # rows past the end read the last one and are never stored
+    half = tl.arange(0, HALVES)[None, :]
+    if PDL:
+        gdc_launch_dependents()
+    bias = _load_row(bias_ptr, rows, N, BIAS)
+    if PDL:
+        gdc_wait()
+    residual = _load_row(residual_ptr, rows, N, RESIDUAL)
+    hi_row, lo_row, sw_row = hi_ptr + row * HI_WORDS, lo_ptr + row * LO_WORDS, sw_ptr + row * G
+    acc = tl.zeros([BN, HALVES], tl.float32)
+    for start in range(0, FULL * 2, HALVES):
+        inside = start + half < FULL * 2
+        index = tl.minimum(start + half, FULL * 2 - 1)
+        group, word = index // 2, (index % 2) * 4
+        hi, lo, a = hi_row + (group * 16 + word), lo_row + index * 4, a_ptr + (group * 32 + word) + row * 0
+        if ASM:
+            part = tl.inline_asm_elementwise(
+                _ASM_HALF_GROUP, "=r,l,l,l", [hi.to(tl.int64), lo.to(tl.int64), a.to(tl.int64)],
+                dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            part = _dot_words(hi, lo, a, inside & (row >= 0), 4, 8)
+        scale = tl.load(sa_ptr + group, mask=inside, other=0.0) * tl.load(sw_row + group).to(tl.float32)
+        # Halves past the end have read a half that counts already: leave them out (0·NaN would not).
+        acc += tl.where(inside, part.to(tl.float32) * scale, 0.0)
+    y = tl.sum(acc, axis=1)
+    if TAIL:  # a partial last group: four slices of TAIL/4 codes
+        last = rows * 0 + FULL
+        row = tl.minimum(rows, N - 1).to(tl.int64)
+        hi, lo = hi_ptr + row * HI_WORDS + last * 16, lo_ptr + row * LO_WORDS + last * 8
+        a = a_ptr + last * 32
+        if ASM:  # TAIL is 64: one half group
+            part = tl.inline_asm_elementwise(
+                _ASM_HALF_TAIL, "=r,l,l,l", [hi.to(tl.int64), lo.to(tl.int64), a.to(tl.int64)],
+                dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            part = _dot_words(hi, lo, a, rows >= 0, TAIL // 16, TAIL // 16)
+        y += part.to(tl.float32) * (tl.load(sa_ptr + last) * tl.load(sw_ptr + row * G + last).to(tl.float32))
+    _store_row(y_ptr, y * 0.25, bias, residual, rows, N, RESIDUAL)
+
+
+@triton.jit
+def _narrow_slice(x_ptr, place, K, inside, GATED: tl.constexpr):
+    """A slice of each group."""
+    if GATED:
+        return gated(x_ptr, place, K, inside)
+    else:
+        return tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _words(x, scale):
+    """Codes of ``[GB, 8, 4]`` channels, four to a word."""
+    codes = round_to(x, scale[:, None, None]).to(tl.int32) & 255
+    return tl.sum(codes << 8 * tl.arange(0, 4)[None, None, :], axis=2)[None, :, :]
+
+
+@triton.jit
+def _four_products(weight, codes, total, ASM: tl.constexpr):
+    """``total + Σ weight·code`` over the four bytes of each word."""
+    if ASM:
+        total = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [weight, codes, total],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        for byte in tl.static_range(4):
+            total += _signed_byte(weight, byte) * _signed_byte(codes, byte)
+    return total
+
+
+@triton.jit
+def _unpack_words(hi, lo, SECOND: tl.constexpr, ASM: tl.constexpr):
+    """Two slices of ``4·c``, four to a word, from words of one half of the nibble plane and of the two-bit plane."""
+    if ASM:
+        if SECOND:
+            even, odd = tl.inline_asm_elementwise(
+                _ASM_SECOND, "=&r,=&r,r,r", [hi, lo], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+            )
+        else:
+            even, odd = tl.inline_asm_elementwise(
+                _ASM_FIRST, "=&r,=&r,r,r", [hi, lo], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+            )
+    else:
+        HIGH: tl.constexpr = -252645136  # 0xF0F0F0F0
+        LOW: tl.constexpr = 202116108  # 0x0C0C0C0C
+        SIGNS: tl.constexpr = -2139062144  # 0x80808080
+        first = lo >> 2 if SECOND else lo << 2
+        second = lo >> 4 if SECOND else lo
+        even = ((hi << 4) & HIGH | first & LOW) ^ SIGNS
+        odd = (hi & HIGH | second & LOW) ^ SIGNS
+    return even, odd
+
+
+@triton.jit(do_not_specialize=["N"])
+def narrow_kernel(
+    x_ptr, norm_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, residual_ptr, y_ptr, N, K, HI_WORDS, LO_WORDS, G, epsilon,
+    LEVELS: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, GB: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token of at most GB groups by BN rows; every program quantizes the token itself, which saves a launch, and
+    what NORM and GATED (see :func:`quantize_kernel`) put before that another one. Planes are read as 32-bit words.
+    """
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    line = tl.minimum(rows, N - 1).to(tl.int64)  # rows past the end read the last one and are never stored
+    row, group, word = line[:, None, None], tl.arange(0, GB), tl.arange(0, 8)
+    quarter = 8 + tl.zeros([GB], tl.int32)  # words of a slice
+    if TAIL:
+        quarter = tl.where(group * 128 + 128 <= K, quarter, TAIL // 16)
+    inside = (group < G)[:, None] & (word[None, :] < quarter[:, None])
+    if PDL:
+        gdc_launch_dependents()
+    # The weights don't wait for the token.
+    within = inside[None, :, :] & (row >= 0)
+    hi = hi_ptr + row * HI_WORDS + (group[:, None] * 16 + word[None, :])[None, :, :]
+    first = tl.load(hi, mask=within, other=0)
+    second = tl.load(hi + quarter[None, :, None], mask=within, other=0)
+    low = lo_ptr + row * LO_WORDS + (group[:, None] * 8 + word[None, :])[None, :, :]
+    low = tl.load(low, mask=within, other=0)
+    weight_scale = sw_ptr + line[:, None] * G + group[None, :]
+    weight_scale = tl.load(weight_scale, mask=(group < G)[None, :] & (line >= 0)[:, None], other=0.0).to(tl.float32)
+    bias = _load_row(bias_ptr, rows, N, BIAS)
+    within = inside[:, :, None]
+    step = quarter[:, None, None] * 4
+    place = (group[:, None] * 32 + word[None, :])[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    if NORM:
+        n0 = tl.load(norm_ptr + place, mask=within, other=0.0)
+        n1 = tl.load(norm_ptr + place + step, mask=within, other=0.0)
+        n2 = tl.load(norm_ptr + place + 2 * step, mask=within, other=0.0)
+        n3 = tl.load(norm_ptr + place + 3 * step, mask=within, other=0.0)
+    if PDL:
+        gdc_wait()
+    residual = _load_row(residual_ptr, rows, N, RESIDUAL)
+    x0 = _narrow_slice(x_ptr, place, K, within, GATED)
+    x1 = _narrow_slice(x_ptr, place + step, K, within, GATED)
+    x2 = _narrow_slice(x_ptr, place + 2 * step, K, within, GATED)
+    x3 = _narrow_slice(x_ptr, place + 3 * step, K, within, GATED)
+    if NORM:
+        square = tl.sum(x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3, 2)
+        root = inverse_root(tl.sum(tl.sum(square, 1), 0), K, epsilon)
+        x0, x1 = normed(x_ptr, x0, root, n0), normed(x_ptr, x1, root, n1)
+        x2, x3 = normed(x_ptr, x2, root, n2), normed(x_ptr, x3, root, n3)
+    most = tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3)))
+    # max() drops NaN, see quantize_kernel: where there is one, infinity stands for it until the codes are made.
+    bad = (x0 != x0) | (x1 != x1) | (x2 != x2) | (x3 != x3)
+    most = tl.max(tl.max(tl.where(bad, float("inf"), most), axis=2), axis=1)
+    scale = tl.div_rn(most, tl.full([GB], LEVELS, tl.float32))
+    # Masked weights are −32; the masked activations beside them are 0.
+    w0, w1 = _unpack_words(first, low, False, ASM)
+    w2, w3 = _unpack_words(second, low, True, ASM)
+    part = tl.zeros([BN, GB, 8], tl.int32)
+    part = _four_products(w0, _words(x0, scale), part, ASM)
+    part = _four_products(w1, _words(x1, scale), part, ASM)
+    part = _four_products(w2, _words(x2, scale), part, ASM)
+    part = _four_products(w3, _words(x3, scale), part, ASM)
+    scale = tl.where(most == float("inf"), float("nan"), scale)
+    y = tl.sum(tl.sum(part, axis=2).to(tl.float32) * (scale[None, :] * weight_scale), axis=1)
+    _store_row(y_ptr, y * 0.25, bias, residual, rows, N, RESIDUAL)
+
+
+@triton.jit(do_not_specialize=["N"])
+def vector_bytes_kernel(
+    a_ptr, sa_ptr, w_ptr, sw_ptr, bias_ptr, y_ptr, N, WORDS, G, COUNT,
+    BN: tl.constexpr, HALVES: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One token, eight-bit weights of COUNT half groups a row; tiles and pointers as :func:`vector_kernel`'s."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(rows, N - 1).to(tl.int64)[:, None]
+    half = tl.arange(0, HALVES)[None, :]
+    acc = tl.zeros([BN, HALVES], tl.float32)
+    for start in range(0, COUNT, HALVES):
+        inside = start + half < COUNT
+        index = tl.minimum(start + half, COUNT - 1)
+        w, a = w_ptr + row * WORDS + index * 16, a_ptr + index * 16 + row * 0
+        if ASM:
+            part = tl.inline_asm_elementwise(
+                _ASM_BYTES, "=r,l,l", [w.to(tl.int64), a.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+            )
+        else:
+            part = tl.zeros([BN, HALVES], tl.int32)
+            for word in tl.static_range(16):
+                weights, codes = tl.load(w + word), tl.load(a + word)
+                for byte in tl.static_range(4):
+                    part += _signed_byte(weights, byte) * _signed_byte(codes, byte)
+        scale = tl.load(sa_ptr + index // 2) * tl.load(sw_ptr + row * G + index // 2).to(tl.float32)
+        acc += tl.where(inside, part.to(tl.float32) * scale, 0.0)
+    y = tl.sum(acc, axis=1)
+    if BIAS:
+        y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
