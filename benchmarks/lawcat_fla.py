@@ -12,6 +12,7 @@ tensors laid out ``[B, T, H, ·]``, as FLA takes them. Variants:
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -98,6 +99,24 @@ def block(m: Lawcat, variant: str) -> Run:
         return out
 
     return run
+
+
+@contextlib.contextmanager
+def quick_tuning(warmup: int = 3, rep: int = 15) -> Iterator[None]:
+    """Autotuned kernels that are reached inside time each configuration for so many milliseconds, not 25 and 100.
+
+    FLA's block has hundreds of configurations in several variants: at the default its tuning took longer than the
+    machine is lent for.
+    """
+    import triton
+
+    active = triton.runtime.driver.active
+    before = active.get_benchmarker
+    active.get_benchmarker = lambda: functools.partial(triton.testing.do_bench, warmup=warmup, rep=rep)
+    try:
+        yield
+    finally:
+        active.get_benchmarker = before
 
 
 @contextlib.contextmanager
