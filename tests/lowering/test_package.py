@@ -161,6 +161,25 @@ def test_a_file_in_place_of_the_folder_is_refused(toy: SimpleNamespace, tmp_path
         write(toy, tmp_path / "out")
 
 
+def test_a_mount_point_is_refused() -> None:
+    with pytest.raises(ArtefactError, match="/proc is a mount point"):
+        package.check_output(Path("/proc"))
+
+
+@pytest.mark.parametrize("output", [".", "..", "new/..", "{}", "{}/.."])
+def test_the_current_folder_and_those_above_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    inside = tmp_path / "above" / "inside"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    with pytest.raises(ArtefactError, match="is the current folder or one that holds it"):
+        package.check_output(Path(output.format(inside)))
+    package.check_output(Path("out"))
+    package.check_output(Path("../beside"))
+    assert [item.name for item in tmp_path.rglob("*")] == ["above", "inside"]
+
+
 def test_an_unwritable_place_is_one_clear_error(toy: SimpleNamespace) -> None:
     with pytest.raises(ArtefactError, match="can't be written"):
         write(toy, Path("/proc/lincompile/out"))
