@@ -214,10 +214,12 @@ def prefill(
         collect: called with (index of the chunk's first token, logits ``[B, t, V]``): all logits, for perplexity.
 
     Raises:
-        LincompileError: an empty prompt, a gap in a row's mask, an unknown token id, states of another batch size, or
-            more tokens than ``session.max_positions``.
+        LincompileError: a chunk below 1, an empty prompt, a gap in a row's mask, an unknown token id, states of another
+            batch size, or more tokens than ``session.max_positions``.
     """
     batch, length = tokens.shape
+    if chunk is not None and chunk < 1:
+        raise LincompileError(f"chunk must be at least 1 token (or None: what suits the device), not {chunk}")
     if length == 0:
         raise LincompileError("the prompt is empty: give at least one token (the tokenizer's BOS token, for example)")
     if after is None and not bool(mask[:, -1].all()):
