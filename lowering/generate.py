@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompile)
 from ..passes.errors import LincompileError
 from ..passes.stateful import StateSpec, StepProgram
 from ..passes.stepping.last_token import last_token_only
@@ -23,6 +24,11 @@ from .recorded import Recorded, places_of, recordable
 
 PREFILL_CHUNK = 256
 GPU_CHUNK = 2048  # on a GPU a chunk costs launches
+# Where the arguments of a look-up hold the table (of a packed one, the plane that has its rows) and the ids.
+TABLE_AND_IDS = {
+    torch.ops.aten.embedding.default: (0, 1),
+    torch.ops.lincompile.int6_embedding.default: (1, 0),
+}
 NO_STEP_FORM = (
     "the artefact runs whole sequences, without states (an encoder, or a model without a step form), so it can't "
     "generate: lincompile.open(DIR).step(tokens, positions, mask, []) gives its outputs"
@@ -98,12 +104,14 @@ class Session:
 
     def _vocabulary(self) -> int:
         """Rows of the table that the tokens index, or the output's width where the graph has no such table."""
-        lookup = torch.ops.aten.embedding.default
         nodes = list(self.program.graph_module.graph.nodes)
         tokens = nodes[0]
         for node in nodes:
-            if node.op == "call_function" and node.target is lookup and node.args[1] is tokens:
-                path = str(node.args[0].target)
+            if node.op != "call_function" or node.target not in TABLE_AND_IDS:
+                continue
+            table_at, ids_at = TABLE_AND_IDS[node.target]
+            if node.args[ids_at] is tokens:
+                path = str(node.args[table_at].target)
                 table: Tensor = operator.attrgetter(path)(self.program.graph_module)
                 return table.shape[0]
         one = torch.zeros(1, 1, dtype=torch.int64)
@@ -206,11 +214,13 @@ def prefill(
         collect: called with (index of the chunk's first token, logits ``[B, t, V]``): all logits, for perplexity.
 
     Raises:
-        LincompileError: an empty prompt, a gap in a row's mask, an unknown token id, states of another batch size, or
-            more tokens than ``session.max_positions``.
+        LincompileError: a chunk below 1, an empty prompt, a gap in a row's mask, an unknown token id, states of another
+            batch size, or more tokens than ``session.max_positions``.
     """
     tokens, mask = tokens.cpu(), mask.cpu()  # what is counted here isn't worth waiting for a GPU
     batch, length = tokens.shape
+    if chunk is not None and chunk < 1:
+        raise LincompileError(f"chunk must be at least 1 token (or None: what suits the device), not {chunk}")
     if length == 0:
         raise LincompileError("the prompt is empty: give at least one token (the tokenizer's BOS token, for example)")
     if after is None and not bool(mask[:, -1].all()):

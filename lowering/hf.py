@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..passes.errors import LincompileError
-from .artefact.graph_file import weights_of
+from .artefact.graph_file import move_constants, weights_of
 from .artefact.state_file import SavedState, load_state, save_state
 from .generate import NO_STEP_FORM, Prefilled, Session
 from .huggingface.cache import Prefix, StateCache
@@ -117,6 +117,8 @@ class LincompileForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         device = next(iter(weights_of(self.program).values())).device
         if device != self.session.device:
             step = self.session.program
+            move_constants(step.graph_module.graph, device)
+            step.graph_module.recompile()
             step = lower(step)[0] if device.type == "cuda" else step  # fused for a GPU; a CPU runs that, too
             self._run(Session(step, vocab_size=self.session.vocab_size))
         return self

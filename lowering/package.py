@@ -49,11 +49,19 @@ def check_output(directory: Path) -> None:
     """Refuses an output folder that :func:`save` could not write, before hours of work go into what it would hold.
 
     Raises:
-        ArtefactError: the path is a file, a folder that holds something else, or can't be written.
+        ArtefactError: the path is a file, a folder that holds something else, is a mount point or holds the current
+            folder (a finished artefact is renamed into place, and these can't be), or can't be written.
     """
     directory = Path(directory)
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise ArtefactError(f"the output {directory} exists and isn't a folder: choose another one with -o")
+    if os.path.ismount(directory):
+        raise ArtefactError(f"the output {directory} is a mount point, which can't be replaced: choose a folder in it")
+    if Path.cwd().is_relative_to(directory.resolve()):
+        raise ArtefactError(
+            f"the output {directory} is the current folder or one that holds it, which can't be replaced: "
+            "choose a new folder with -o"
+        )
     if directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
         other = sorted(item.name for item in directory.iterdir())[0]
         raise ArtefactError(

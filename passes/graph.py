@@ -111,6 +111,11 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     return node.args[position] if len(node.args) > position else default
 
 
+def on_device(arguments: Any, device: torch.device) -> Any:
+    """Arguments of a node, nested as they are, with every device among them exchanged for ``device``."""
+    return torch.fx.node.map_aggregate(arguments, lambda item: device if isinstance(item, torch.device) else item)
+
+
 def get_attribute(module: nn.Module, path: str) -> Any:
     """The attribute of a module under a dotted path."""
     value: Any = module

@@ -18,6 +18,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 
 from ...passes.errors import ArtefactError, LincompileError
+from ...passes.graph import on_device
 from ...passes.stateful import StateSpec
 
 # Sizes at which the graph is traced. 0 and 1 would be baked in, and equal sizes could be taken for the same axis.
@@ -133,8 +134,19 @@ def _lift(graph_module: GraphModule, names: Sequence[str]) -> GraphModule:
     return GraphModule(nn.Module(), graph)
 
 
+def move_constants(graph: Graph, device: torch.device) -> None:
+    """Makes the tensors that the graph creates itself (``arange``, ``full``) come into being on ``device``.
+
+    Tracing wrote down the device it ran on; a program runs on one device, wherever its weights are.
+    """
+    for node in graph.nodes:
+        node.args, node.kwargs = on_device((node.args, node.kwargs), device)
+
+
 def read_graph(path: Path, weights: Mapping[str, Tensor], parameters: set[str]) -> GraphModule:
     """Loads ``program.pt2`` and attaches the weights, under their names, as parameters (frozen) or buffers.
+
+    The graph runs on the weights' device, whichever it was saved on.
 
     Raises:
         ArtefactError: the file is damaged, was written by an incompatible torch, or wants weights that aren't there.
@@ -157,6 +169,7 @@ def read_graph(path: Path, weights: Mapping[str, Tensor], parameters: set[str]) 
     if missing:
         raise ArtefactError(f"{path}: the program wants the weight '{missing[0]}', which the weights file lacks")
 
+    device = next(iter(weights.values())).device if weights else torch.device("cpu")
     root = nn.Module()
     attached: dict[int, Tensor] = {}  # a tied tensor stays one parameter under all its names
     for name in by_name:
@@ -173,7 +186,7 @@ def read_graph(path: Path, weights: Mapping[str, Tensor], parameters: set[str]) 
             )
             user += 1
         elif given.kind == InputKind.CONSTANT_TENSOR and given.target is not None:
-            _set(root, f"_constants.{given.target}", exported.constants[given.target])
+            _set(root, f"_constants.{given.target}", exported.constants[given.target].to(device))
             copies[node] = graph.get_attr(f"_constants.{given.target}")
         else:
             raise ArtefactError(f"{path}: the program has an input of kind {given.kind.name} ('{given.target}')")
@@ -185,6 +198,7 @@ def read_graph(path: Path, weights: Mapping[str, Tensor], parameters: set[str]) 
             raise ArtefactError(f"{path}: the program carries the submodule '{node.target}': damaged file?")
         elif node.op != "placeholder" and node.target not in _CHECKS:
             copies[node] = graph.node_copy(node, lambda arg: copies[arg])
+    move_constants(graph, device)
     return GraphModule(root, graph)
 
 

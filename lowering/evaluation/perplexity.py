@@ -17,6 +17,8 @@ from ...passes.errors import LincompileError
 from ...passes.program import Program
 from ..generate import StepSession, generate, prefill
 
+PROBE = 32  # tokens that a model is asked about before the text, to see whether it is causal
+CHANGE = 1e-3  # of the largest logit: more than rounding makes of one input on one device
 LogitsOf = Callable[[Tensor], Iterator[tuple[int, Tensor]]]
 """tokens ``[1, T]`` → (index of the first token, logits ``[1, t, V]``) in chunks that cover all T tokens."""
 
@@ -95,7 +97,8 @@ def perplexity(
         add_up: from this process's share of the negative log-likelihood to all of it, if ``logits_of`` gives shares.
 
     Raises:
-        LincompileError: a context or text too short to predict anything, or logits that aren't finite.
+        LincompileError: a context or text too short to predict anything, a model that reads the tokens it is to
+            predict, or logits that aren't finite.
     """
     if context < 2:
         raise LincompileError(f"the context must be at least 2 tokens, not {context}")
@@ -106,6 +109,7 @@ def perplexity(
     wanted = available if tokens is None else min(tokens, available)
     if wanted < 1:
         raise LincompileError(f"the text has {len(ids)} tokens: perplexity needs at least 2")
+    _check_causal(logits_of, windows[0][:PROBE], add_up)
     total, predicted = 0.0, 0
     for window in windows:
         window = window[: wanted - predicted + 1]
@@ -122,6 +126,25 @@ def perplexity(
     if not math.isfinite(nll):
         raise LincompileError("the model's logits are not finite (NaN or inf): perplexity has no value")
     return Perplexity(math.exp(nll) if nll < 700 else math.inf, nll, predicted)
+
+
+def _check_causal(logits_of: LogitsOf, ids: list[int], add_up: Callable[[float], float]) -> None:
+    """Asks the model itself: a program without states can be causal, and a captured one may hold unproved attention."""
+    last = len(ids) - 1
+    original = torch.tensor([ids], dtype=torch.int64)
+    changed = original.clone()
+    changed[0, last] = int(ids[last] == 0)
+    differing = 0
+    for (start, ours), (_, theirs) in zip(list(logits_of(original)), list(logits_of(changed)), strict=True):
+        a, b = (logits[0, : max(0, last - start)].float() for logits in (ours, theirs))
+        finite = a.isfinite() & b.isfinite()
+        if bool(finite.any()):
+            differing += bool((a - b)[finite].abs().max() > CHANGE * a[finite].abs().max())
+    if add_up(float(differing)):
+        raise LincompileError(
+            "the model isn't causal: what it says of a token depends on the tokens after it, so that it would read "
+            "what it is to predict, and perplexity has no meaning; compare its outputs with its teacher's instead"
+        )
 
 
 def _negative_log_likelihood(logits: Tensor, targets: Tensor, rows: int = 256) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ...passes.graph import expression, order_of, target_of, value_of
+from ...passes.graph import expression, on_device, order_of, target_of, value_of
 from ...passes.op_kinds import CASTS
 
 LENGTHS = (1, 2, 9)
@@ -184,6 +184,7 @@ def _form(match: Match) -> Any:
 def evaluate_chain(root: Node, known: dict[Node, Tensor], casts: bool = True) -> Tensor:
     """The value of ``root`` computed from the given nodes' values alone, or ``Mismatch``; ``casts``: also cast."""
     values: dict[Node, Any] = dict(known)
+    device = next((value.device for value in known.values()), torch.device("cpu"))  # not always the program's
     pending = [root]
     while pending:
         node = pending[-1]
@@ -195,7 +196,7 @@ def evaluate_chain(root: Node, known: dict[Node, Tensor], casts: bool = True) ->
         elif missing:
             pending.extend(missing)
         else:
-            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            args, kwargs = torch.fx.map_arg(on_device((node.args, node.kwargs), device), values.__getitem__)
             if not casts and node.target in CASTS:
                 values[pending.pop()] = args[0]
                 continue

@@ -113,6 +113,12 @@ def test_models_that_cannot_retrieve(cli: Run, artefact: Path) -> None:
     assert result.code == 1 and "can't be read token by token: no step form" in result.error
 
 
+def test_a_model_that_reads_ahead_has_no_perplexity(cli: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(100) % 50)
+    result = cli("eval", "small_model:backwards", "--text", tmp_path / "ids.npy", "--context", "32")
+    assert result.code == 1 and "the model isn't causal" in result.error and result.out == ""
+
+
 def test_whole_sequence_artefacts_are_named(cli: Run, folder: Path, student: Path, tmp_path: Path) -> None:
     """An artefact without a step form (here: its states taken away) can't be asked."""
     from lincompile.lowering.evaluation.passkey import Passkey, retrieve

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import zoo
 
-from lincompile.lowering.evaluation.perplexity import bench, logits_of_session, perplexity
+from lincompile.lowering.evaluation.perplexity import bench, logits_of_program, logits_of_session, perplexity
 from lincompile.lowering.generate import Session
+from lincompile.passes.capture import capture
 from lincompile.passes.errors import LincompileError
+from lincompile.passes.stateful import make_full
 
 IDS = torch.randint(40, (70,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -52,6 +55,20 @@ def test_tokens_bounds_the_predicted_tokens(session: Session) -> None:
 def test_nothing_to_predict(session: Session, ids: list[int], context: int, tokens: int | None, message: str) -> None:
     with pytest.raises(LincompileError, match=message):
         perplexity(logits_of_session(session), ids, context, tokens=tokens)
+
+
+@pytest.mark.parametrize("ids", [IDS, IDS[:2], [0] * 40])
+def test_a_bidirectional_model_has_no_perplexity(ids: list[int]) -> None:
+    program = capture(*zoo.build("nanogpt-bidirectional"))
+    for logits_of in (logits_of_program(program), logits_of_session(Session(make_full(program)))):
+        with pytest.raises(LincompileError, match=r"isn't causal.*perplexity has no meaning"):
+            perplexity(logits_of, ids, 32)
+
+
+def test_a_causal_model_without_states_has_one() -> None:
+    program = capture(*zoo.build("nanogpt"))
+    whole = perplexity(logits_of_session(Session(make_full(program))), IDS, 32)
+    assert whole.nll == pytest.approx(perplexity(logits_of_program(program), IDS, 32).nll, rel=1e-5)
 
 
 def test_bench_measures_and_respects_positions(session: Session) -> None:

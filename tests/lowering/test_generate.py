@@ -135,6 +135,8 @@ def test_bad_prompts(session: Session, prompts: list[list[int]], message: str) -
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"chunk": -3}, "chunk must be at least 1"),
     ],
 )
 def test_bad_options(session: Session, options: dict[str, float], message: str) -> None:

@@ -7,8 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import zoo
 
+import lincompile
 from lincompile.lowering import package
+from lincompile.lowering.artefact.graph_file import move_constants
 from lincompile.lowering.generate import left_pad
 from lincompile.passes.errors import LincompileError
 
@@ -83,6 +86,17 @@ def test_loss_and_gradients(model: hf.LincompileForCausalLM) -> None:
         assert gate.grad is not None and float(gate.grad.abs().sum()) > 0
     finally:
         gate.requires_grad_(False)
+
+
+def test_a_moved_model_creates_its_positions_where_its_weights_are(tmp_path: Path) -> None:
+    """As if it came from the meta device, which stands for a GPU here."""
+    module, example = zoo.build("nanogpt")
+    model = hf.from_pretrained(lincompile.compile(module, example=example, attn="softmax").save(tmp_path / "out"))
+    tokens = torch.tensor([[1, 2, 3]])
+    wanted = model(tokens).logits
+    move_constants(model.program.graph, torch.device("meta"))
+    model.session.device = torch.device("meta")
+    torch.testing.assert_close(model.to("cpu")(tokens).logits, wanted)
 
 
 def test_saved_and_opened_again(model: hf.LincompileForCausalLM, tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from safetensors.torch import load_file
 
+import lincompile
 from lincompile.lowering import package
 from lincompile.lowering.artefact import files as artefact_files
-from lincompile.lowering.artefact.graph_file import weights_of
+from lincompile.lowering.artefact.graph_file import read_graph, weights_of
 from lincompile.lowering.generate import Session, generate
 from lincompile.passes.errors import ArtefactError, LincompileError
 
@@ -65,6 +67,19 @@ def test_a_loaded_program_can_be_saved_again(folder: Path, tmp_path: Path) -> No
     second = package.open_artefact(tmp_path / "again")
     assert second.generate(PROMPT, 6) == first.generate(PROMPT, 6)
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_model_that_counts_its_positions_runs_where_its_weights_are(tmp_path: Path) -> None:
+    """Its ``arange`` was traced on a CPU; the meta device stands for a GPU here."""
+    module, example = zoo.build("nanogpt")
+    folder = lincompile.compile(module, example=example, attn="softmax").save(tmp_path / "out")
+    artefact = package.open_artefact(folder)
+    weights = {name: tensor.to("meta") for name, tensor in weights_of(artefact.step.graph_module).items()}
+    graph = read_graph(folder / "program.pt2", weights, set(artefact.manifest["parameter_names"])).graph
+    created = [node for node in graph.nodes if "arange" in str(node.target)]
+    assert created and all(node.kwargs["device"].type == "meta" for node in created)
+    assert "device(type='cpu')" not in str([(node.args, node.kwargs) for node in graph.nodes])
+    assert len(artefact.generate([1, 2, 3], 4)) == 7
 
 
 def test_runs_in_a_fresh_process_without_transformers(folder: Path) -> None:
@@ -144,6 +159,25 @@ def test_a_file_in_place_of_the_folder_is_refused(toy: SimpleNamespace, tmp_path
     (tmp_path / "out").write_text("x")
     with pytest.raises(ArtefactError, match="isn't a folder"):
         write(toy, tmp_path / "out")
+
+
+def test_a_mount_point_is_refused() -> None:
+    with pytest.raises(ArtefactError, match="/proc is a mount point"):
+        package.check_output(Path("/proc"))
+
+
+@pytest.mark.parametrize("output", [".", "..", "new/..", "{}", "{}/.."])
+def test_the_current_folder_and_those_above_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    inside = tmp_path / "above" / "inside"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    with pytest.raises(ArtefactError, match="is the current folder or one that holds it"):
+        package.check_output(Path(output.format(inside)))
+    package.check_output(Path("out"))
+    package.check_output(Path("../beside"))
+    assert [item.name for item in tmp_path.rglob("*")] == ["above", "inside"]
 
 
 def test_an_unwritable_place_is_one_clear_error(toy: SimpleNamespace) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import lincompile
 from lincompile.lowering import triton as lowering
+from lincompile.lowering.fusion.chains import evaluate_chain
 from lincompile.lowering.generate import Session, generate
 from lincompile.lowering.package import open_artefact
 from lincompile.passes.graph import aten
@@ -31,6 +32,15 @@ def compiled() -> lincompile.Compiled:
             if name.startswith("lincompile_attention"):
                 parameter += 0.3 * torch.randn_like(parameter)
     return compiled
+
+
+def test_a_chain_is_run_where_its_leaves_are() -> None:
+    """A program on a GPU creates constants there; its chains are proved on a CPU. (Here meta stands for the GPU.)"""
+    graph = torch.fx.Graph()
+    leaf = graph.placeholder("leaf")
+    ones = graph.call_function(aten.full.default, ([3], 1.0), {"device": torch.device("meta")})
+    total = graph.call_function(aten.add.Tensor, (leaf, ones))
+    assert evaluate_chain(total, {leaf: torch.zeros(3)}).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_lawcat_is_fused_and_computes_the_same(compiled: lincompile.Compiled) -> None:

@@ -151,6 +151,25 @@ def test_an_artefact_holds_the_table_at_six_bits_and_gives_the_same_tokens(tmp_p
     assert artefact.generate([1, 2, 3, 4], max_new_tokens=8) == before
 
 
+class Headless(nn.Module):
+    """An encoder of 50 token ids whose output is 128 wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 128)
+        self.inner = nn.Linear(128, 128)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return torch.relu(self.inner(self.embed(idx)))
+
+
+def test_the_vocabulary_is_the_rows_of_the_packed_table() -> None:
+    example = {"idx": torch.randint(0, 50, (2, 9))}
+    compiled = lincompile.compile(Headless(), example=example, attn="softmax", quant="w6a16", quant_embeddings=True)
+    assert "int6_embedding" in str(compiled.step.graph_module.graph)
+    assert compiled.session.vocab_size == 50
+
+
 def test_a_packed_embedding_goes_to_onnx_as_it_is(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     from lincompile.lowering.onnx.export import export_onnx
