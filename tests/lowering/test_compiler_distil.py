@@ -145,6 +145,34 @@ def test_what_makes_no_sense_is_refused_before_loading(options: dict[str, Any], 
         Options(**options).check()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_softmax": "0,"}, "--keep-softmax 0, chooses among what would be rewritten; with --attn softmax"),
+        ({"keep_softmax": "1.0"}, "--keep-softmax 1.0 chooses among what would be rewritten; with --attn softmax"),
+        ({"window": 8}, "--window stands beside linear attention; with --attn softmax there is none"),
+        ({"rotary": "keep"}, "--rotary keep says what linear attention reads; with --attn softmax there is none"),
+        ({"rewrite_sliding": True}, "--rewrite-sliding: with --attn softmax nothing is rewritten"),
+    ],
+)
+def test_options_of_rewriting_need_something_to_rewrite(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LincompileError, match=message):
+        Options(attn="softmax", **options).check()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quant": "w6a8", "calibrate": "t"}, "--quant w6a8 gives every layer the same scheme"),
+        ({"quant": "int6", "calibrate": "t", "target": "onnx"}, "--quant int6 for ONNX gives every layer the same"),
+        ({"quant": "int6"}, "--quant-scores needs text to score on: add --calibrate FILE"),
+    ],
+)
+def test_scores_need_a_plan_that_reads_them(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LincompileError, match=message):
+        Options(quant_scores="scores.json", **options).check()
+
+
 def test_all_stages_with_their_options_reach_the_manifest() -> None:
     compiled = lincompile.compile(
         model(),

@@ -307,6 +307,30 @@ def test_plans_that_name_what_is_not_there_are_refused(options: dict[str, Any], 
         Quantize("w6a8", **options).run(program)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plan": "w6a8", "activation_bits": 6.5}, "activation_bits has no effect on the plan w6a8: it is for int6"),
+        ({"plan": "auto:7", "activation_bits": 6.5}, "activation_bits has no effect on the plan auto:7"),
+        ({"plan": "int6", "effective_bits": 7.0}, "effective_bits has no effect on the plan int6: it is for auto"),
+        ({"plan": "w8a8", "max_latency": 5.0}, "max_latency has no effect on the plan w8a8: it is for int6 and auto"),
+        ({"plan": "w6a8", "scores": "scores.json"}, "scores has no effect on the plan w6a8"),
+        ({"plan": "none", "metric": "kl"}, "metric has no effect on the plan none"),
+        ({"plan": "auto:7", "tolerance": 1.5}, "tolerance has no effect on the plan auto:7"),
+        ({"plan": "auto:7", "max_latency": 5.0}, "the plan auto:7 and max_latency are two budgets"),
+        ({"plan": "auto:7", "effective_bits": 8.0}, "the plan auto:7 and effective_bits are two budgets"),
+        ({"activation_bits": 6.5, "max_latency": 5.0}, "activation_bits and max_latency are two budgets"),
+        ({"activation_bits": 6.5, "tolerance": 1.5}, "tolerance is how int6 chooses without a budget"),
+        ({"latencies": "times.json"}, "latencies are read for max_latency alone: give that, too"),
+        ({"scores": "scores.json"}, "scores needs calibration batches: without them int6 has eight-bit activations"),
+    ],
+)
+def test_options_that_a_plan_would_ignore_are_refused(options: dict[str, Any], message: str) -> None:
+    program = capture(Spellings().eval(), features())
+    with pytest.raises(LincompileError, match=message):
+        Quantize(**options).run(program)
+
+
 def test_quantized_programs_train_what_is_left_and_survive_the_pipeline() -> None:
     model, example = zoo.build("llama")
     program = Pipeline([Quantize("w6a8")])(capture(model, example))
