@@ -176,7 +176,8 @@ class Quantize:
         report |= {"choice": choice} if choice else {}
         if not report["layers"] and not done and not packed and not any(scheme.is_float for scheme in chosen.values()):
             raise RefusedError(f"quantize: no layer of the model can be quantized to {self.plan}: {_reasons(layers)}")
-        program.metadata["quantization"] = report
+        earlier = program.metadata.get("quantization")
+        program.metadata["quantization"] = _with_earlier(earlier, report)
         if tuning is not None and teacher is not None:
             text = self.tune_data or self.calibration or ()
             saved = None if self.tune_checkpoint is None else Path(self.tune_checkpoint)
@@ -188,6 +189,7 @@ class Quantize:
                     codes = stored_codes(module, layer.weight, layer.in_features, self.group_size)
                     quality = sqnr_db(layer.matrix(teacher.graph_module), dequantize(*codes, self.group_size))
                     record["sqnr_db"] = round(quality, 2)
+            program.metadata["quantization"] = _with_earlier(earlier, report)
         return PassResult(program, modified=bool(report["layers"] or packed), report=report)
 
     def _pack(self, module: GraphModule, table: Table, method: str) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
@@ -414,6 +416,29 @@ def _totals(done: list[dict[str, Any]], skipped: list[dict[str, Any]]) -> dict[s
         "bytes_after": after,
         "bytes_per_weight": round(after / weights, 5) if weights else None,
     }
+
+
+def _with_earlier(earlier: Mapping[str, Any] | None, report: dict[str, Any]) -> dict[str, Any]:
+    """The record of a program that an earlier pass has quantized in part: ``report``, with what that pass packed.
+
+    ``earlier`` then lists how (plan, method, choice, tuning). What a pass skipped, the next one packs or skips anew.
+    """
+    if earlier is None:
+        return report
+    packed = bool(report["layers"] or report.get("embeddings"))
+    layers = [*earlier["layers"], *report["layers"]]
+    merged = dict(report if packed else earlier)
+    merged |= {"layers": layers, "skipped": report["skipped"], "totals": _totals(layers, report["skipped"])}
+    if tables := [*earlier.get("embeddings", []), *report.get("embeddings", [])]:
+        merged["embeddings"] = tables
+    if packed:
+        about_layers = ("layers", "skipped", "totals", "embeddings", "earlier")
+        how = {key: value for key, value in earlier.items() if key not in about_layers}
+        merged["earlier"] = [*earlier.get("earlier", []), how]
+        choices = [record.get("choice", {}) for record in (earlier, report)]
+        if scores := {name: score for choice in choices for name, score in choice.get("scores", {}).items()}:
+            merged["choice"] = choices[-1] | {"scores": scores}
+    return merged
 
 
 def _reasons(layers: Sequence[LinearLayer]) -> str:

@@ -148,6 +148,27 @@ def test_running_twice_changes_nothing() -> None:
     assert str(program.graph_module.graph) == nodes and set(program.graph_module.state_dict()) == set(state)
 
 
+def test_the_record_holds_the_layers_of_every_run() -> None:
+    program = capture(Spellings().eval(), features())
+    first = Quantize("w8a8", schemes=dict.fromkeys(["conv1d", "plain", "turned", "swapped"], "float")).run(program)
+    Quantize("w6a8", skip=("plain",), method="rtn").run(program)
+    record = program.metadata["quantization"]
+    schemes = {layer["name"]: layer["scheme"] for layer in record["layers"]}
+    assert schemes == {
+        "linear": "w8a8", "batched": "w8a8", "permuted": "w8a8", "conv1d": "w6a8", "turned": "w6a8", "swapped": "w6a8"
+    }  # fmt: skip
+    assert [(layer["name"], layer["reason"]) for layer in record["skipped"]] == [
+        ("plain", "left in float as asked (skip)")
+    ]
+    totals = record["totals"]
+    assert totals["schemes"] == {"w8a8": 3, "w6a8": 3} and (totals["layers"], totals["skipped"]) == (6, 1)
+    assert totals["bytes_after"] == sum(layer["bytes_after"] for layer in record["layers"])
+    assert record["plan"] == "w6a8" and [how["plan"] for how in record["earlier"]] == ["w8a8"]
+    assert len(first.report["layers"]) == 3, "a pass's report is its own"
+    Quantize("w6a6", skip=("plain",)).run(program)
+    assert program.metadata["quantization"] == record, "nothing was left to pack"
+
+
 def test_the_quantized_state_reloads_bit_for_bit() -> None:
     model, example = zoo.build("gpt2")
     first, second = capture(model, example), capture(zoo.build("gpt2", seed=1)[0], example)
