@@ -171,6 +171,8 @@ class Options:
             window=self.window if self.window is not None else trained.window,
             rotary=self.rotary or trained.rotary,
             keep_softmax=self.keep_softmax or trained.keep_softmax,
+            rewrite_sliding=self.rewrite_sliding or trained.rewrite_sliding,
+            alibi=self.alibi or trained.alibi,
         )
 
     def _check_quantization(self) -> None:

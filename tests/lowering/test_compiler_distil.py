@@ -10,6 +10,8 @@ import pytest
 import torch
 import zoo
 from distil_models import LENGTH, linear, mean, proved, text, windows
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import lincompile
 from lincompile.lowering.options import Options
@@ -93,6 +95,33 @@ def test_an_adapter_says_which_sites_it_is_for(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(LincompileError, match="is damaged or isn't a safetensors file"):
         lincompile.compile(model(), example={"idx": zoo.tokens()}, adapter=str(file))
+
+
+def attend_with_alibi(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])[None, :]
+    slopes = 2.0 ** -torch.arange(1, q.shape[1] + 1)[:, None, None]
+    bias = (-slopes * distance).masked_fill(distance < 0, -torch.inf)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+@pytest.mark.parametrize(("option", "attn"), [("rewrite_sliding", "lawcat"), ("alibi", "gla")])
+def test_an_adapter_brings_the_option_its_sites_are_rewritten_by(option: str, attn: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    alibi = (zoo.NanoGPT(attend_with_alibi).eval(), {"idx": zoo.tokens()})
+    module, example = alibi if option == "alibi" else zoo.build("gemma3")
+    asked: dict[str, Any] = {"example": example, "attn": attn}
+    compiled = lincompile.compile(module, **{option: True}, **asked)
+    assert {site.method for site in compiled.sites} == {attn}
+    file = tmp_path / "a.safetensors"
+    save_adapter(file, compiled.teacher, compiled.program)
+    applied = lincompile.compile(module, adapter=str(file), **asked)
+    assert {site.method for site in applied.sites} == {attn} and applied.manifest()["options"][option]
+    with safe_open(str(file), "pt") as opened:
+        metadata, tensors = dict(opened.metadata()), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    del metadata["switches"]
+    save_file(tensors, str(file), metadata)
+    with pytest.raises(LincompileError, match=f"--{option.replace('_', '-')}"):
+        lincompile.compile(module, adapter=str(file), **asked)
 
 
 def test_training_goes_on_from_an_adapter_of_attention_alone(tmp_path: Path) -> None:
