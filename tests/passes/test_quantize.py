@@ -265,6 +265,31 @@ def test_parameters_of_attention_methods_are_left_alone() -> None:
     assert reasons(program) == {"lincompile_attention.0": "parameter of an attention method (small, stays trainable)"}
 
 
+def test_einsums_with_a_parameter_are_listed_with_the_reason() -> None:
+    class Einsums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ok, self.tied = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.heads = nn.Parameter(torch.randn(64, 4, 16) * 0.1)
+            self.out = nn.Linear(64, 64, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.einsum("btc,chd->bthd", self.ok(x), self.heads).flatten(2)
+            y = torch.einsum("btc,dc->btd", y, self.tied.weight) + self.tied(y)
+            y = torch.einsum("btc,cd->btd", y, self.out.weight.t())
+            return torch.einsum("btc,bsc->bts", y, y)
+
+    program = capture(Einsums().eval(), features())
+    report = Quantize("w6a8", skip=("heads",)).run(program).report
+    assert [record["name"] for record in report["layers"]] == ["ok"]
+    assert {record["name"]: record["reason"] for record in report["skipped"]} == {
+        "tied": "its weight is tied: also read by einsum, which needs it in float",
+        "heads": "it is read by an einsum (btc,chd->bthd)",
+        "out": "it is read by an einsum (btc,cd->btd)",
+    }
+    assert [record["name"] for record in Quantize("w6a8").run(program).report["skipped"]] == ["tied", "heads", "out"]
+
+
 def test_layers_too_small_in_magnitude_stay_float_with_the_reason() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval()
     nn.init.normal_(model[0].weight, std=1e-8)
