@@ -39,7 +39,7 @@ from ..passes.split_heads import SplitHeads, named_parts, parse_head_count, pars
 from ..passes.stateful import StepProgram, make_full, make_stateful
 from ..passes.stepping.offsets import position_limit
 from .generate import Session
-from .options import Options, Reporter
+from .options import Options, Reporter, plan_for
 from .package import Artefact, open_artefact, save
 from .text import Corpus, read_corpus, read_tokens, retrieval_needles
 from .triton import lower
@@ -472,15 +472,6 @@ def windows_of(student: Program, ids: Tensor, tokens: int, device: str) -> list[
     stride = ids.numel() // count
     windows = [ids[i * stride : i * stride + length][None].to(device) for i in range(count)]
     return [batch_of(student, window) for window in windows]
-
-
-def plan_for(asked: Options) -> str:
-    """The quantization plan; ``int6``, which leaves the choice of activations to lincompile, depends on the target.
-
-    Stock onnxruntime has no six-bit activations, and eight-bit ones make two runtimes differ by whole codes wherever an
-    activation lies on the edge between two: for ONNX, ``int6`` keeps the activations float, and the tokens are torch's.
-    """
-    return "w6a16" if asked.quant == "int6" and asked.target == "onnx" else asked.quant
 
 
 def deployable(student: Program, notes: list[str]) -> StepProgram:

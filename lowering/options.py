@@ -80,11 +80,7 @@ class Options:
             raise LincompileError(
                 "--keep-softmax auto:N chooses layers by what they are worth after training: add --distil FILE"
             )
-        if self.attn == "softmax" and parse_head_count(self.keep_softmax):
-            raise LincompileError(
-                f"--keep-softmax {self.keep_softmax} chooses among heads that would be rewritten; with --attn softmax "
-                "all of them stay softmax: leave it out"
-            )
+        self._check_rewriting()
         if self.train is not None:
             Recipe(train=self.train)
         if self.transfer_loss is not None:
@@ -106,8 +102,6 @@ class Options:
             raise LincompileError(f"--target {self.target}: the targets are {', '.join(TARGETS)}")
         if self.target == "triton" and importlib.util.find_spec("triton") is None:
             raise LincompileError("--target triton needs the package 'triton' (Linux only): install it, or use eager")
-        if self.attn == "softmax" and self.window:
-            raise LincompileError("--window stands beside linear attention; with --attn softmax there is none")
         if self.attn == "softmax" and self.distil is not None:
             raise LincompileError("--distil trains linear attention; with --attn softmax there is nothing to train")
         if self.adapter is not None:
@@ -121,6 +115,24 @@ class Options:
                 raise LincompileError(f"--adapter says which {what} stay softmax: leave --keep-softmax out")
             if not Path(self.adapter).is_file():
                 raise LincompileError(f"the adapter {self.adapter} doesn't exist")
+
+    def _check_rewriting(self) -> None:
+        """Every option about what is rewritten, and how, needs a linear attention."""
+        if self.attn != "softmax":
+            return
+        if self.keep_softmax is not None:
+            raise LincompileError(
+                f"--keep-softmax {self.keep_softmax} chooses among what would be rewritten; with --attn softmax "
+                "all of them stay softmax: leave it out"
+            )
+        if self.window:
+            raise LincompileError("--window stands beside linear attention; with --attn softmax there is none")
+        if self.rotary is not None:
+            raise LincompileError(
+                f"--rotary {self.rotary} says what linear attention reads; with --attn softmax there is none"
+            )
+        if self.rewrite_sliding:
+            raise LincompileError("--rewrite-sliding: with --attn softmax nothing is rewritten: leave it out")
 
     def _check_training(self) -> None:
         """Every option about training needs training, and a size above 0."""
@@ -159,6 +171,8 @@ class Options:
             window=self.window if self.window is not None else trained.window,
             rotary=self.rotary or trained.rotary,
             keep_softmax=self.keep_softmax or trained.keep_softmax,
+            rewrite_sliding=self.rewrite_sliding or trained.rewrite_sliding,
+            alibi=self.alibi or trained.alibi,
         )
 
     def _check_quantization(self) -> None:
@@ -177,6 +191,15 @@ class Options:
         if text is None and (spec.kind == "auto" or self.quant_method in ("clip", "gptq")):
             asked = f"--quant {self.quant}" if spec.kind == "auto" else f"--quant-method {self.quant_method}"
             raise LincompileError(f"{asked} needs text to calibrate on: add --calibrate FILE (or --distil FILE)")
+        if self.quant_scores is not None:
+            if parse_plan(plan_for(self)).kind == "uniform":
+                where = " for ONNX" if self.target == "onnx" else ""
+                raise LincompileError(
+                    f"--quant-scores: --quant {self.quant}{where} gives every layer the same scheme, so nothing is "
+                    "scored; it is about --quant auto:BITS, or int6 for other targets than ONNX"
+                )
+            if text is None:
+                raise LincompileError("--quant-scores needs text to score on: add --calibrate FILE (or --distil FILE)")
         resolve(self.quant_method, None if text is None else [{}])
         if self.quant_tune is not None:
             options_for(self.quant_tune, self.quant_tune_steps, self.quant_tune_time)
@@ -192,3 +215,12 @@ class Options:
         return values | {
             name: text if text is None or isinstance(text, str) else type(text).__name__ for name, text in texts.items()
         }
+
+
+def plan_for(asked: Options) -> str:
+    """The quantization plan; ``int6``, which leaves the choice of activations to lincompile, depends on the target.
+
+    Stock onnxruntime has no six-bit activations, and eight-bit ones make two runtimes differ by whole codes wherever an
+    activation lies on the edge between two: for ONNX, ``int6`` keeps the activations float, and the tokens are torch's.
+    """
+    return "w6a16" if asked.quant == "int6" and asked.target == "onnx" else asked.quant

@@ -8,7 +8,7 @@ or ``float``; a *plan* is a name of what to do with all of them (:func:`parse_pl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,15 @@ from .quantization.weight_methods import WeightRounder
 
 QUANTIZED_OPS = (torch.ops.lincompile.int6_linear.default, torch.ops.lincompile.int8_linear.default)
 _PACKED_OPS = (*QUANTIZED_OPS, LOOKUP)
+_CHOICE = {  # what says how schemes are chosen, and the kinds of plan that read it
+    "effective_bits": ("auto",),
+    "activation_bits": ("int6",),
+    "max_latency": ("int6", "auto"),
+    "latencies": ("int6", "auto"),
+    "scores": ("int6", "auto"),
+    "metric": ("int6", "auto"),
+    "tolerance": ("int6",),
+}
 
 
 @register("quantize")
@@ -80,8 +89,9 @@ class Quantize:
         tune_progress: called after every step with (step, steps expected, loss, tokens per second).
 
     Raises (from :meth:`run`):
-        LincompileError: NaN or infinite weights, unknown layers or schemes in ``schemes`` or ``skip``; or tuning
-            without text, or one that diverged: the program is quantized then, its codes not tuned.
+        LincompileError: NaN or infinite weights, unknown layers or schemes in ``schemes`` or ``skip``, options that the
+            plan doesn't read; or tuning without text, or one that diverged: the program is quantized then, its codes
+            not tuned.
         RefusedError: nothing could be quantized (the message gives the reasons), ``embeddings`` where the table can't
             be packed, or a plan worse than a uniform one that costs no more.
     """
@@ -121,6 +131,7 @@ class Quantize:
     def run(self, program: Program) -> PassResult:
         timed = self.plan.strip().lower() == "auto" and self.max_latency is not None
         spec = PlanSpec("auto") if timed else parse_plan(self.plan, self.effective_bits)
+        self._check_choice(spec)
         if spec.kind == "none":
             return PassResult(program, modified=False, report={"plan": self.plan, "layers": [], "skipped": []})
         if self.calibration is not None and not len(self.calibration):
@@ -165,7 +176,8 @@ class Quantize:
         report |= {"choice": choice} if choice else {}
         if not report["layers"] and not done and not packed and not any(scheme.is_float for scheme in chosen.values()):
             raise RefusedError(f"quantize: no layer of the model can be quantized to {self.plan}: {_reasons(layers)}")
-        program.metadata["quantization"] = report
+        earlier = program.metadata.get("quantization")
+        program.metadata["quantization"] = _with_earlier(earlier, report)
         if tuning is not None and teacher is not None:
             text = self.tune_data or self.calibration or ()
             saved = None if self.tune_checkpoint is None else Path(self.tune_checkpoint)
@@ -177,6 +189,7 @@ class Quantize:
                     codes = stored_codes(module, layer.weight, layer.in_features, self.group_size)
                     quality = sqnr_db(layer.matrix(teacher.graph_module), dequantize(*codes, self.group_size))
                     record["sqnr_db"] = round(quality, 2)
+            program.metadata["quantization"] = _with_earlier(earlier, report)
         return PassResult(program, modified=bool(report["layers"] or packed), report=report)
 
     def _pack(self, module: GraphModule, table: Table, method: str) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
@@ -197,6 +210,30 @@ class Quantize:
         if not self.tune_data and not self.calibration:
             raise LincompileError("quantize: tuning needs text: give calibration batches (CLI: --calibrate FILE)")
         return options_for(self.tune, self.tune_steps, self.tune_time, self.tune_batch, self.tune_rate, self.tune_seed)
+
+    def _check_choice(self, spec: PlanSpec) -> None:
+        """Every option about choosing schemes needs a plan that chooses by it, and there is one budget at most."""
+        defaults = {item.name: item.default for item in fields(self)}
+        given = [name for name in _CHOICE if getattr(self, name) != defaults[name]]
+        for name in given:
+            if spec.kind not in _CHOICE[name]:
+                raise LincompileError(
+                    f"quantize: {name} has no effect on the plan {self.plan}: it is for {' and '.join(_CHOICE[name])}"
+                )
+        budgets: list[str] = [name for name in ("effective_bits", "activation_bits", "max_latency") if name in given]
+        if ":" in self.plan:
+            budgets.insert(0, f"the plan {self.plan}")
+        if len(budgets) > 1:
+            raise LincompileError(f"quantize: {budgets[0]} and {budgets[1]} are two budgets: give one of them")
+        if "latencies" in given and self.max_latency is None:
+            raise LincompileError("quantize: latencies are read for max_latency alone: give that, too")
+        if "tolerance" in given and budgets:
+            raise LincompileError(f"quantize: tolerance is how int6 chooses without a budget: leave out {budgets[0]}")
+        measured = [name for name in ("scores", "metric", "tolerance") if name in given]
+        if measured and spec.kind == "int6" and not budgets and self.calibration is None:
+            raise LincompileError(
+                f"quantize: {measured[0]} needs calibration batches: without them int6 has eight-bit activations"
+            )
 
     def _strength(self, spec: PlanSpec) -> float:
         if self.smooth is not None:
@@ -379,6 +416,29 @@ def _totals(done: list[dict[str, Any]], skipped: list[dict[str, Any]]) -> dict[s
         "bytes_after": after,
         "bytes_per_weight": round(after / weights, 5) if weights else None,
     }
+
+
+def _with_earlier(earlier: Mapping[str, Any] | None, report: dict[str, Any]) -> dict[str, Any]:
+    """The record of a program that an earlier pass has quantized in part: ``report``, with what that pass packed.
+
+    ``earlier`` then lists how (plan, method, choice, tuning). What a pass skipped, the next one packs or skips anew.
+    """
+    if earlier is None:
+        return report
+    packed = bool(report["layers"] or report.get("embeddings"))
+    layers = [*earlier["layers"], *report["layers"]]
+    merged = dict(report if packed else earlier)
+    merged |= {"layers": layers, "skipped": report["skipped"], "totals": _totals(layers, report["skipped"])}
+    if tables := [*earlier.get("embeddings", []), *report.get("embeddings", [])]:
+        merged["embeddings"] = tables
+    if packed:
+        about_layers = ("layers", "skipped", "totals", "embeddings", "earlier")
+        how = {key: value for key, value in earlier.items() if key not in about_layers}
+        merged["earlier"] = [*earlier.get("earlier", []), how]
+        choices = [record.get("choice", {}) for record in (earlier, report)]
+        if scores := {name: score for choice in choices for name, score in choice.get("scores", {}).items()}:
+            merged["choice"] = choices[-1] | {"scores": scores}
+    return merged
 
 
 def _reasons(layers: Sequence[LinearLayer]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,17 @@ def _described(site: AttentionSite) -> str:
     return f"{site.method}{f'+{window}' if window else ''} {site.details['rotary']}"
 
 
+def _switches(sites: Iterable[AttentionSite]) -> set[str]:
+    """The options without which sites like these would stay softmax: their fields' names in ``Settings``."""
+    kinds = {name for site in sites for name in (site.kind, site.bias)}
+    return {option for kind, option in (("sliding", "rewrite_sliding"), ("alibi", "alibi")) if kind in kinds}
+
+
+def _recorded_switches(metadata: dict[str, str]) -> list[str]:
+    switches: list[str] = json.loads(metadata.get("switches", "[]"))  # the first adapters of this format have none
+    return switches
+
+
 @dataclass(frozen=True)
 class Settings:
     """The compiler's options that make the sites an adapter was trained for (None: the option isn't needed)."""
@@ -61,9 +72,11 @@ class Settings:
     window: int | None
     rotary: str | None
     keep_softmax: str | None
+    rewrite_sliding: bool = False
+    alibi: bool = False
 
     @staticmethod
-    def of(sites: dict[str, str]) -> Settings:
+    def of(sites: dict[str, str], switches: Collection[str] = ()) -> Settings:
         softmax = [method == "softmax" for method in sites.values()]
         heads = heads_text(list(sites), softmax)
         kept = [str(index) for index, stays in enumerate(softmax) if stays]
@@ -72,7 +85,14 @@ class Settings:
         attn = linear[0][0].partition("+")[0] if linear else "softmax"
         windows = [int(method.partition("+")[2] or 0) for method, _, _ in linear]  # a sliding site's may be narrower
         rotary = next((ROTARY[how] for _, _, how in linear if how in ROTARY), None)  # some sites may have no positions
-        return Settings(attn, max(windows, default=0) or None, rotary, keep or None)
+        return Settings(
+            attn,
+            max(windows, default=0) or None,
+            rotary,
+            keep or None,
+            rewrite_sliding="rewrite_sliding" in switches,
+            alibi="alibi" in switches,
+        )
 
     def __str__(self) -> str:
         options = f"--attn {self.attn}"
@@ -80,7 +100,9 @@ class Settings:
             options += f" --window {self.window}"
         if self.rotary and self.rotary != ("keep" if method_class(self.attn).rotary else "remove"):
             options += f" --rotary {self.rotary}"
-        return options + (f" --keep-softmax {self.keep_softmax}" if self.keep_softmax else "")
+        if self.keep_softmax:
+            options += f" --keep-softmax {self.keep_softmax}"
+        return options + (" --rewrite-sliding" if self.rewrite_sliding else "") + (" --alibi" if self.alibi else "")
 
 
 def save_adapter(
@@ -120,6 +142,7 @@ def save_adapter(
     metadata = {
         "format": FORMAT,
         "sites": json.dumps(_sites(student)),
+        "switches": json.dumps(sorted(_switches(site for site in student.sites if site.method != "softmax"))),
         "teacher": weights_hash(teacher),
         "source": source_hash or "",
         "record": json.dumps(record or {}),
@@ -143,8 +166,10 @@ def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash
     sites = json.loads(metadata["sites"])
     if sites != _sites(student):
         methods = sorted({site.removesuffix(" none") for site in sites.values()})
+        linear = [site for site in student.sites if sites.get(site.path, "softmax") != "softmax"]
         raise LincompileError(
-            f"the adapter {path} is for {len(sites)} sites with {', '.join(methods)}: give {Settings.of(sites)}"
+            f"the adapter {path} is for {len(sites)} sites with {', '.join(methods)}: give "
+            f"{Settings.of(sites, _switches(linear).union(_recorded_switches(metadata)))}"
         )
     own_parameters(student, teacher)
     parameters = dict(student.graph_module.named_parameters(remove_duplicate=False))
@@ -178,7 +203,7 @@ def settings_of(path: Path) -> Settings:
         LincompileError: the file is missing, damaged or no adapter.
     """
     with _opened(path) as (_, metadata):
-        return Settings.of(json.loads(metadata["sites"]))
+        return Settings.of(json.loads(metadata["sites"]), _recorded_switches(metadata))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

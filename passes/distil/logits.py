@@ -297,6 +297,8 @@ def _distil(
             locate=locate,
         )
         report.after = distiller.measure(held_out)
+        if not math.isfinite(report.after):
+            raise LincompileError("the divergence isn't finite after training: lower the learning rate")
     finally:
         merge_lora(student, additions)
         student.metadata["low_rank"] = additions

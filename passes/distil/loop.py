@@ -213,12 +213,23 @@ def check_finite(
     """Raises ``LincompileError`` naming the first part whose value isn't finite, and what ``locate`` finds in it."""
     for index, (part, value) in enumerate(zip(parts, values.tolist(), strict=True)):
         if not math.isfinite(value):
-            found = locate(index, what) if locate is not None else ""
-            raise LincompileError(
-                f"distillation diverged at step {step}: the {what} at '{part.name}' isn't finite"
-                + (f", first in '{found}'" if found else "")
-                + " (lower the learning rate, or check the model's weights); the last checkpoint is intact"
-            )
+            raise _diverged(step, what, part.name, locate(index, what) if locate is not None else "")
+
+
+def check_trained(parts: Sequence[Part], step: int) -> None:
+    """Raises ``LincompileError`` naming the first parameter that the update of a step left with NaN or infinity."""
+    for part in parts:
+        for name, parameter in part.parameters.items():
+            if not bool(parameter.isfinite().all()):
+                raise _diverged(step, "update", part.name, name)
+
+
+def _diverged(step: int, what: str, part: str, found: str) -> LincompileError:
+    return LincompileError(
+        f"distillation diverged at step {step}: the {what} at '{part}' isn't finite"
+        + (f", first in '{found}'" if found else "")
+        + " (lower the learning rate, or check the model's weights); the last checkpoint is intact"
+    )
 
 
 def train(
@@ -242,7 +253,8 @@ def train(
         locate: where in the model step ``i``'s loss stops being finite ("" = not known), for the error to say.
 
     Raises:
-        LincompileError: a loss or gradient that isn't finite, or a checkpoint that is damaged or of another run.
+        LincompileError: a loss, gradient or updated parameter that isn't finite, or a checkpoint that is damaged or of
+            another run.
     """
     report = report or LoopReport()
     chosen = asdict(options)
@@ -282,7 +294,10 @@ def train(
                 expected = max(report.steps, round(report.steps / share))
                 progress(report.steps, expected, report.losses[-1], report.tokens / max(report.seconds, 1e-9))
             if checkpoint is not None and writes() and report.steps % options.save_every == 0:
+                check_trained(parts, report.steps - 1)
                 _save(checkpoint, fingerprint, masters, report)
+        if report.steps:
+            check_trained(parts, report.steps - 1)
         if checkpoint is not None and writes():
             _save(checkpoint, fingerprint, masters, report)
     finally:

@@ -213,7 +213,7 @@ def transfer(
     identity = run_of("transfer", data.fingerprint(), student, teacher if checkpoint is not None else None)
     if checkpoint is None or not checkpoint.exists():
         report.before = errors.by_path(held_out)
-        _check_start(report.before)
+        _check_errors(report.before, "before any training: the weights or activations hold NaN or inf")
 
     parameters = [parameter for part in parts for parameter in part.parameters.values()]
     compile = options.compiles(errors.graph.device)
@@ -227,12 +227,11 @@ def transfer(
 
     train(parts, losses_of, options, checkpoint=checkpoint, identity=identity, report=report, progress=progress)
     report.after = errors.by_path(held_out)
+    _check_errors(report.after, "after training: lower the learning rate")
     return report
 
 
-def _check_start(before: dict[str, float]) -> None:
-    bad = [path for path, value in before.items() if not value < float("inf")]
+def _check_errors(errors: dict[str, float], when: str) -> None:
+    bad = [path for path, value in errors.items() if not value < float("inf")]
     if bad:
-        raise LincompileError(
-            f"the error at '{bad[0]}' isn't finite before any training: the weights or activations hold NaN or inf"
-        )
+        raise LincompileError(f"the error at '{bad[0]}' isn't finite {when}")

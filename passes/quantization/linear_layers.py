@@ -2,7 +2,7 @@
 
 Read as linears: ``aten.linear``, ``addmm`` (GPT-2's ``Conv1D`` stores ``[K, N]``), ``mm``, ``matmul`` and ``bmm`` whose
 second operand is a parameter, straight or through transposes, casts and broadcasts. A parameter is one layer however
-many calls read it (tied weights).
+many calls read it (tied weights). An ``einsum`` with a parameter is listed, and left alone.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def find_linears(
         if layer.stored_transposed != call.stored_transposed:
             layer.reason = "the same parameter is used both straight and transposed"
         layer.reason = layer.reason or _why_not(call, parameter, layer)
-    result = list(layers.values())
+    result = [*layers.values(), *_einsums(graph_module, layers)]
     used = {pattern for pattern in skip if any(fnmatch(layer.name, pattern) for layer in result)}
     if unused := [pattern for pattern in skip if pattern not in used]:
         raise LincompileError(f"quantize: skip pattern '{unused[0]}' matches no linear layer; {_names(result)}")
@@ -168,6 +168,27 @@ def _layer(parameter: Tensor, path: str, call: Call) -> LinearLayer:
     rows, columns = parameter.shape
     shape = (columns, rows) if call.stored_transposed else (rows, columns)
     return LinearLayer(name, path, *shape, call.stored_transposed)
+
+
+def _einsums(graph_module: GraphModule, linear: Collection[int]) -> list[LinearLayer]:
+    """The parameters of two or more axes that einsums read and none of the linear layers (by ``id``) does."""
+    found: dict[int, LinearLayer] = {}
+    for node in graph_module.graph.nodes:
+        if target_of(node) is not aten.einsum.default:
+            continue
+        for operand in node.args[1]:
+            if (root := _root(operand)) is None:
+                continue
+            path = str(root[0].target)
+            parameter = get_attribute(graph_module, path)
+            if not isinstance(parameter, nn.Parameter) or not parameter.is_floating_point():
+                continue
+            if parameter.dim() >= 2 and id(parameter) not in linear:
+                rows, columns = parameter.shape if parameter.dim() == 2 else (0, 0)
+                layer = LinearLayer(path.removesuffix(".weight"), path, rows, columns, False)
+                layer.reason = _policy(layer, [], False, (), 0) or f"it is read by an einsum ({node.args[0]})"
+                found.setdefault(id(parameter), layer)
+    return list(found.values())
 
 
 def _read(node: Node) -> tuple[Call, Node] | None:

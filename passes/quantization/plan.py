@@ -78,11 +78,12 @@ def choose(
     )  # fmt: skip
     groups = groups_of(layers)
     frontier = Frontier([[_option(group, SCHEMES[name], scores, cost) for name in names] for group in groups])
-    weights = sum(layer.weights for layer in layers)
     bits = spec.effective_bits if spec.kind == "auto" else options.activation_bits
     asked = options.max_latency if options.max_latency is not None else bits
     if asked is not None:
-        unit, what = weights, "bits per weight" if spec.kind == "auto" else "activation bits"
+        unit, what = _multiplications(layers), "activation bits"
+        if spec.kind == "auto":
+            unit, what = sum(layer.weights for layer in layers), "bits per weight"
         if options.max_latency is not None:
             unit, what = 1000, "microseconds per token"
         smallest = math.ceil(frontier.costs[0] / unit * 1000) / 1000
@@ -199,7 +200,7 @@ def _costs(program: Program, layers: Sequence[LinearLayer], spec: PlanSpec, opti
         return lambda layer, scheme: round(1000 * table[shape_of(layer)][scheme.name]) * len(layer.calls)
     if spec.kind == "auto":
         return lambda layer, scheme: 8 * scheme.weight_bytes(layer.out_features, layer.in_features, options.group_size)
-    return lambda layer, scheme: scheme.activation_bits * layer.weights * len(layer.calls)
+    return lambda layer, scheme: scheme.activation_bits * _multiplications([layer])
 
 
 def _latencies(
@@ -227,11 +228,16 @@ def _plan(groups: Sequence[Sequence[LinearLayer]], choices: Sequence[str]) -> di
 
 
 def _predictions(layers: Sequence[LinearLayer], plan: Mapping[str, Scheme], scores: Scores) -> dict[str, Any]:
-    weights = sum(layer.weights for layer in layers)
+    bits = sum(plan[layer.name].activation_bits * _multiplications([layer]) for layer in layers)
     return {
         "predicted_kl": sum(scores.of(layer.name, plan[layer.name].name) for layer in layers),
-        "activation_bits": sum(plan[layer.name].activation_bits * layer.weights for layer in layers) / weights,
+        "activation_bits": bits / _multiplications(layers),
     }
+
+
+def _multiplications(layers: Sequence[LinearLayer]) -> int:
+    """Per token."""
+    return sum(layer.weights * len(layer.calls) for layer in layers)
 
 
 def _per_layer(scores: Scores) -> dict[str, dict[str, float]]:

@@ -10,6 +10,8 @@ import pytest
 import torch
 import zoo
 from distil_models import LENGTH, linear, mean, proved, text, windows
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import lincompile
 from lincompile.lowering.options import Options
@@ -95,6 +97,33 @@ def test_an_adapter_says_which_sites_it_is_for(tmp_path: Path) -> None:
         lincompile.compile(model(), example={"idx": zoo.tokens()}, adapter=str(file))
 
 
+def attend_with_alibi(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])[None, :]
+    slopes = 2.0 ** -torch.arange(1, q.shape[1] + 1)[:, None, None]
+    bias = (-slopes * distance).masked_fill(distance < 0, -torch.inf)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+@pytest.mark.parametrize(("option", "attn"), [("rewrite_sliding", "lawcat"), ("alibi", "gla")])
+def test_an_adapter_brings_the_option_its_sites_are_rewritten_by(option: str, attn: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    alibi = (zoo.NanoGPT(attend_with_alibi).eval(), {"idx": zoo.tokens()})
+    module, example = alibi if option == "alibi" else zoo.build("gemma3")
+    asked: dict[str, Any] = {"example": example, "attn": attn}
+    compiled = lincompile.compile(module, **{option: True}, **asked)
+    assert {site.method for site in compiled.sites} == {attn}
+    file = tmp_path / "a.safetensors"
+    save_adapter(file, compiled.teacher, compiled.program)
+    applied = lincompile.compile(module, adapter=str(file), **asked)
+    assert {site.method for site in applied.sites} == {attn} and applied.manifest()["options"][option]
+    with safe_open(str(file), "pt") as opened:
+        metadata, tensors = dict(opened.metadata()), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    del metadata["switches"]
+    save_file(tensors, str(file), metadata)
+    with pytest.raises(LincompileError, match=f"--{option.replace('_', '-')}"):
+        lincompile.compile(module, adapter=str(file), **asked)
+
+
 def test_training_goes_on_from_an_adapter_of_attention_alone(tmp_path: Path) -> None:
     teacher = proved()
     student = linear(teacher)
@@ -143,6 +172,34 @@ def test_chosen_heads_train_and_an_adapter_names_them(tmp_path: Path) -> None:
 def test_what_makes_no_sense_is_refused_before_loading(options: dict[str, Any], message: str) -> None:
     with pytest.raises(LincompileError, match=message):
         Options(**options).check()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_softmax": "0,"}, "--keep-softmax 0, chooses among what would be rewritten; with --attn softmax"),
+        ({"keep_softmax": "1.0"}, "--keep-softmax 1.0 chooses among what would be rewritten; with --attn softmax"),
+        ({"window": 8}, "--window stands beside linear attention; with --attn softmax there is none"),
+        ({"rotary": "keep"}, "--rotary keep says what linear attention reads; with --attn softmax there is none"),
+        ({"rewrite_sliding": True}, "--rewrite-sliding: with --attn softmax nothing is rewritten"),
+    ],
+)
+def test_options_of_rewriting_need_something_to_rewrite(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LincompileError, match=message):
+        Options(attn="softmax", **options).check()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quant": "w6a8", "calibrate": "t"}, "--quant w6a8 gives every layer the same scheme"),
+        ({"quant": "int6", "calibrate": "t", "target": "onnx"}, "--quant int6 for ONNX gives every layer the same"),
+        ({"quant": "int6"}, "--quant-scores needs text to score on: add --calibrate FILE"),
+    ],
+)
+def test_scores_need_a_plan_that_reads_them(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LincompileError, match=message):
+        Options(quant_scores="scores.json", **options).check()
 
 
 def test_all_stages_with_their_options_reach_the_manifest() -> None:

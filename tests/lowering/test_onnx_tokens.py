@@ -87,8 +87,7 @@ def test_greedy_tokens_equal_torch(trained: Program, scheme: str, tmp_path: Path
 
 
 def test_int6_means_float_activations_for_onnx_only() -> None:
-    from lincompile.lowering.compiler import plan_for
-    from lincompile.lowering.options import Options
+    from lincompile.lowering.options import Options, plan_for
 
     assert plan_for(Options(quant="int6", target="onnx")) == "w6a16"
     assert plan_for(Options(quant="int6")) == "int6"

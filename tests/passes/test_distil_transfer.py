@@ -230,6 +230,34 @@ def test_bfloat16_parameters_keep_float32_masters() -> None:
     assert torch.allclose(parameter.float(), torch.tensor(expected), atol=2**-8)
 
 
+def overflowing(steps: int, checkpoint: Path | None = None) -> nn.Parameter:
+    """Trains a parameter that its second step takes beyond float32's largest number."""
+    parameter = nn.Parameter(torch.full((3,), -3.2e38))
+
+    def losses_of(step: int) -> tuple[Tensor, int]:
+        parameter.grad = torch.ones(3)
+        return torch.zeros(1), 1
+
+    options = LoopOptions(steps=steps, warmup=0.0, save_every=1)
+    train([Part("p", {"w": parameter}, {"w": 1.5e37})], losses_of, options, checkpoint=checkpoint)
+    return parameter
+
+
+def test_a_last_update_that_is_not_finite_is_noticed(tmp_path: Path) -> None:
+    assert overflowing(1).isfinite().all()
+    file = tmp_path / "run.ckpt"
+    for checkpoint in (None, file):
+        with pytest.raises(LincompileError, match=r"diverged at step 1: the update at 'p' isn't finite, first in 'w'"):
+            overflowing(2, checkpoint)
+    assert torch.load(file, weights_only=True)["report"]["steps"] == 1
+
+
+def test_errors_that_are_not_finite_after_the_last_step_are_named(teacher: Program) -> None:
+    options = Transfer(steps=1, rate=1e38, gate_rate=1e38, bias_rate=1e38, calibration=0)
+    with pytest.raises(LincompileError, match=r"the error at 'h\.[01]\.attn' isn't finite after training"):
+        transfer(teacher, linear(teacher), windows(), options)
+
+
 def test_the_schedule_rises_then_falls() -> None:
     values = [schedule(i / 100, 0.1) for i in range(101)]
     assert max(values) == pytest.approx(1.0) and values[0] == 0.1 and values[-1] == pytest.approx(0.1)

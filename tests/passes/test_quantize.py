@@ -148,6 +148,27 @@ def test_running_twice_changes_nothing() -> None:
     assert str(program.graph_module.graph) == nodes and set(program.graph_module.state_dict()) == set(state)
 
 
+def test_the_record_holds_the_layers_of_every_run() -> None:
+    program = capture(Spellings().eval(), features())
+    first = Quantize("w8a8", schemes=dict.fromkeys(["conv1d", "plain", "turned", "swapped"], "float")).run(program)
+    Quantize("w6a8", skip=("plain",), method="rtn").run(program)
+    record = program.metadata["quantization"]
+    schemes = {layer["name"]: layer["scheme"] for layer in record["layers"]}
+    assert schemes == {
+        "linear": "w8a8", "batched": "w8a8", "permuted": "w8a8", "conv1d": "w6a8", "turned": "w6a8", "swapped": "w6a8"
+    }  # fmt: skip
+    assert [(layer["name"], layer["reason"]) for layer in record["skipped"]] == [
+        ("plain", "left in float as asked (skip)")
+    ]
+    totals = record["totals"]
+    assert totals["schemes"] == {"w8a8": 3, "w6a8": 3} and (totals["layers"], totals["skipped"]) == (6, 1)
+    assert totals["bytes_after"] == sum(layer["bytes_after"] for layer in record["layers"])
+    assert record["plan"] == "w6a8" and [how["plan"] for how in record["earlier"]] == ["w8a8"]
+    assert len(first.report["layers"]) == 3, "a pass's report is its own"
+    Quantize("w6a6", skip=("plain",)).run(program)
+    assert program.metadata["quantization"] == record, "nothing was left to pack"
+
+
 def test_the_quantized_state_reloads_bit_for_bit() -> None:
     model, example = zoo.build("gpt2")
     first, second = capture(model, example), capture(zoo.build("gpt2", seed=1)[0], example)
@@ -244,6 +265,31 @@ def test_parameters_of_attention_methods_are_left_alone() -> None:
     assert reasons(program) == {"lincompile_attention.0": "parameter of an attention method (small, stays trainable)"}
 
 
+def test_einsums_with_a_parameter_are_listed_with_the_reason() -> None:
+    class Einsums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ok, self.tied = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.heads = nn.Parameter(torch.randn(64, 4, 16) * 0.1)
+            self.out = nn.Linear(64, 64, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.einsum("btc,chd->bthd", self.ok(x), self.heads).flatten(2)
+            y = torch.einsum("btc,dc->btd", y, self.tied.weight) + self.tied(y)
+            y = torch.einsum("btc,cd->btd", y, self.out.weight.t())
+            return torch.einsum("btc,bsc->bts", y, y)
+
+    program = capture(Einsums().eval(), features())
+    report = Quantize("w6a8", skip=("heads",)).run(program).report
+    assert [record["name"] for record in report["layers"]] == ["ok"]
+    assert {record["name"]: record["reason"] for record in report["skipped"]} == {
+        "tied": "its weight is tied: also read by einsum, which needs it in float",
+        "heads": "it is read by an einsum (btc,chd->bthd)",
+        "out": "it is read by an einsum (btc,cd->btd)",
+    }
+    assert [record["name"] for record in Quantize("w6a8").run(program).report["skipped"]] == ["tied", "heads", "out"]
+
+
 def test_layers_too_small_in_magnitude_stay_float_with_the_reason() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval()
     nn.init.normal_(model[0].weight, std=1e-8)
@@ -305,6 +351,30 @@ def test_plans_that_name_what_is_not_there_are_refused(options: dict[str, Any], 
     program = capture(Spellings().eval(), features())
     with pytest.raises(LincompileError, match=message):
         Quantize("w6a8", **options).run(program)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plan": "w6a8", "activation_bits": 6.5}, "activation_bits has no effect on the plan w6a8: it is for int6"),
+        ({"plan": "auto:7", "activation_bits": 6.5}, "activation_bits has no effect on the plan auto:7"),
+        ({"plan": "int6", "effective_bits": 7.0}, "effective_bits has no effect on the plan int6: it is for auto"),
+        ({"plan": "w8a8", "max_latency": 5.0}, "max_latency has no effect on the plan w8a8: it is for int6 and auto"),
+        ({"plan": "w6a8", "scores": "scores.json"}, "scores has no effect on the plan w6a8"),
+        ({"plan": "none", "metric": "kl"}, "metric has no effect on the plan none"),
+        ({"plan": "auto:7", "tolerance": 1.5}, "tolerance has no effect on the plan auto:7"),
+        ({"plan": "auto:7", "max_latency": 5.0}, "the plan auto:7 and max_latency are two budgets"),
+        ({"plan": "auto:7", "effective_bits": 8.0}, "the plan auto:7 and effective_bits are two budgets"),
+        ({"activation_bits": 6.5, "max_latency": 5.0}, "activation_bits and max_latency are two budgets"),
+        ({"activation_bits": 6.5, "tolerance": 1.5}, "tolerance is how int6 chooses without a budget"),
+        ({"latencies": "times.json"}, "latencies are read for max_latency alone: give that, too"),
+        ({"scores": "scores.json"}, "scores needs calibration batches: without them int6 has eight-bit activations"),
+    ],
+)
+def test_options_that_a_plan_would_ignore_are_refused(options: dict[str, Any], message: str) -> None:
+    program = capture(Spellings().eval(), features())
+    with pytest.raises(LincompileError, match=message):
+        Quantize(**options).run(program)
 
 
 def test_quantized_programs_train_what_is_left_and_survive_the_pipeline() -> None:

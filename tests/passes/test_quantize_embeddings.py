@@ -85,6 +85,7 @@ def test_a_tied_table_is_stored_once_and_its_float_weights_leave() -> None:
     torch.testing.assert_close(output(program), output(plain), atol=1e-5, rtol=1e-5)
     again = Quantize("w6a16", embeddings=True).run(program)
     assert again.modified is False
+    assert program.metadata["quantization"]["embeddings"] == [record]
 
 
 def test_an_untied_table_and_head_are_packed_each() -> None:

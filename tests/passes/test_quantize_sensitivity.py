@@ -143,6 +143,39 @@ def test_int6_on_an_activation_budget_beats_any_other_choice_of_the_same_cost(ll
     assert kl["plan"] <= kl["rule"] * 1.001 and kl["plan"] < kl["w6a6"]
 
 
+class Repeated(nn.Module):
+    """A layer that is called three times beside one that is called once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.often, self.once = nn.Embedding(zoo.VOCAB, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.embed(tokens)
+        for layer in (self.often, self.often, self.often, self.once):
+            x = x + torch.tanh(layer(x))
+        return x @ self.embed.weight.T
+
+
+def test_an_activation_budget_counts_every_call() -> None:
+    torch.manual_seed(0)
+    program = capture(Repeated().eval(), zoo.tokens(2, 24))
+    (tokens,) = program.example
+    data = [{tokens: zoo.tokens(2, 24, seed=100 + index)} for index in range(2)]
+
+    def chosen(bits: float) -> tuple[dict[str, str], dict[str, Any]]:
+        pass_ = Quantize("int6", calibration=data, activation_bits=bits, method="rtn", smooth=0)
+        report = pass_.run(program.clone()).report
+        return {layer["name"]: layer["scheme"] for layer in report["layers"]}, report["choice"]
+
+    schemes, choice = chosen(7.6)
+    assert schemes == {"often": "w6a8", "once": "w6a6"}
+    assert choice["activation_bits"] == choice["cost"]["activation bits"] == (3 * 8 + 6) / 4
+    assert chosen(6.0)[0] == {"often": "w6a6", "once": "w6a6"}
+    with pytest.raises(LincompileError, match=r"5\.9 activation bits asked for, the smallest possible is 6"):
+        chosen(5.9)
+
+
 def test_auto_keeps_its_budget_of_bits(llama: Program) -> None:
     data = batches(llama.clone(), 1)
     found: dict[float, float] = {}
