@@ -69,8 +69,8 @@ def random_tokens(shape: Shape, batch: int, length: int) -> Tensor:
 
 
 class Lincompile:
-    """``lincompile.compile`` (LAWCAT at every site) and the session it gives on a GPU, whose graph is lowered to Triton
-    kernels. ``compiled``: that graph under ``torch.compile``; otherwise as the session runs it.
+    """``lincompile.compile`` (LAWCAT at every site) and the session that its artefact gives on a GPU, whose graph is
+    lowered to Triton kernels. ``compiled``: that graph under ``torch.compile``; otherwise as the session runs it.
 
     Raises:
         RuntimeError: the model has no step form, or a chain of some site wasn't fused.
@@ -79,6 +79,7 @@ class Lincompile:
     def __init__(self, shape: Shape, positions: int, compiled: bool, quant: dict[str, Any] | None = None) -> None:
         import lincompile
         from lincompile.lowering.generate import Session
+        from lincompile.lowering.triton import lower
         from lincompile.passes.stepping.last_token import last_token_only
 
         # "cuda" is spelt out: dry runs put their own word in.
@@ -87,7 +88,8 @@ class Lincompile:
         built = lincompile.compile(
             model, attn="lawcat", target="triton", device=device, dtype=str(DTYPE).split(".")[1], **(quant or {})
         )
-        self.shape, self.session = shape, built.session
+        # As an opened artefact's session: nobody else holds the weights.
+        self.shape, self.session = shape, Session(lower(built.step, decoding=True, own=True)[0], plain=built.step)
         tensors = [*self.session.program.graph_module.parameters(), *self.session.program.graph_module.buffers()]
         stores = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         self.notes: dict[str, Any] = {

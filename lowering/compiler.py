@@ -87,7 +87,7 @@ class Compiled:
         if self.options.target == "triton" or self.options.device.startswith("cuda"):
             if self._lowered is None:
                 self._lowered = lower(self.step, decoding=True)[0]
-            return Session(self._lowered)
+            return Session(self._lowered, plain=self.step)
         return Session(self.step)
 
     def manifest(self) -> dict[str, Any]:

@@ -74,10 +74,11 @@ class Session:
     Args:
         step: the step program.
         vocab_size: number of token ids; read off the graph when not given.
+        plain: the same program as it was before it was lowered, which has gradients.
     """
 
-    def __init__(self, step: StepProgram, *, vocab_size: int | None = None) -> None:
-        self.program = step
+    def __init__(self, step: StepProgram, *, vocab_size: int | None = None, plain: StepProgram | None = None) -> None:
+        self.program, self.plain = step, step if plain is None else plain
         tensors = [*step.graph_module.parameters(), *step.graph_module.buffers()]
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self.vocab_size = vocab_size if vocab_size is not None else self._vocabulary()
@@ -168,7 +169,8 @@ class Session:
     ) -> tuple[Tensor, list[Tensor]]:
         """:meth:`step`, with gradients where they are enabled."""
         on = self.device
-        logits, new = self.program(tokens.to(on), positions.to(on), mask.to(on), states)
+        program = self.plain if torch.is_grad_enabled() else self.program
+        logits, new = program(tokens.to(on), positions.to(on), mask.to(on), states)
         return logits, [self.program.trim(spec, state) for spec, state in zip(self.states, new, strict=True)]
 
 

@@ -304,8 +304,8 @@ class Artefact:
     @cached_property
     def session(self) -> Session:
         """The torch runtime of the program; on a GPU with its stages fused (see ``lowering/triton.py``)."""
-        step = lower(self.step, decoding=True)[0] if self.device.type == "cuda" else self.step
-        return Session(step, vocab_size=self.manifest["vocab_size"])
+        step = lower(self.step, decoding=True, own=True)[0] if self.device.type == "cuda" else self.step
+        return Session(step, vocab_size=self.manifest["vocab_size"], plain=self.step)
 
     @cached_property
     def step(self) -> StepProgram:

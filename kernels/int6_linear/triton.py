@@ -65,8 +65,12 @@ def int6_linear(
     activation: str = "a8",
 ) -> Tensor:
     """As :func:`.reference.int6_linear`, for the calls that :func:`supports` accepts."""
-    planes = (weight_hi.contiguous(), weight_lo.contiguous(), weight_scale.contiguous())
-    return _first_right("int6_linear", ways(x, planes), reference.int6_linear, x, planes, bias, group_size, activation)
+    stored = weight_hi, weight_lo, weight_scale, bias
+    hi, lo, scale, bias = _contiguous(stored)
+    launches = ways(x, planes := (hi, lo, scale))  # type: ignore[arg-type]
+    if not _as_they_were(stored, (*planes, bias)):
+        launches = [functools.partial(w, around=LATE) if w in (narrow, vector) else w for w in launches]
+    return _first_right("int6_linear", launches, reference.int6_linear, x, planes, bias, group_size, activation)  # type: ignore[arg-type]
 
 
 def int8_linear(
@@ -102,10 +106,19 @@ def _first_right(
     return plain(x, *weights, bias, group_size, activation)
 
 
+def _contiguous(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _as_they_were(before: tuple[Tensor | None, ...], after: tuple[Tensor | None, ...]) -> bool:
+    return all(a is b for a, b in zip(before, after, strict=True))
+
+
 def _called(launch: Launch) -> str:
     """What a way is called: its function, and for how many tokens its tile is."""
     if isinstance(launch, functools.partial):
-        return f"{launch.func.__name__} {launch.keywords['config']['BM']}"
+        tile = launch.keywords.get("config", {}).get("BM")
+        return launch.func.__name__ if tile is None else f"{launch.func.__name__} {tile}"
     return launch.__name__
 
 
@@ -134,9 +147,11 @@ def int6_layer(
     y = x.new_empty(*x.shape[:-1], weight_scale.shape[0])
     if not y.numel():
         return y
-    planes = (weight_hi.contiguous(), weight_lo.contiguous(), weight_scale.contiguous())
+    stored = norm_weight, bias, weight_hi, weight_lo, weight_scale
+    given = _contiguous(stored)
+    early = _as_they_were(stored, given)
     more = None if residual is None else residual.reshape(1, -1).contiguous()
-    args = (x.reshape(1, -1).contiguous(), norm_weight, more, bias, *planes)
+    args = (x.reshape(1, -1).contiguous(), given[0], more, *given[1:])
     for launch in (narrow, vector):
         if launch is narrow and x.shape[-1] // (1 + gated) > NARROW:
             continue
@@ -146,7 +161,7 @@ def int6_layer(
             into: Tensor | None = None, launch: Launch = launch,
         ) -> Tensor:  # fmt: skip
             out = x.new_empty(1, planes[2].shape[0]) if into is None else into
-            launch(x, planes, bias, out, activation, around=Around(norm_weight, eps, gated, residual))
+            launch(x, planes, bias, out, activation, around=Around(norm_weight, eps, gated, residual, early))
             return out
 
         def expected(
@@ -157,7 +172,7 @@ def int6_layer(
 
         name = f"int6_layer ({launch.__name__}, {activation}{', gated' if gated else ''})"
         if trusted(name, run, expected, ("t.", ".", "t."), args, together=False):
-            run(*args, into=y)
+            run(*args, into=y)  # type: ignore[arg-type]
             return y
     return None
 
@@ -186,15 +201,23 @@ def hopper(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Around:
-    """What the kernels of one token do before and after the product; see :func:`.layer.int6_layer`."""
+    """What the kernels of one token do before and after the product; see :func:`.layer.int6_layer`.
+
+    ``early``: what is stored may be read before the kernel in front has ended (nothing was copied for this call).
+    """
 
     norm_weight: Tensor | None = None
     epsilon: float = 0.0
     gated: bool = False
     residual: Tensor | None = None
+    early: bool = True
+
+    def chained(self, device: torch.device) -> dict[str, bool]:
+        """The kernels' options for that."""
+        return chained(device) if self.early else {"PDL": False}
 
 
-ALONE = Around()
+ALONE, LATE = Around(), Around(early=False)
 
 
 def quantize_activation(
@@ -217,7 +240,7 @@ def quantize_activation(
     kernels.quantize_kernel[(tokens, triton.cdiv(groups, per_program))](
         x, around.norm_weight, codes, scale, in_features, groups * _GROUP, groups, room, around.epsilon,
         LEVELS=LEVELS[int(activation[1:])], GB=per_program, FRAGMENT=fragment, COLUMNS=columns,
-        GATED=around.gated, NORM=around.norm_weight is not None, num_warps=4, **chained(x.device),
+        GATED=around.gated, NORM=around.norm_weight is not None, num_warps=4, **around.chained(x.device),
     )  # fmt: skip
     return codes, scale
 
@@ -281,7 +304,7 @@ def vector(
         codes.view(torch.int32), scale, hi.view(torch.int32), lo.view(torch.int32), weight_scale, bias,
         around.residual, y, rows, hi.shape[1] // 4, lo.shape[1] // 4, weight_scale.shape[1], in_features // _GROUP,
         TAIL=in_features % _GROUP, BIAS=bias is not None, RESIDUAL=around.residual is not None, ASM=aligned,
-        **chained(x.device), **options,
+        **around.chained(x.device), **options,
     )  # fmt: skip
 
 
@@ -298,7 +321,7 @@ def narrow(
         rows, in_features, hi.shape[1] // 4, lo.shape[1] // 4, groups, around.epsilon,
         LEVELS=LEVELS[int(activation[1:])], TAIL=in_features % _GROUP, BIAS=bias is not None,
         RESIDUAL=around.residual is not None, GATED=around.gated, NORM=around.norm_weight is not None,
-        ASM=not INTERPRET, **chained(x.device), **options,
+        ASM=not INTERPRET, **around.chained(x.device), **options,
     )  # fmt: skip
 
 

@@ -195,7 +195,11 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     blocks, width = triton.cdiv(features, block), max(16, triton.next_power_of_2(dim))
     of_q, of_k = ([tensor.contiguous() for tensor in side] for side in (given[1:5], given[6:10]))
     norm = None if given.norm_weight is None else given.norm_weight.contiguous()
-    gate = [tensor.contiguous() for tensor in (given.down, given.up, given.gate_bias)]
+    stored = [given.down, given.up, given.gate_bias]
+    gate = [tensor.contiguous() for tensor in stored]
+    # What was copied for this call may not be read before the copying has ended.
+    pairs = [*zip(given[1:5], of_q, strict=True), *zip(given[6:10], of_k, strict=True), *zip(stored, gate, strict=True)]
+    early = norm is given.norm_weight and all(a is b for a, b in pairs)
     launcher(one_token, (heads + kv_heads + kv_heads * blocks, batch))(
         q, *of_q, k, *of_k, x.contiguous(), norm, *gate, mask_bytes(given.mask),
         feature_q, feature_k, log_decay, end_q, end_k, q.stride(0), q.stride(1), q.stride(3),
@@ -204,6 +208,6 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         D=dim, W=given.conv_q.shape[1], BD=width, MASKED=given.mask is not None, NORM=norm is not None,
         BC=min(_CHANNELS, triton.next_power_of_2(x.shape[2])),
         BR=max(16, triton.next_power_of_2(given.down.shape[0])), BF=block, BLOCKS=blocks,
-        ONCE=x.shape[2] <= _CHANNELS, num_warps=_WARPS, **chained(q.device),
+        ONCE=x.shape[2] <= _CHANNELS, num_warps=_WARPS, **(chained(q.device) if early else {"PDL": False}),
     )  # fmt: skip
     return feature_q, feature_k, log_decay, end_q, end_k

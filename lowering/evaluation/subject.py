@@ -119,7 +119,7 @@ def of_program(program: Program, loaded: LoadedModel, name: str | None = None) -
     except RefusedError as error:
         raise RefusedError(f"{name} can't be read token by token: {error}") from error
     on_gpu = any(parameter.is_cuda for parameter in program.graph_module.parameters())
-    session = Session(lower(step, decoding=True)[0] if on_gpu else step)
+    session = Session(lower(step, decoding=True)[0] if on_gpu else step, plain=step)
     codec = None if loaded.tokenizer is None else codec_of(loaded.tokenizer)
     return Subject(name, session, codec, tuple(loaded.eos_token_ids), step)
 

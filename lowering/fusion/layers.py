@@ -5,6 +5,7 @@ A step of one token is bound by the number of kernels: a norm written out is sev
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -19,11 +20,14 @@ from ...passes.graph import (
     finish,
     get_attribute,
     is_symbolic,
+    parent_of,
     same_dim,
     set_tensor,
+    storage_root,
     target_of,
     tensor_of,
     value_of,
+    written_nodes,
 )
 from ...passes.op_kinds import CASTS
 from .chains import Lowered, Match, Mismatch, fuse, input_of, node_of
@@ -101,7 +105,10 @@ def merge_masks(module: GraphModule) -> None:
     Only those: which op may be merged with its like depends on what it is, and these are all that repeats.
     """
     known: dict[Any, Node] = {}
+    written = written_nodes(module)
     for node in list(module.graph.nodes):
+        if storage_root(node) in written or any(storage_root(item) in written for item in node.all_input_nodes):
+            continue
         fake = value_of(node)
         if node.op != "call_function" or not isinstance(fake, Tensor) or fake.dtype != torch.bool:
             continue
@@ -117,22 +124,61 @@ def merge_masks(module: GraphModule) -> None:
     finish(module)
 
 
-def join_layers(module: GraphModule, report: Lowered) -> None:
+def join_layers(module: GraphModule, report: Lowered, own: bool) -> None:
     """Makes linear layers that read the same input one layer with the rows of all, in place.
 
     The layers' own tensors, which other graphs may share, become views of the joined ones: nothing is stored twice.
+    ``own``: the float ones, too. Somebody else's module would be saved, cast and shared otherwise than before.
     """
+    pairs = _gated_pairs(module)
     for op, tensors in _TENSORS.items():
+        if op is aten.linear.default and not own:
+            continue
         alike: dict[Any, list[Node]] = defaultdict(list)
         for node in module.graph.nodes:
             if target_of(node) is op and all(map(_stored, args := _tensors(node, tensors))):
                 kinds = tuple(item and tensor_of(item).dtype for item in args)
-                alike[node.args[0], kinds, tuple(node.args[tensors + 1 :])].append(node)
-        for (_, _, options), nodes in alike.items():
-            if 1 < len(nodes) == len({_path(node, 1) for node in nodes}):
+                product, _ = pairs.get(node, (None, 0))
+                alike[node.args[0], product, kinds, tuple(node.args[tensors + 1 :])].append(node)
+        for nodes in alike.values():
+            nodes.sort(key=lambda node: pairs.get(node, (None, 0))[1])  # the gate before what it is multiplied with
+        groups = [nodes for nodes in alike.values() if len(nodes) > 1]
+        for (*_, options), nodes in alike.items():
+            if len(nodes) > 1 and _apart(module, nodes, tensors, groups):
                 _join(module, op, nodes, tensors, options)
                 report.joined += len(nodes) - 1
     finish(module)
+
+
+def _gated_pairs(module: GraphModule) -> dict[Node, tuple[Node, int]]:
+    """Of each product ``silu(gate) · up`` of two layers: which product, and 0 for the gate, 1 for what is gated."""
+    found: dict[Node, tuple[Node, int]] = {}
+    for node in module.graph.nodes:
+        if target_of(node) is not aten.mul.Tensor or not all(isinstance(item, Node) for item in node.args[:2]):
+            continue
+        for silu, up in (node.args[:2], node.args[1::-1]):
+            if target_of(silu) is aten.silu.default and len(silu.users) == len(up.users) == 1:
+                gate = input_of(silu)
+                if len(gate.users) == 1 and gate.args[:1] == up.args[:1] and target_of(gate) is target_of(up):
+                    found |= {gate: (node, 0), up: (node, 1)}
+    return found
+
+
+def _apart(module: GraphModule, nodes: list[Node], tensors: int, groups: list[list[Node]]) -> bool:
+    """Whether no tensor is in two places: neither twice in these layers nor in others that are joined otherwise."""
+
+    def places(layers: list[Node]) -> list[list[int]]:
+        return [
+            [get_attribute(module, str(item.target)).data_ptr() for item in _tensors(node, tensors) if item is not None]
+            for node in layers
+        ]
+
+    mine = places(nodes)
+    flat = [place for layer in mine for place in layer]
+    if len(flat) != len(set(flat)):
+        return False
+    others = [theirs for theirs in map(places, groups) if theirs != mine]
+    return not any(set(flat) & {place for layer in theirs for place in layer} for theirs in others)
 
 
 def _tensors(node: Node, count: int) -> list[Any]:
@@ -167,6 +213,14 @@ def _join(module: GraphModule, op: Any, nodes: list[Node], tensors: int, options
         begin = end
 
 
+def drop_unread(module: GraphModule) -> None:
+    """Lets go of tensors that nothing in the graph reads any more: a copy of the module needn't hold them twice."""
+    read = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for path in [path for path, _ in named if path not in read]:
+        delattr(*parent_of(module, path))
+
+
 def _rows_of(parts: list[Tensor]) -> Tensor:
     """The rows of all parts, which become views of it; without a copy where they lie one after the other already."""
     first, rows = parts[0], [part.shape[0] for part in parts]
@@ -176,7 +230,9 @@ def _rows_of(parts: list[Tensor]) -> Tensor:
             break
         begin += part.numel()
     else:
-        return torch.as_strided(first.detach(), (sum(rows), *first.shape[1:]), first.stride(), first.storage_offset())
+        shape = (sum(rows), *first.shape[1:])
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]  # one row's own may be anything
+        return torch.as_strided(first.detach(), shape, strides, first.storage_offset())
     whole = torch.cat([part.detach() for part in parts])
     for part, own in zip(parts, torch.split(whole, rows), strict=True):
         part.data = own

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ...kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompile)
-from ...passes.graph import argument, aten, finish, target_of, tensor_of
+from ...passes.graph import argument, aten, finish, same_dim, target_of, tensor_of
 from ...passes.program import is_lincompile_op
 from .chains import Lowered, Match, Mismatch, fuse, input_of, node_of
 from .stages import past_cast
@@ -77,7 +77,9 @@ def _norm(x: Node, reader: Node) -> tuple[Node, Node | None, float]:
     taken = all(user is reader or (is_lincompile_op(user, "int6_linear") and user.args[0] is x) for user in x.users)
     if target_of(x) is not aten.rms_norm.default or not isinstance(weight, Node) or epsilon is None or not taken:
         return x, None, 0.0
-    if len(argument(x, 1, "normalized_shape")) != 1:
+    if len(argument(x, 1, "normalized_shape")) != 1 or weight.op != "get_attr":
+        return x, None, 0.0  # a kernel reads stored weights before the one in front of it ends
+    if tensor_of(weight).dtype != tensor_of(input_of(x)).dtype:
         return x, None, 0.0
     return input_of(x), weight, float(epsilon)
 
@@ -113,12 +115,16 @@ def _alike(a: Node, b: Node) -> bool:
 
 
 def _gated(x: Node) -> Node | None:
-    """``[gate | up]`` where x is ``silu(gate) · up`` of both halves."""
+    """``[gate | up]`` where x is ``silu(gate) · up`` of its first and its second half, and of nothing else in it."""
     if target_of(x) is not aten.mul.Tensor or len(x.users) != 1:
         return None
     for silu, up in (x.args[:2], x.args[1::-1]):
-        if target_of(silu) is aten.silu.default and isinstance(silu, Node):
+        if target_of(silu) is aten.silu.default and isinstance(silu, Node) and isinstance(up, Node):
             gate = input_of(silu)
-            if target_of(gate) is target_of(up) is aten.slice.Tensor and gate.args[0] is up.args[0]:  # type: ignore[union-attr]
-                return input_of(gate)
+            if target_of(gate) is target_of(up) is aten.slice.Tensor and gate.args[0] is up.args[0]:
+                base = input_of(gate)
+                axis, width = tensor_of(base).dim() - 1, tensor_of(x).shape[-1]
+                halves = ((axis, 0, width), (axis, width, 2 * width))
+                if (gate.args[1:], up.args[1:]) == halves and same_dim(tensor_of(base).shape[-1], 2 * width):
+                    return base
     return None

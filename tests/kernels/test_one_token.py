@@ -198,6 +198,10 @@ def test_one_token_takes_the_layer_whole(case: tuple[Any, ...], around: tuple[bo
         compare([y.view_as(want)], [want], max(TOLERANCE[dtype], 2e-3))
     if DEVICE == "cuda":
         compare([torch.ops.lincompile.int6_layer(*args)], [want], max(TOLERANCE[dtype], 2e-3))
+    if weight is not None:
+        args[1] = torch.stack((weight, -weight), 1)[:, 0]  # every other number of what it lies in
+        found = kernels.int6_layer(*args[:-2], activation)
+        compare([found], [want], max(TOLERANCE[dtype], 2e-3))
     x[0, 0, 3] = float("nan")
     y = kernels.int6_layer(*args[:-2], activation)
     assert y is not None and y.isnan().all()

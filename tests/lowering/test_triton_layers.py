@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 import lincompile
 from lincompile.lowering.fusion.chains import Lowered
-from lincompile.lowering.fusion.layers import fuse_norms, join_layers
+from lincompile.lowering.fusion.layers import fuse_norms, join_layers, merge_masks
+from lincompile.lowering.fusion.one_token import fuse_packed
 from lincompile.lowering.generate import Session
 from lincompile.lowering.package import open_artefact
 from lincompile.lowering.triton import lower
@@ -193,6 +195,158 @@ def test_only_layers_alike_are_joined() -> None:
     want = module(x)
     program = lincompile.capture(module, {"x": x})
     report = Lowered()
-    join_layers(program.graph_module, report)
+    join_layers(program.graph_module, report, own=False)
     assert report.joined == 1, "q and k; not the one without bias, nor those of other inputs"
     torch.testing.assert_close(program(x), want, rtol=1e-5, atol=1e-6)
+
+
+class Float(nn.Module):
+    """Linear layers of the names given, by what ``forward`` makes of them."""
+
+    def __init__(self, function: Callable[..., Tensor], names: str, bias: bool = False, out: int = WIDTH) -> None:
+        super().__init__()
+        self.function = function
+        for name in names:
+            setattr(self, name, nn.Linear(WIDTH, out, bias=bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def joined(module: nn.Module, own: bool = True) -> tuple[Lowered, float]:
+    """What was joined, and the largest difference relative to the output."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, WIDTH)
+    with torch.no_grad():
+        want = module(x)
+        program, report = lincompile.capture(module, {"x": x[:2, :5]}), Lowered()
+        join_layers(program.graph_module, report, own)
+        return report, float((program(x) - want).abs().max() / want.abs().max())
+
+
+def test_float_layers_are_joined_where_nobody_else_holds_them() -> None:
+    module = Float(lambda m, x: m.a(x) * m.b(x), "ab", bias=True)
+    places = [parameter.data_ptr() for parameter in module.parameters()]
+    report, error = joined(module, own=False)
+    assert report.joined == 0 and error < 1e-6 and places == [p.data_ptr() for p in module.parameters()]
+    report, error = joined(module)
+    assert report.joined == 1 and error < 1e-6
+
+
+def cross(m: Any, x: Tensor) -> Tensor:
+    y = torch.tanh(m.a(x) + m.b(x))
+    result: Tensor = m.a(y) + m.c(y)
+    return result
+
+
+def test_a_weight_of_two_groups_is_joined_to_neither() -> None:
+    report, error = joined(Float(cross, "abc"))
+    assert report.joined == 0 and error < 1e-6
+
+
+def test_layers_that_share_a_bias_or_memory_stay_apart() -> None:
+    tied: Any = Float(lambda m, x: m.a(x) * m.b(x), "ab", bias=True)
+    tied.b.bias = tied.a.bias
+    alias: Any = Float(lambda m, x: m.a(x) * m.b(x), "ab")
+    alias.b.weight = nn.Parameter(alias.a.weight.data)
+    for module in (tied, alias):
+        assert joined(module)[0].joined == 0
+
+
+def test_rows_that_lie_side_by_side_in_another_order() -> None:
+    module: Any = Float(lambda m, x: m.a(x) * m.b(x), "ab", out=1)
+    columns = torch.randn(2 * WIDTH, 1)
+    module.a.weight.data, module.b.weight.data = columns[:WIDTH].t(), columns[WIDTH:].t()
+    report, error = joined(module)
+    assert report.joined == 1 and error < 1e-6
+
+
+def written_later(x: Tensor) -> Tensor:
+    first, second = x > 0, x > 0
+    second[..., 0] = False
+    return torch.where(first, x, 0) + 2 * torch.where(second, x, 1)
+
+
+def test_masks_that_are_written_later_are_not_merged() -> None:
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.last(written_later(x))
+            return result
+
+    module, x = Module(), torch.randn(3, 7, WIDTH)
+    program = lincompile.capture(module, {"x": x[:2, :5]})
+    merge_masks(program.graph_module)
+    torch.testing.assert_close(program(x), module(x))
+
+
+def packed(function: Callable[..., Tensor], names: str, **out: int) -> tuple[Lowered, Counter[str], float]:
+    """What became of packed layers and what stands beside them."""
+    torch.manual_seed(0)
+    module: Any = Float(function, names)
+    for name, width in out.items():
+        setattr(module, name, nn.Linear(width, WIDTH, bias=False))
+    module.weight = nn.Parameter(torch.rand(WIDTH) + 0.5)
+    lincompile.quantize_(module, lincompile.W6A8())
+    x, report = torch.randn(3, 7, WIDTH), Lowered()
+    program = lincompile.capture(module, {"x": x[:2, :5]})
+    join_layers(program.graph_module, report, own=False)
+    fuse_packed(program.graph_module, report)
+    with torch.no_grad():
+        want, have = module(x), program(x)
+    targets = [str(node.target) for node in program.graph_module.graph.nodes if node.op == "call_function"]
+    return report, Counter(targets), float((want - have).abs().max() / want.abs().max())
+
+
+def up_first(m: Any, x: Tensor) -> Tensor:
+    h = nn.functional.rms_norm(x, (WIDTH,), m.weight, 1e-6)
+    u = m.u(h)
+    return x + m.d(nn.functional.silu(m.g(h)) * u)
+
+
+def parallel(m: Any, x: Tensor) -> Tensor:
+    h = nn.functional.rms_norm(x, (WIDTH,), m.weight, 1e-6)
+    return x + m.d(nn.functional.silu(m.g(h)) * m.u(h)) + m.o(torch.tanh(m.q(h) + m.k(h)))
+
+
+def test_a_gate_stands_before_what_it_gates_however_it_was_written() -> None:
+    report, targets, error = packed(up_first, "gud")
+    assert (report.layers, report.kept) == (2, {}) and error < 1e-5
+    assert not {"aten.silu.default", "aten.add.Tensor"} & set(targets)
+    report, targets, error = packed(parallel, "gudoqk")
+    assert report.kept == {} and error < 1e-5 and "aten.silu.default" not in targets
+
+
+def swapped(m: Any, x: Tensor) -> Tensor:
+    both = m.a(x)
+    return x + m.d(nn.functional.silu(both[..., WIDTH // 2 :]) * both[..., : WIDTH // 2])
+
+
+def test_halves_in_another_order_stay_and_the_sum_is_taken_in() -> None:
+    report, targets, error = packed(swapped, "a", d=WIDTH // 2)
+    assert (report.layers, report.kept) == (1, {}) and targets["aten.silu.default"] == 1 and error < 1e-5
+
+
+def test_gradients_come_from_the_program_as_it_was() -> None:
+    module, example = zoo.build("llama-gqa")
+    step = lincompile.compile(module, example=example, attn="lawcat", quant="w6a8").step
+    for own in (False, True):
+        session = Session(lower(step, decoding=True, own=own)[0], plain=step)
+        weight = next(p for name, p in step.graph_module.named_parameters() if "embed_tokens" in name)
+        weight.requires_grad_()
+        tokens = torch.randint(0, zoo.VOCAB, (1, 5))
+        inputs = tokens, torch.arange(5)[None], torch.ones(1, 5, dtype=torch.bool)
+        session.advance(*inputs, session.initial_states(1))[0].square().sum().backward()
+        assert weight.grad is not None and float(weight.grad.norm()) > 0
+        weight.grad = None
+
+
+def test_a_session_made_in_inference_mode_leaves_the_module_trainable() -> None:
+    module, example = zoo.build("llama-gqa")
+    step = lincompile.compile(module, example=example, attn="lawcat").step
+    with torch.inference_mode():
+        lower(step, decoding=True, own=True)
+    assert not any(parameter.is_inference() for parameter in module.parameters())
