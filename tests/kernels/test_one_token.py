@@ -31,11 +31,9 @@ SITES = [
 ]
 # rows, channels, dtype
 LAYERS = [
-    (11, 176, torch.float32),
-    (37, 576, torch.bfloat16),
-    (5, 2048, torch.float32),
-    (6, 2064, torch.float32),
-    (9, 4096, torch.bfloat16),
+    (5, 176, torch.float32),
+    (19, 576, torch.bfloat16),
+    (3, 2064, torch.float32),
 ]
 # norm before, gated product before, sum after
 AROUND = [(False, False, True), (True, False, False), (True, False, True), (False, True, True)]

@@ -173,7 +173,7 @@ def test_weights_with_nan_are_named() -> None:
         ({"quant": "int5"}, "int5"),
         ({"keep_softmax": "many"}, "--keep-softmax many"),
         ({"keep_softmax": "heads:none"}, "--keep-softmax heads:none: write how many KV heads to keep"),
-        ({"keep_softmax": "heads:2", "attn": "softmax"}, "chooses among heads that would be rewritten"),
+        ({"keep_softmax": "heads:2", "attn": "softmax"}, "chooses among what would be rewritten"),
         ({"keep_softmax": "7,"}, "has 2 attention sites"),
         ({"target": "tpu"}, "--target tpu"),
         ({"colour": "red"}, "no option 'colour'"),
