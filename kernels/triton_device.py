@@ -35,14 +35,18 @@ def shared_memory(device: torch.device) -> int:
 
 
 @functools.cache
-def chained(device: torch.device) -> dict[str, bool]:
+def chained(device: torch.device, early: bool = True) -> dict[str, bool]:
     """Options of kernels that may begin before the one in front of them ends (Hopper's programmatic dependent launch).
 
     Such a kernel has PDL as a constant, tells at its beginning that the next may come, and waits (``gdc_wait``) before
     it reads anything that another kernel wrote. What never changes, weights above all, it reads before that: in a step
     of one token waiting for those, and being launched, takes most of a kernel's time.
+
+    Args:
+        early: nothing of that was copied for this call: a copy is written by a kernel in front.
     """
-    if device.type != "cuda" or INTERPRETED or torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9:
+    off = not early or device.type != "cuda" or INTERPRETED or torch.version.hip
+    if off or torch.cuda.get_device_capability(device)[0] < 9:
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}
 

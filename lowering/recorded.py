@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from ..passes.stateful import StepProgram
 
@@ -196,17 +195,10 @@ def _copies(values: list[Tensor]) -> Sequence[Tensor]:
 
 
 def places_of(module: nn.Module) -> Callable[[], list[int]]:
-    """What says where the tensors lie that a module reads; for every step, so without walking over its modules.
-
-    Of a graph those that its nodes name: others, like layers that were joined, may lie anywhere.
-    """
+    """What says where a module's parameters and buffers lie; for every step, so without walking over its modules."""
     tables = [
         (table, name) for part in module.modules() for table in (part._parameters, part._buffers) for name in table
     ]
-    if isinstance(module, GraphModule):
-        paths = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-        read = [(module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in sorted(paths)]
-        tables = [(table, name) for part, name in read for table in (part._parameters, part._buffers) if name in table]
 
     def places() -> list[int]:
         return [value.data_ptr() for table, name in tables if (value := table.get(name)) is not None]

@@ -30,17 +30,13 @@ def lower(step: StepProgram, *, decoding: bool = False, own: bool = False) -> tu
         own: nobody else holds the step's weights (an opened artefact's): float layers are joined as well.
     """
     with torch.inference_mode(False), torch.no_grad():  # tensors that are made here outlive the caller's mode
-        return _lower(step, decoding, own)
-
-
-def _lower(step: StepProgram, decoding: bool, own: bool) -> tuple[StepProgram, Lowered]:
-    twin = share_tensors(step.graph_module, {})
-    report = fuse_stages(twin)
-    fuse_norms(twin, report)
-    if decoding:
-        merge_masks(twin)
-        fuse_inputs(twin, report)  # before the gates' projections are joined to others
-        join_layers(twin, report, own)
-        fuse_packed(twin, report)
-        drop_unread(twin)
+        twin = share_tensors(step.graph_module, {})
+        report = fuse_stages(twin)
+        fuse_norms(twin, report)
+        if decoding:
+            merge_masks(twin)
+            fuse_inputs(twin, report)  # before the gates' projections are joined to others
+            join_layers(twin, report, own)
+            fuse_packed(twin, report)
+            drop_unread(twin)
     return replace(step, graph_module=twin), report

@@ -24,7 +24,10 @@ _SCHEMA = (
 )
 
 
-def _check(x: Tensor, norm_weight: Tensor | None, gated: bool, residual: Tensor | None, weight_hi: Tensor) -> None:
+def _check(
+    x: Tensor, norm_weight: Tensor | None, gated: bool, residual: Tensor | None, weight_hi: Tensor, weight_lo: Tensor,
+    weight_scale: Tensor, bias: Tensor | None, group_size: int, activation: str,
+) -> None:  # fmt: skip
     name = "int6_layer"
     require(x.is_floating_point() and x.dim() > 0, name, f"x must be float [..., K], got {x.dtype} {list(x.shape)}")
     require(not (gated and norm_weight is not None), name, "gated and norm_weight exclude each other")
@@ -37,6 +40,8 @@ def _check(x: Tensor, norm_weight: Tensor | None, gated: bool, residual: Tensor 
         shape = [*x.shape[:-1], weight_hi.shape[0]]
         same = residual.dtype == x.dtype and list(residual.shape) == shape
         require(same, name, f"residual must be {x.dtype} {shape}, got {residual.dtype} {list(residual.shape)}")
+    row = x[..., : x.shape[-1] // (1 + gated)]  # as wide as what is multiplied
+    op.check_int6(row, weight_hi, weight_lo, weight_scale, bias, group_size, activation)
 
 
 def plain(
@@ -61,7 +66,7 @@ def int6_layer(
     weight_lo: Tensor, weight_scale: Tensor, bias: Tensor | None, group_size: int, activation: str,
 ) -> Tensor:  # fmt: skip
     """``residual + linear(rms_norm(x) or silu(gate) · up)``: ``[…, K]`` (gated: ``[…, 2·K]``) → ``[…, N]``."""
-    _check(x, norm_weight, gated, residual, weight_hi)
+    _check(x, norm_weight, gated, residual, weight_hi, weight_lo, weight_scale, bias, group_size, activation)
     args = (x, norm_weight, eps, gated, residual, weight_hi, weight_lo, weight_scale, bias, group_size, activation)
     kernels = backend("int6_linear", x)
     width = x.shape[-1] // (1 + gated)
@@ -77,5 +82,5 @@ def _(
     x: Tensor, norm_weight: Tensor | None, eps: float, gated: bool, residual: Tensor | None, weight_hi: Tensor,
     weight_lo: Tensor, weight_scale: Tensor, bias: Tensor | None, group_size: int, activation: str,
 ) -> Tensor:  # fmt: skip
-    _check(x, norm_weight, gated, residual, weight_hi)
+    _check(x, norm_weight, gated, residual, weight_hi, weight_lo, weight_scale, bias, group_size, activation)
     return x.new_empty(*x.shape[:-1], weight_hi.shape[0])

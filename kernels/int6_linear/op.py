@@ -46,10 +46,11 @@ def _check(
         require(bias.dim() == 1 and bias.shape[0] == rows, op, f"bias must be [{rows}], got {list(bias.shape)}")
 
 
-def _check_int6(
+def check_int6(
     x: Tensor, weight_hi: Tensor, weight_lo: Tensor, weight_scale: Tensor, bias: Tensor | None, group_size: int,
     activation: str,
 ) -> None:  # fmt: skip
+    """``ValueError`` where the planes, scales, bias or options of a six-bit layer don't fit x ``[…, K]``."""
     hi_bytes, lo_bytes = plane_bytes(x.shape[-1])
     codes = {"weight_hi": (weight_hi, hi_bytes, torch.uint8), "weight_lo": (weight_lo, lo_bytes, torch.uint8)}
     _check("int6_linear", x, codes, weight_scale, bias, group_size, activation)
@@ -67,7 +68,7 @@ def int6_linear(
     activation: str,
 ) -> Tensor:  # fmt: skip
     """Linear layer with packed six-bit weights: ``[…, K]`` → ``[…, N]`` in x's dtype."""
-    _check_int6(x, weight_hi, weight_lo, weight_scale, bias, group_size, activation)
+    check_int6(x, weight_hi, weight_lo, weight_scale, bias, group_size, activation)
     kernels = backend("int6_linear", x)
     if kernels is not None and kernels.supports(x, group_size, activation):
         y: Tensor = kernels.int6_linear(x, weight_hi, weight_lo, weight_scale, bias, group_size, activation)
@@ -82,7 +83,7 @@ def _(
     x: Tensor, weight_hi: Tensor, weight_lo: Tensor, weight_scale: Tensor, bias: Tensor | None, group_size: int,
     activation: str,
 ) -> Tensor:  # fmt: skip
-    _check_int6(x, weight_hi, weight_lo, weight_scale, bias, group_size, activation)
+    check_int6(x, weight_hi, weight_lo, weight_scale, bias, group_size, activation)
     return x.new_empty(*x.shape[:-1], weight_hi.shape[0])
 
 

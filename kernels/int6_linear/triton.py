@@ -65,22 +65,24 @@ def int6_linear(
     activation: str = "a8",
 ) -> Tensor:
     """As :func:`.reference.int6_linear`, for the calls that :func:`supports` accepts."""
-    stored = weight_hi, weight_lo, weight_scale, bias
-    hi, lo, scale, bias = _contiguous(stored)
-    launches = ways(x, planes := (hi, lo, scale))  # type: ignore[arg-type]
-    if not _as_they_were(stored, (*planes, bias)):
+    (hi, lo, scale, bias), early = _contiguous(weight_hi, weight_lo, weight_scale, bias)
+    launches = ways(x, (hi, lo, scale))
+    if not early:
         launches = [functools.partial(w, around=LATE) if w in (narrow, vector) else w for w in launches]
-    return _first_right("int6_linear", launches, reference.int6_linear, x, planes, bias, group_size, activation)  # type: ignore[arg-type]
+    plain = reference.int6_linear
+    return _first_right("int6_linear", launches, plain, x, (hi, lo, scale), bias, group_size, activation)
 
 
 def int8_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group_size: int, activation: str
 ) -> Tensor:
     """As :func:`.reference.int8_linear`, for calls that :func:`supports` accepts."""
-    weights = (weight.contiguous(), weight_scale.contiguous())
-    aligned = x.shape[-1] % 64 == 0 and weights[0].data_ptr() % 16 == 0
+    (weight, scale, bias), _ = _contiguous(weight, weight_scale, bias)
+    aligned = x.shape[-1] % 64 == 0 and weight.data_ptr() % 16 == 0
     launch = vector_bytes if x.numel() == x.shape[-1] and aligned else large_bytes
-    return _first_right("int8_linear", [launch], reference.int8_linear, x, weights, bias, group_size, activation)
+    return _first_right(
+        "int8_linear", [launch], reference.int8_linear, x, (weight, scale), bias, group_size, activation
+    )
 
 
 Weights = tuple[Tensor, ...]
@@ -106,12 +108,10 @@ def _first_right(
     return plain(x, *weights, bias, group_size, activation)
 
 
-def _contiguous(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
-
-
-def _as_they_were(before: tuple[Tensor | None, ...], after: tuple[Tensor | None, ...]) -> bool:
-    return all(a is b for a, b in zip(before, after, strict=True))
+def _contiguous(*stored: Tensor | None) -> tuple[list[Any], bool]:
+    """What a layer stores as the kernels read it, and whether nothing had to be copied for that."""
+    given = [None if tensor is None else tensor.contiguous() for tensor in stored]
+    return given, all(a is b for a, b in zip(stored, given, strict=True))
 
 
 def _called(launch: Launch) -> str:
@@ -147,11 +147,16 @@ def int6_layer(
     y = x.new_empty(*x.shape[:-1], weight_scale.shape[0])
     if not y.numel():
         return y
-    stored = norm_weight, bias, weight_hi, weight_lo, weight_scale
-    given = _contiguous(stored)
-    early = _as_they_were(stored, given)
+    (norm, *stored), early = _contiguous(norm_weight, bias, weight_hi, weight_lo, weight_scale)
     more = None if residual is None else residual.reshape(1, -1).contiguous()
-    args = (x.reshape(1, -1).contiguous(), given[0], more, *given[1:])
+    args = (x.reshape(1, -1).contiguous(), norm, more, *stored)
+
+    def expected(
+        x: Tensor, norm_weight: Tensor | None, residual: Tensor | None, bias: Tensor | None, *planes: Tensor
+    ) -> Tensor:
+        hi, lo, scale = planes
+        return layer.plain(x, norm_weight, eps, gated, residual, hi, lo, scale, bias, _GROUP, activation)
+
     for launch in (narrow, vector):
         if launch is narrow and x.shape[-1] // (1 + gated) > NARROW:
             continue
@@ -164,15 +169,9 @@ def int6_layer(
             launch(x, planes, bias, out, activation, around=Around(norm_weight, eps, gated, residual, early))
             return out
 
-        def expected(
-            x: Tensor, norm_weight: Tensor | None, residual: Tensor | None, bias: Tensor | None, *planes: Tensor
-        ) -> Tensor:
-            hi, lo, scale = planes
-            return layer.plain(x, norm_weight, eps, gated, residual, hi, lo, scale, bias, _GROUP, activation)
-
         name = f"int6_layer ({launch.__name__}, {activation}{', gated' if gated else ''})"
         if trusted(name, run, expected, ("t.", ".", "t."), args, together=False):
-            run(*args, into=y)  # type: ignore[arg-type]
+            run(*args, into=y)
             return y
     return None
 
@@ -212,10 +211,6 @@ class Around:
     residual: Tensor | None = None
     early: bool = True
 
-    def chained(self, device: torch.device) -> dict[str, bool]:
-        """The kernels' options for that."""
-        return chained(device) if self.early else {"PDL": False}
-
 
 ALONE, LATE = Around(), Around(early=False)
 
@@ -240,7 +235,7 @@ def quantize_activation(
     kernels.quantize_kernel[(tokens, triton.cdiv(groups, per_program))](
         x, around.norm_weight, codes, scale, in_features, groups * _GROUP, groups, room, around.epsilon,
         LEVELS=LEVELS[int(activation[1:])], GB=per_program, FRAGMENT=fragment, COLUMNS=columns,
-        GATED=around.gated, NORM=around.norm_weight is not None, num_warps=4, **around.chained(x.device),
+        GATED=around.gated, NORM=around.norm_weight is not None, num_warps=4, **chained(x.device, around.early),
     )  # fmt: skip
     return codes, scale
 
@@ -304,7 +299,7 @@ def vector(
         codes.view(torch.int32), scale, hi.view(torch.int32), lo.view(torch.int32), weight_scale, bias,
         around.residual, y, rows, hi.shape[1] // 4, lo.shape[1] // 4, weight_scale.shape[1], in_features // _GROUP,
         TAIL=in_features % _GROUP, BIAS=bias is not None, RESIDUAL=around.residual is not None, ASM=aligned,
-        **around.chained(x.device), **options,
+        **chained(x.device, around.early), **options,
     )  # fmt: skip
 
 
@@ -321,7 +316,7 @@ def narrow(
         rows, in_features, hi.shape[1] // 4, lo.shape[1] // 4, groups, around.epsilon,
         LEVELS=LEVELS[int(activation[1:])], TAIL=in_features % _GROUP, BIAS=bias is not None,
         RESIDUAL=around.residual is not None, GATED=around.gated, NORM=around.norm_weight is not None,
-        ASM=not INTERPRET, **around.chained(x.device), **options,
+        ASM=not INTERPRET, **chained(x.device, around.early), **options,
     )  # fmt: skip
 
 

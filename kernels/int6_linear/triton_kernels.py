@@ -99,23 +99,33 @@ def quantize_kernel(
 
 
 @triton.jit
-def _unpack_pair(hi, lo, SECOND: tl.constexpr, ASM: tl.constexpr):
-    """Two slices of ``4·c`` (int8) from one half of the nibble plane and the two-bit plane, both uint8."""
+def unpack_pair(hi, lo, SECOND: tl.constexpr, ASM: tl.constexpr):
+    """Two slices of ``4·c`` from one half of the nibble plane and the two-bit plane: uint8 to int8, a code each, or
+    int32 words of four.
+    """
     if ASM:
+        PACK: tl.constexpr = 1 if hi.dtype == tl.int32 else 4
         if SECOND:
             even, odd = tl.inline_asm_elementwise(
-                _ASM_SECOND, "=&r,=&r,r,r", [hi, lo], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+                _ASM_SECOND, "=&r,=&r,r,r", [hi, lo], dtype=(hi.dtype, hi.dtype), is_pure=True, pack=PACK
             )
         else:
             even, odd = tl.inline_asm_elementwise(
-                _ASM_FIRST, "=&r,=&r,r,r", [hi, lo], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+                _ASM_FIRST, "=&r,=&r,r,r", [hi, lo], dtype=(hi.dtype, hi.dtype), is_pure=True, pack=PACK
             )
     else:
-        h = hi.to(tl.int32)
-        bits = lo.to(tl.int32) >> (4 if SECOND else 0)
-        even = (((h & 15) << 4 | (bits & 3) << 2) - 128).to(tl.int8)
-        odd = (((h >> 4) << 4 | (bits >> 2 & 3) << 2) - 128).to(tl.int8)
-    return even, odd
+        HIGH: tl.constexpr = -252645136  # 0xF0F0F0F0
+        LOW: tl.constexpr = 202116108  # 0x0C0C0C0C
+        SIGNS: tl.constexpr = -2139062144  # 0x80808080
+        nibbles, bits = hi.to(tl.int32), lo.to(tl.int32)
+        first = bits >> 2 if SECOND else bits << 2
+        second = bits >> 4 if SECOND else bits
+        even = ((nibbles << 4) & HIGH | first & LOW) ^ SIGNS
+        odd = (nibbles & HIGH | second & LOW) ^ SIGNS
+    if hi.dtype == tl.int32:
+        return even, odd
+    else:
+        return even.to(tl.int8), odd.to(tl.int8)
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -143,8 +153,8 @@ def small_kernel(
     part_index = tl.program_id(2)
     for group in tl.range(part_index * share, tl.minimum(part_index * share + share, FULL), num_stages=STAGES):
         two = tl.load(lo + group * 32)
-        w0, w1 = _unpack_pair(tl.load(hi + group * 64), two, False, ASM)
-        w2, w3 = _unpack_pair(tl.load(hi + group * 64 + 32), two, True, ASM)
+        w0, w1 = unpack_pair(tl.load(hi + group * 64), two, False, ASM)
+        w2, w3 = unpack_pair(tl.load(hi + group * 64 + 32), two, True, ASM)
         slices = a + group * 128
         part = tl.dot(w0, tl.load(slices), out_dtype=tl.int32)
         part = tl.dot(w1, tl.load(slices + 32), part, out_dtype=tl.int32)
@@ -156,8 +166,8 @@ def small_kernel(
         QUARTER: tl.constexpr = TAIL // 4
         within = k < QUARTER
         two = tl.load(lo + FULL * 32, mask=within[None, :], other=0)
-        w0, w1 = _unpack_pair(tl.load(hi + FULL * 64, mask=within[None, :], other=0), two, False, ASM)
-        w2, w3 = _unpack_pair(tl.load(hi + FULL * 64 + QUARTER, mask=within[None, :], other=0), two, True, ASM)
+        w0, w1 = unpack_pair(tl.load(hi + FULL * 64, mask=within[None, :], other=0), two, False, ASM)
+        w2, w3 = unpack_pair(tl.load(hi + FULL * 64 + QUARTER, mask=within[None, :], other=0), two, True, ASM)
         slices = a + FULL * 128
         # Masked weights unpack to −32; the masked activations beside them are 0.
         part = tl.dot(w0, tl.load(slices, mask=within[:, None], other=0), out_dtype=tl.int32)
@@ -204,8 +214,8 @@ def unpack_kernel(
     mask = (rows < N)[:, None] & (k < quarter)
     hi = hi_ptr + row * HI_BYTES + group * 64 + k
     two = tl.load(lo_ptr + row * LO_BYTES + group * 32 + k, mask=mask, other=0)
-    w0, w1 = _unpack_pair(tl.load(hi, mask=mask, other=0), two, False, ASM)
-    w2, w3 = _unpack_pair(tl.load(hi + quarter, mask=mask, other=0), two, True, ASM)
+    w0, w1 = unpack_pair(tl.load(hi, mask=mask, other=0), two, False, ASM)
+    w2, w3 = unpack_pair(tl.load(hi + quarter, mask=mask, other=0), two, True, ASM)
     out = out_ptr + row * K_PAD + group * 128 + k
     tl.store(out, w0, mask=mask)
     tl.store(out + quarter, w1, mask=mask)

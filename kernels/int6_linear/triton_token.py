@@ -10,14 +10,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_kernels import gated, inverse_root, normed, round_to
-from .unpack_ptx import UNPACK_FIRST, UNPACK_SECOND, dot_bytes, dot_half
+from .triton_kernels import gated, inverse_root, normed, round_to, unpack_pair
+from .unpack_ptx import dot_bytes, dot_half
 
 _ASM_HALF_GROUP: tl.constexpr = tl.constexpr(dot_half(32))
 _ASM_HALF_TAIL: tl.constexpr = tl.constexpr(dot_half(16))
 _ASM_BYTES: tl.constexpr = tl.constexpr(dot_bytes())
-_ASM_FIRST: tl.constexpr = tl.constexpr(UNPACK_FIRST)
-_ASM_SECOND: tl.constexpr = tl.constexpr(UNPACK_SECOND)
 
 
 @triton.jit
@@ -144,29 +142,6 @@ def _four_products(weight, codes, total, ASM: tl.constexpr):
     return total
 
 
-@triton.jit
-def _unpack_words(hi, lo, SECOND: tl.constexpr, ASM: tl.constexpr):
-    """Two slices of ``4·c``, four to a word, from words of one half of the nibble plane and of the two-bit plane."""
-    if ASM:
-        if SECOND:
-            even, odd = tl.inline_asm_elementwise(
-                _ASM_SECOND, "=&r,=&r,r,r", [hi, lo], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
-            )
-        else:
-            even, odd = tl.inline_asm_elementwise(
-                _ASM_FIRST, "=&r,=&r,r,r", [hi, lo], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
-            )
-    else:
-        HIGH: tl.constexpr = -252645136  # 0xF0F0F0F0
-        LOW: tl.constexpr = 202116108  # 0x0C0C0C0C
-        SIGNS: tl.constexpr = -2139062144  # 0x80808080
-        first = lo >> 2 if SECOND else lo << 2
-        second = lo >> 4 if SECOND else lo
-        even = ((hi << 4) & HIGH | first & LOW) ^ SIGNS
-        odd = (hi & HIGH | second & LOW) ^ SIGNS
-    return even, odd
-
-
 @triton.jit(do_not_specialize=["N"])
 def narrow_kernel(
     x_ptr, norm_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, residual_ptr, y_ptr, N, K, HI_WORDS, LO_WORDS, G, epsilon,
@@ -221,8 +196,8 @@ def narrow_kernel(
     most = tl.max(tl.max(tl.where(bad, float("inf"), most), axis=2), axis=1)
     scale = tl.div_rn(most, tl.full([GB], LEVELS, tl.float32))
     # Masked weights are −32; the masked activations beside them are 0.
-    w0, w1 = _unpack_words(first, low, False, ASM)
-    w2, w3 = _unpack_words(second, low, True, ASM)
+    w0, w1 = unpack_pair(first, low, False, ASM)
+    w2, w3 = unpack_pair(second, low, True, ASM)
     part = tl.zeros([BN, GB, 8], tl.int32)
     part = _four_products(w0, _words(x0, scale), part, ASM)
     part = _four_products(w1, _words(x1, scale), part, ASM)

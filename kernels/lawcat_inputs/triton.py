@@ -208,6 +208,6 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         D=dim, W=given.conv_q.shape[1], BD=width, MASKED=given.mask is not None, NORM=norm is not None,
         BC=min(_CHANNELS, triton.next_power_of_2(x.shape[2])),
         BR=max(16, triton.next_power_of_2(given.down.shape[0])), BF=block, BLOCKS=blocks,
-        ONCE=x.shape[2] <= _CHANNELS, num_warps=_WARPS, **(chained(q.device) if early else {"PDL": False}),
+        ONCE=x.shape[2] <= _CHANNELS, num_warps=_WARPS, **chained(q.device, early),
     )  # fmt: skip
     return feature_q, feature_k, log_decay, end_q, end_k

@@ -126,13 +126,10 @@ def _random_leaves(match: Match, length: int, generator: torch.Generator) -> lis
 
     values: list[Tensor | None] = []
     for index, leaf in enumerate(match.leaves):
+        if leaf is None or leaf in match.leaves[:index]:
+            values.append(None if leaf is None else values[match.leaves.index(leaf)])
+            continue
         fake = value_of(leaf)
-        if leaf is not None and leaf in match.leaves[:index]:
-            values.append(values[match.leaves.index(leaf)])
-            continue
-        if leaf is None:
-            values.append(None)
-            continue
         if not isinstance(fake, Tensor):
             raise Mismatch("the graph carries no shapes")
         try:
@@ -141,11 +138,9 @@ def _random_leaves(match: Match, length: int, generator: torch.Generator) -> lis
             raise Mismatch(f"'{leaf.name}' has a size of its own") from None
         if index in match.packed and fake.dtype == torch.uint8:
             random = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-            values.append(random.to(device))
-            continue
-        random = torch.randn(shape, generator=generator, dtype=torch.float64)
-        if index in match.packed:
-            random = random.to(fake.dtype)
+        else:
+            kept = fake.dtype if index in match.packed else torch.float64
+            random = torch.randn(shape, generator=generator, dtype=torch.float64).to(kept)
         random = random.to(device)
         values.append(random > 0 if fake.dtype == torch.bool else random)
     return values

@@ -107,10 +107,10 @@ def merge_masks(module: GraphModule) -> None:
     known: dict[Any, Node] = {}
     written = written_nodes(module)
     for node in list(module.graph.nodes):
-        if storage_root(node) in written or any(storage_root(item) in written for item in node.all_input_nodes):
-            continue
         fake = value_of(node)
         if node.op != "call_function" or not isinstance(fake, Tensor) or fake.dtype != torch.bool:
+            continue
+        if any(storage_root(item) in written for item in (node, *node.all_input_nodes)):
             continue
         schema = getattr(node.target, "_schema", None)
         if schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags:

@@ -54,7 +54,7 @@ driver.set_active(NoGpu())
 JITFunction.run = compile_only
 BF16 = torch.bfloat16
 # Tensors lie on the CPU; kernels that are chained on Hopper are compiled so.
-triton_device.chained = lambda device: {"PDL": True, "launch_pdl": True} if CHIP >= 90 else {"PDL": False}
+triton_device.chained = lambda device, early=True: {"PDL": True, "launch_pdl": True} if CHIP >= 90 else {"PDL": False}
 
 
 def stages() -> None:

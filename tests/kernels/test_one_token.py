@@ -166,6 +166,8 @@ def test_a_layer_is_the_ops_it_stands_for(around: tuple[bool, bool, bool]) -> No
         ((False, False, True), 4, torch.ones(1, 1, 1), "residual must be"),
         ((False, True, False), 0, torch.ones(3, 1, 193), r"gated needs x"),
         ((False, False, False), 0, torch.ones(3, 1, 96).long(), "x must be float"),
+        ((True, False, False), 5, torch.zeros(7, 47, dtype=torch.uint8), "weight_hi must be"),
+        ((False, True, False), 7, torch.zeros(7, 2, dtype=torch.float16), "weight_scale must be"),
     ],
 )
 def test_layers_that_dont_fit_are_named(around: Any, place: int, value: Any, message: str) -> None:
