@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -274,11 +275,23 @@ def tokens_of(source: str, loaded: LoadedModel) -> Tensor:
     return read_tokens(source, loaded.tokenizer)
 
 
+def corpus_of(sources: list[str], loaded: LoadedModel) -> Corpus:
+    """The documents of all sources, one source after another; nothing where there is none."""
+    found = [read_corpus(source, loaded.tokenizer) for source in sources]
+    if not found:
+        return Corpus(torch.zeros(0), torch.zeros(0))
+    begins = itertools.accumulate((len(corpus.ids) for corpus in found), initial=0)
+    documents = torch.cat([corpus.documents + begin for corpus, begin in zip(found, begins, strict=False)])
+    return Corpus(torch.cat([corpus.ids for corpus in found]), documents, sum(corpus.empty for corpus in found))
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--variant", choices=RECIPES, help="the row to repeat")
-    parser.add_argument("--train", help="text to train on; leave it out to measure --evaluate")
+    parser.add_argument(
+        "--train", action="append", metavar="TEXT", help="to train on, may be given again; leave it out for --evaluate"
+    )
     parser.add_argument("--eval", action="append", default=[], metavar="NAME=TEXT")
     parser.add_argument("--out", type=Path, help="folder for results, adapter and checkpoints")
     parser.add_argument("--until", type=float, help="cut stages short and leave measures out to end by this second")
@@ -349,7 +362,7 @@ def main() -> None:
     )
     say(f"loaded; proved {sum(site.proved for site in teacher.sites)} of {len(teacher.sites)} sites")
     texts = {name: tokens_of(path, loaded) for name, path in (item.split("=", 1) for item in asked.eval)}
-    corpus = read_corpus(asked.train, loaded.tokenizer) if asked.train else Corpus(torch.zeros(0), torch.zeros(0))
+    corpus = corpus_of(asked.train or [], loaded)
     say(", ".join(f"{len(ids):,} tokens of {name}" for name, ids in {"train": corpus.ids, **texts}.items()))
     # What results depend on; how long a run may take and where it writes are not among it.
     described = {"recipe": asdict(recipe), "model": Path(asked.model).name} | {

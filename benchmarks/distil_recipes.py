@@ -87,6 +87,7 @@ RECIPES: dict[str, Recipe] = {
     "control": Recipe(attn="softmax", transfer=None, measures=("generation", "zero-shot"), steps_of="lawcat-window64"),
     "lawcat-passkey": SHORT,
     "lawcat-window64-passkey": replace(SHORT, window=64),
+    "lawcat-window64-heads2-passkey": replace(SHORT, window=64, keep="heads:2"),
     "gated-delta-passkey": replace(SHORT, attn="gated-delta"),
     "gla": replace(PURE, attn="gla"),
     "gla-window64": replace(WINDOW, attn="gla"),

@@ -52,6 +52,23 @@ def distil(model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
     return run
 
 
+def test_texts_follow_one_another_as_documents_of_their_own(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import distil as script
+
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.txt"
+    one.write_text('{"text": "the cat"}\n{"text": ""}\n{"text": "a dog"}\n')
+    two.write_text("by the door")
+    loaded = script.load_model(str(model))
+    first, both = script.corpus_of([str(one)], loaded), script.corpus_of([str(one), str(two)], loaded)
+    assert both.documents.tolist() == [*first.documents.tolist(), len(first.ids)]
+    assert both.ids[: len(first.ids)].equal(first.ids) and both.empty == 1
+    assert both.ids[len(first.ids) :].equal(script.read_corpus(str(two), loaded.tokenizer).ids)
+    assert len(script.corpus_of([], loaded).ids) == 0
+
+
 @pytest.mark.slow
 def test_a_row_is_made_cut_off_taken_up_and_measured(
     distil: Callable[..., dict[str, Any]],
