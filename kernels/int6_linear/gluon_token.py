@@ -20,9 +20,9 @@ from .triton_token import (
 
 
 @gluon.jit
-def _exchanged(values, place: gl.constexpr, LAYOUT: gl.constexpr):
-    """``values`` of all warps, where each thread holds those it adds up."""
-    shared = gl.allocate_shared_memory(values.dtype, values.shape, place, values)
+def _exchanged(values, shared, LAYOUT: gl.constexpr):
+    """``values`` of all warps in another layout."""
+    shared.store(values)
     return shared.load(LAYOUT)
 
 
@@ -40,6 +40,10 @@ def token_kernel(
     TOKEN: gl.constexpr = gl.SliceLayout(0, WORDS)  # [GB, 32]
     SUMS: gl.constexpr = gl.BlockedLayout([1, GB], [32, 1], [WARPS, 1], [1, 0])  # [BN, GB], a row's in one thread
     ROWS: gl.constexpr = gl.SliceLayout(1, SUMS)
+    ALL: gl.constexpr = gl.BlockedLayout([GB], [32], [WARPS], [0])
+    # Each exchange has memory of its own: taking the other's would need a barrier more.
+    square_sums = gl.allocate_shared_memory(gl.float32, [GB], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    row_sums = gl.allocate_shared_memory(gl.float32, [BN, GB], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     if PDL:
         gdc_launch_dependents()
     # The weights don't wait for the token.
@@ -50,7 +54,8 @@ def token_kernel(
     row = line[:, :, None]
     _, inside, quarter = word_places(group[:, :, None], lane[None, :, :], G, K, TAIL)
     weights = weight_words(
-        hi_ptr + row * HI_WORDS, lo_ptr + row * LO_WORDS, group[:, :, None], lane[None, :, :], inside, quarter
+        hi_ptr + row * HI_WORDS, lo_ptr + row * LO_WORDS, group[:, :, None], lane[None, :, :], inside, quarter,
+        ASM,
     )
     weight_scale = gl.load(sw_ptr + line * G + group, mask=(line >= 0) & (group < G), other=0.0).to(gl.float32)
     rows = first + gl.arange(0, BN, ROWS)
@@ -67,14 +72,12 @@ def token_kernel(
     residual = load_row(residual_ptr, rows, N, RESIDUAL)
     x = load_token(x_ptr, place, K, inside, GATED)
     if NORM:
-        ALL: gl.constexpr = gl.BlockedLayout([GB], [32], [WARPS], [0])
-        squares = gl.sum(gl.sum(x * x, 2), 1)
-        square = gl.sum(_exchanged(squares, gl.SwizzledSharedLayout(1, 1, 1, [0]), ALL), 0)
+        square = gl.sum(_exchanged(gl.sum(gl.sum(x * x, 2), 1), square_sums, ALL), 0)
         x = normed(x_ptr, x, inverse_root(square, K, epsilon), norm)
     scale = token_scales(x, LEVELS, ASM)
     codes = gl.convert_layout(token_words(x, scale, byte, ASM), TOKEN, assert_trivial=True)
     scale = gl.convert_layout(scale, gl.SliceLayout(0, PARTS), assert_trivial=True)
     part = gl.sum(add_products(weights, codes[None, :, :], gl.zeros([BN, GB, 32], gl.int32, WORDS), ASM), 2)
     part = part.to(gl.float32) * (scale[None, :] * weight_scale)
-    y = gl.sum(_exchanged(part, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]), SUMS), 1)
+    y = gl.sum(_exchanged(part, row_sums, SUMS), 1)
     store_row(y_ptr, y * 0.25, bias, residual, rows, N, RESIDUAL)

@@ -11,10 +11,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .triton_kernels import gated, inverse_root, normed, round_to, unpack_pair
-from .unpack_ptx import dot_bytes, dot_half
+from .unpack_ptx import UNPACK_SLICE, dot_bytes, dot_half
 
 _ASM_HALF_GROUP: tl.constexpr = tl.constexpr(dot_half(32))
 _ASM_HALF_TAIL: tl.constexpr = tl.constexpr(dot_half(16))
+_ASM_SLICE: tl.constexpr = tl.constexpr(UNPACK_SLICE)
 _ASM_BYTES: tl.constexpr = tl.constexpr(dot_bytes())
 
 
@@ -220,16 +221,22 @@ def word_places(group, lane, G, K, TAIL: tl.constexpr):
 
 
 @triton.jit
-def weight_words(hi, lo, group, lane, inside, quarter):
+def weight_words(hi, lo, group, lane, inside, quarter, ASM: tl.constexpr):
     """``4·c`` of the four weights of each lane's word; ``hi`` and ``lo`` point to a row's planes."""
     word, part = lane % 8, lane // 8
     nibbles = tl.load(hi + (group * 16 + part // 2 * quarter + word), mask=inside, other=0)
     bits = tl.load(lo + (group * 8 + word), mask=inside, other=0)
-    HIGH: tl.constexpr = -252645136  # 0xF0F0F0F0
-    LOW: tl.constexpr = 202116108  # 0x0C0C0C0C
-    SIGNS: tl.constexpr = -2139062144  # 0x80808080
     # Masked weights are −32; the masked activations beside them are 0.
-    return (nibbles << (4 - part % 2 * 4) & HIGH | bits >> part * 2 << 2 & LOW) ^ SIGNS
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _ASM_SLICE, "=r,r,r,r,r", [nibbles, bits, 4 - part % 2 * 4, part * 2 - 2],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        HIGH: tl.constexpr = -252645136  # 0xF0F0F0F0
+        LOW: tl.constexpr = 202116108  # 0x0C0C0C0C
+        SIGNS: tl.constexpr = -2139062144  # 0x80808080
+        return (nibbles << (4 - part % 2 * 4) & HIGH | bits >> part * 2 << 2 & LOW) ^ SIGNS
 
 
 @triton.jit
@@ -293,7 +300,7 @@ def group_kernel(
     # The weights don't wait for the token.
     row, group, lane = line[:, None, None], flat[None, :, None], tl.arange(0, 32)[None, None, :]
     _, inside, quarter = word_places(group, lane, G, K, TAIL)
-    weights = weight_words(hi_ptr + row * HI_WORDS, lo_ptr + row * LO_WORDS, group, lane, inside, quarter)
+    weights = weight_words(hi_ptr + row * HI_WORDS, lo_ptr + row * LO_WORDS, group, lane, inside, quarter, ASM)
     weight_scale = sw_ptr + line[:, None] * G + flat[None, :]
     weight_scale = tl.load(weight_scale, mask=(flat < G)[None, :] & (line >= 0)[:, None], other=0.0).to(tl.float32)
     bias = load_row(bias_ptr, rows, N, BIAS)
