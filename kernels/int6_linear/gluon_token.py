@@ -13,9 +13,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_kernels import inverse_root, normed
+from .triton_kernels import inverse_root
 from .triton_token import (
-    add_products, load_row, load_token, store_row, token_scales, token_words, weight_words, word_places,
+    add_products, load_row, load_token, rounded, store_row, token_scales, token_words, weight_words, word_places,
 )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def token_kernel(
     x = load_token(x_ptr, place, K, inside, GATED)
     if NORM:
         square = gl.sum(_exchanged(gl.sum(gl.sum(x * x, 2), 1), square_sums, ALL), 0)
-        x = normed(x_ptr, x, inverse_root(square, K, epsilon), norm)
+        x = rounded(x_ptr, x * inverse_root(square, K, epsilon) * norm.to(gl.float32), ASM)
     scale = token_scales(x, LEVELS, ASM)
     codes = gl.convert_layout(token_words(x, scale, byte, ASM), TOKEN, assert_trivial=True)
     scale = gl.convert_layout(scale, gl.SliceLayout(0, PARTS), assert_trivial=True)
