@@ -13,10 +13,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from . import triton_token as one
 from .triton_kernels import inverse_root
-from .triton_token import (
-    add_products, load_row, load_token, rounded, store_row, token_scales, token_words, weight_words, word_places,
-)  # fmt: skip
 
 
 @gluon.jit
@@ -52,32 +50,30 @@ def token_kernel(
     group = gl.arange(0, GB, gl.SliceLayout(0, PARTS))[None, :]
     lane = gl.arange(0, 32, gl.SliceLayout(0, TOKEN))[None, :]
     row = line[:, :, None]
-    _, inside, quarter = word_places(group[:, :, None], lane[None, :, :], G, K, TAIL)
-    weights = weight_words(
-        hi_ptr + row * HI_WORDS, lo_ptr + row * LO_WORDS, group[:, :, None], lane[None, :, :], inside, quarter,
-        ASM,
-    )
+    _, inside, quarter = one.word_places(group[:, :, None], lane[None, :, :], G, K, TAIL)
+    hi, lo = hi_ptr + row * HI_WORDS, lo_ptr + row * LO_WORDS
+    weights = one.weight_words(hi, lo, group[:, :, None], lane[None, :, :], inside, quarter, ASM)
     weight_scale = gl.load(sw_ptr + line * G + group, mask=(line >= 0) & (group < G), other=0.0).to(gl.float32)
     rows = first + gl.arange(0, BN, ROWS)
-    bias = load_row(bias_ptr, rows, N, BIAS)
+    bias = one.load_row(bias_ptr, rows, N, BIAS)
     channel_group = gl.arange(0, GB, gl.SliceLayout(1, gl.SliceLayout(2, CHANNELS)))[:, None, None]
     channel_lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, CHANNELS)))[None, :, None]
     byte = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, CHANNELS)))[None, None, :]
-    place, inside, _ = word_places(channel_group, channel_lane, G, K, TAIL)
+    place, inside, _ = one.word_places(channel_group, channel_lane, G, K, TAIL)
     place, inside = place + byte, inside & (byte >= 0)
     if NORM:
         norm = gl.load(norm_ptr + place, mask=inside, other=0.0)
     if PDL:
         gdc_wait()
-    residual = load_row(residual_ptr, rows, N, RESIDUAL)
-    x = load_token(x_ptr, place, K, inside, GATED)
+    residual = one.load_row(residual_ptr, rows, N, RESIDUAL)
+    x = one.load_token(x_ptr, place, K, inside, GATED)
     if NORM:
         square = gl.sum(_exchanged(gl.sum(gl.sum(x * x, 2), 1), square_sums, ALL), 0)
-        x = rounded(x_ptr, x * inverse_root(square, K, epsilon) * norm.to(gl.float32), ASM)
-    scale = token_scales(x, LEVELS, ASM)
-    codes = gl.convert_layout(token_words(x, scale, byte, ASM), TOKEN, assert_trivial=True)
+        x = one.rounded(x_ptr, x * inverse_root(square, K, epsilon) * norm.to(gl.float32), ASM)
+    scale = one.token_scales(x, LEVELS, ASM)
+    codes = gl.convert_layout(one.token_words(x, scale, byte, ASM), TOKEN, assert_trivial=True)
     scale = gl.convert_layout(scale, gl.SliceLayout(0, PARTS), assert_trivial=True)
-    part = gl.sum(add_products(weights, codes[None, :, :], gl.zeros([BN, GB, 32], gl.int32, WORDS), ASM), 2)
+    part = gl.sum(one.add_products(weights, codes[None, :, :], gl.zeros([BN, GB, 32], gl.int32, WORDS), ASM), 2)
     part = part.to(gl.float32) * (scale[None, :] * weight_scale)
     y = gl.sum(_exchanged(part, row_sums, SUMS), 1)
-    store_row(y_ptr, y * 0.25, bias, residual, rows, N, RESIDUAL)
+    one.store_row(y_ptr, y * 0.25, bias, residual, rows, N, RESIDUAL)

@@ -307,8 +307,8 @@ def vector(
 
 
 def _narrow_kernel(form: str) -> Any:
-    """"rows": warps share out a tile as Triton likes; "groups": a warp holds whole groups; "gluon": likewise, with its
-    exchanges written out, for Hopper.
+    """The kernel of a tile's FORM: of "rows" Triton shares out the tile as it likes, of "groups" a warp holds whole
+    groups; "gluon" is the same with its exchanges between warps written out, for Hopper.
     """
     if form == "gluon":
         from .gluon_token import token_kernel
