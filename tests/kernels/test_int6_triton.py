@@ -16,8 +16,8 @@ from lincompile.kernels.int6_linear import pack, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Run in a process of its own: Triton decides on import whether its kernels are interpreted. Takes two folders, that of
-# these tests and one to write to.
+# Run in a process of its own: Triton decides on import whether its kernels are interpreted. Takes two folders: the
+# tests and one to write to.
 INTERPRETED = """
 import itertools, pathlib, sys
 import torch
@@ -106,7 +106,7 @@ print("interpreted kernels agree")
 def test_interpreted_kernels_equal_the_definition(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton isn't installed")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", INTERPRETED, str(Path(__file__).parent), str(tmp_path)]
+    command = [sys.executable, "-c", INTERPRETED, str(ROOT / "tests"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "interpreted kernels agree" in done.stdout

@@ -52,12 +52,14 @@ def load(name: str, folder: Path) -> Any:
     rewritten = folder / f"{name.rpartition('.')[2]}.py"
     source = Path(found.origin).read_text().replace("gl.constexpr", "tl.constexpr")
     rewritten.write_text(source.replace("\nfrom triton", "\nimport triton.language as tl\nfrom triton", 1))
-    stands_in: Any = types.ModuleType("triton.experimental.gluon")
-    stands_in.jit, stands_in.language = triton.jit, _LANGUAGE
+    gluon: Any = types.ModuleType("triton.experimental.gluon")
+    gluon.jit, gluon.language = triton.jit, _LANGUAGE
+    experimental: Any = types.ModuleType("triton.experimental")
+    experimental.gluon = gluon
     spec = importlib.util.spec_from_file_location(name, rewritten)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(sys.modules, {"triton.experimental.gluon": stands_in}):
+    with mock.patch.dict(sys.modules, {"triton.experimental": experimental, "triton.experimental.gluon": gluon}):
         spec.loader.exec_module(module)
     sys.modules[name] = module
     return module
