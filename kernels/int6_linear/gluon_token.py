@@ -44,6 +44,7 @@ def token_kernel(
     row_sums = gl.allocate_shared_memory(gl.float32, [BN, GB], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     if PDL:
         gdc_launch_dependents()
+    FOURS: gl.constexpr = GB // min(GB, 4)  # sums of four groups beside each other: each waits for the one before it
     # The weights don't wait for the token.
     first = gl.program_id(0) * BN
     line = gl.minimum(first + gl.arange(0, BN, gl.SliceLayout(1, PARTS)), N - 1).to(gl.int64)[:, None]
@@ -68,12 +69,14 @@ def token_kernel(
     residual = one.load_row(residual_ptr, rows, N, RESIDUAL)
     x = one.load_token(x_ptr, place, K, inside, GATED)
     if NORM:
-        square = gl.sum(_exchanged(gl.sum(gl.sum(x * x, 2), 1), square_sums, ALL), 0)
-        x = one.rounded(x_ptr, x * inverse_root(square, K, epsilon) * norm.to(gl.float32), ASM)
+        squares = _exchanged(gl.sum(gl.sum(x * x, 2), 1), square_sums, ALL).reshape([FOURS, GB // FOURS])
+        root = inverse_root(gl.sum(gl.sum(squares, 0), 0), K, epsilon)
+        x = one.rounded(x_ptr, x * root * norm.to(gl.float32), ASM)
     scale = one.token_scales(x, LEVELS, ASM)
     codes = gl.convert_layout(one.token_words(x, scale, byte, ASM), TOKEN, assert_trivial=True)
     scale = gl.convert_layout(scale, gl.SliceLayout(0, PARTS), assert_trivial=True)
     part = gl.sum(one.add_products(weights, codes[None, :, :], gl.zeros([BN, GB, 32], gl.int32, WORDS), ASM), 2)
     part = part.to(gl.float32) * (scale[None, :] * weight_scale)
-    y = gl.sum(_exchanged(part, row_sums, SUMS), 1)
+    parts = _exchanged(part, row_sums, SUMS).reshape([BN, FOURS, GB // FOURS])
+    y = gl.convert_layout(gl.sum(gl.sum(parts, 1), 1), ROWS, assert_trivial=True)
     one.store_row(y_ptr, y * 0.25, bias, residual, rows, N, RESIDUAL)
