@@ -422,9 +422,9 @@ def sweep_narrow() -> dict[str, Any]:
         attempt(found, f"cublas {name}", lambda r=rows, w=width: cublas_us(r, w, 1))  # type: ignore[misc]
         timed: dict[str, list[tuple[float, dict[str, Any]]]] = {}
         for form, block, warps in NARROW_TILES:
-            if (block > 16 and rows < 2000) or warps > max(8, width // 128):
-                continue
             config = kernels.narrow_config(pack.group_count(width, 128), form) | {"BN": block, "num_warps": warps}
+            if warps > config["GB"] or (block > 16 and rows < 2000):  # warps without a group, or few programs
+                continue
             label = f"narrow {name} {form} {block}/{warps}"
             attempt(found, label, lambda c=config, s=site: narrow_us(s, c))  # type: ignore[misc]
             if isinstance(found[label], float):

@@ -39,12 +39,13 @@ def token_kernel(
     SUMS: gl.constexpr = gl.BlockedLayout([1, GB], [32, 1], [WARPS, 1], [1, 0])  # [BN, GB], a row's in one thread
     ROWS: gl.constexpr = gl.SliceLayout(1, SUMS)
     ALL: gl.constexpr = gl.BlockedLayout([GB], [32], [WARPS], [0])
+    # Four sums over groups run beside each other: in one, every group waits for the one before it.
+    SUMMED: gl.constexpr = GB // min(GB, 4)
     # Each exchange has memory of its own: taking the other's would need a barrier more.
     square_sums = gl.allocate_shared_memory(gl.float32, [GB], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     row_sums = gl.allocate_shared_memory(gl.float32, [BN, GB], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     if PDL:
         gdc_launch_dependents()
-    FOURS: gl.constexpr = GB // min(GB, 4)  # sums of four groups beside each other: each waits for the one before it
     # The weights don't wait for the token.
     first = gl.program_id(0) * BN
     line = gl.minimum(first + gl.arange(0, BN, gl.SliceLayout(1, PARTS)), N - 1).to(gl.int64)[:, None]
@@ -69,7 +70,7 @@ def token_kernel(
     residual = one.load_row(residual_ptr, rows, N, RESIDUAL)
     x = one.load_token(x_ptr, place, K, inside, GATED)
     if NORM:
-        squares = _exchanged(gl.sum(gl.sum(x * x, 2), 1), square_sums, ALL).reshape([FOURS, GB // FOURS])
+        squares = _exchanged(gl.sum(gl.sum(x * x, 2), 1), square_sums, ALL).reshape([SUMMED, GB // SUMMED])
         root = inverse_root(gl.sum(gl.sum(squares, 0), 0), K, epsilon)
         x = one.rounded(x_ptr, x * root * norm.to(gl.float32), ASM)
     scale = one.token_scales(x, LEVELS, ASM)
@@ -77,6 +78,6 @@ def token_kernel(
     scale = gl.convert_layout(scale, gl.SliceLayout(0, PARTS), assert_trivial=True)
     part = gl.sum(one.add_products(weights, codes[None, :, :], gl.zeros([BN, GB, 32], gl.int32, WORDS), ASM), 2)
     part = part.to(gl.float32) * (scale[None, :] * weight_scale)
-    parts = _exchanged(part, row_sums, SUMS).reshape([BN, FOURS, GB // FOURS])
+    parts = _exchanged(part, row_sums, SUMS).reshape([BN, SUMMED, GB // SUMMED])
     y = gl.convert_layout(gl.sum(gl.sum(parts, 1), 1), ROWS, assert_trivial=True)
     one.store_row(y_ptr, y * 0.25, bias, residual, rows, N, RESIDUAL)
