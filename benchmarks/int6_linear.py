@@ -14,6 +14,7 @@ so every weight comes from device memory. Activation quantization is part of the
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -30,13 +31,21 @@ from torch import Tensor
 
 from lincompile.kernels import ops  # noqa: F401  registers torch.ops.lincompile
 from lincompile.kernels.int6_linear import codes as q
-from lincompile.kernels.int6_linear import pack, reference
+from lincompile.kernels.int6_linear import layer, pack, reference
 from lincompile.kernels.int6_linear import triton as kernels
 
 DECODE = [(28672, 8192), (8192, 28672), (4096, 4096)]
 MUST = {(28672, 8192, 1): 2.0, (8192, 28672, 1): 2.0, (28672, 8192, 16): 1.8, (28672, 8192, 32): 1.8,
         (8192, 28672, 16): 1.8, (8192, 28672, 32): 1.8, (4096, 4096, 1): 1.4, (28672, 8192, 4096): 1.15}  # fmt: skip
-NARROW = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
+# SmolLM2-135M's packed layers: rows, channels, norm before, gated product before, sum after.
+NARROW = [(960, 576, True, False, False), (576, 576, False, False, True), (3072, 576, True, False, False),
+          (576, 1536, False, True, True)]  # fmt: skip
+NARROW_LAYERS = 30
+# Kernel, rows of a program, warps.
+NARROW_TILES = [
+    ("rows", 8, 8), ("rows", 16, 8), ("groups", 1, 1), ("groups", 4, 1), ("groups", 4, 4), ("groups", 8, 4),
+    ("groups", 8, 8), *(("gluon", rows, warps) for rows in (4, 8, 16, 32) for warps in (4, 8, 16)),
+]  # fmt: skip
 VECTOR = [(1, 64, 2), (1, 128, 4), (2, 64, 2), (2, 64, 4), (2, 128, 4), (4, 64, 2), (4, 64, 4), (4, 128, 4), (8, 64, 4)]
 SMALL = [
     (32, 1, 4, 1),
@@ -338,6 +347,97 @@ def warm_peer(name: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+Site = tuple[int, int, bool, bool, bool]  # as in NARROW
+Planes = tuple[Tensor, Tensor, Tensor]
+
+
+def narrow_call(site: Site, planes: Planes, x: Tensor, y: Tensor, stream: Tensor, config: dict[str, Any]) -> None:
+    """One of SmolLM2-135M's layers; ``stream`` is what its output is added to."""
+    _, width, norm, gated, residual = site
+    weight = NORM_WEIGHTS.setdefault(width, torch.rand(width, device="cuda", dtype=torch.bfloat16) + 0.5)
+    around = kernels.Around(weight if norm else None, 1e-5, gated, stream if residual else None)
+    kernels.narrow(x, planes, None, y, "a8", config, around)
+
+
+NORM_WEIGHTS: dict[int, Tensor] = {}
+
+
+def check_narrow(site: Site, config: dict[str, Any]) -> None:
+    """A tile over poisoned memory: the integer part bit for bit, the whole layer against float64; NaN comes through."""
+    rows, width, norm, gated, residual = site
+    codes = torch.randint(-32, 32, (rows, width), dtype=torch.int8)
+    planes = (*(plane.cuda() for plane in pack.pack(codes)),
+              torch.ones(rows, pack.group_count(width, 128), dtype=torch.float16, device="cuda"))  # fmt: skip
+    x = torch.randint(-127, 128, (1, width)).float()
+    x[:, ::16] = 127
+    y, bias = poisoned(1, rows), torch.randint(-9, 9, (rows,)).float()
+    kernels.narrow(x.cuda(), planes, bias.cuda(), y, "a8", config)
+    assert torch.equal(y.cpu().double(), x.double() @ codes.double().t() + bias.double()), "the integer part differs"
+    planes = random_planes(rows, width)
+    x, stream = (torch.randn(1, n, device="cuda", dtype=torch.bfloat16) for n in (width * (1 + gated), rows))
+    y = poisoned(1, rows).to(torch.bfloat16)
+    narrow_call(site, planes, x, y, stream, config)
+    weight = NORM_WEIGHTS[width].double() if norm else None
+    more = stream.double() if residual else None
+    expected = layer.plain(x.double(), weight, 1e-5, gated, more, *planes, None, 128, "a8")
+    error = float((y.double() - expected).norm() / expected.norm())
+    assert error < 2e-2, f"the error is {error:.2g}"
+    x[0, 3] = float("nan")
+    narrow_call(site, planes, x, y, stream, config)
+    assert bool(y.isnan().all()), "NaN is lost"
+
+
+def narrow_us(site: Site, config: dict[str, Any]) -> float:
+    """One layer after another of the same shape, checked first."""
+    check_narrow(site, config)
+    rows, width, _, gated, _ = site
+    copies = [random_planes(rows, width) for _ in range(copies_for(rows * width * 3 // 4))]
+    x, y = (torch.randn(1, n, device="cuda", dtype=torch.bfloat16) for n in (width * (1 + gated), rows))
+    stream = torch.zeros_like(y)
+    return median_us([lambda p=p: narrow_call(site, p, x, y, stream, config) for p in copies])  # type: ignore[misc]
+
+
+def chain_us(configs: list[dict[str, Any]]) -> float:
+    """Microseconds a call of a whole model's packed layers, each reading what the one before it wrote."""
+    layers = [[random_planes(rows, width) for rows, width, *_ in NARROW] for _ in range(NARROW_LAYERS)]
+    stream, middle = (torch.randn(1, 576, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    heads, wide = (torch.empty(1, n, device="cuda", dtype=torch.bfloat16) for n in (960, 3072))
+    # q takes attention's place; every second sum goes to the other buffer, since a call may not read what it writes.
+    flow = [(stream, heads, stream), (heads[:, :576], middle, stream), (middle, wide, middle), (wide, stream, middle)]
+    calls = [
+        functools.partial(narrow_call, site, planes, *buffers, config)
+        for packed in layers
+        for site, planes, buffers, config in zip(NARROW, packed, flow, configs, strict=True)
+    ]
+    return median_us(calls)
+
+
+def sweep_narrow() -> dict[str, Any]:
+    """Each kernel for few channels by shape, then the fastest tiles of each kernel through a whole model."""
+    found: dict[str, Any] = {}
+    best: dict[str, list[dict[str, Any]]] = {}
+    for site in NARROW:
+        rows, width, *_ = site
+        name = f"{rows}x{width}"
+        attempt(found, f"cublas {name}", lambda r=rows, w=width: cublas_us(r, w, 1))  # type: ignore[misc]
+        timed: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+        for form, block, warps in NARROW_TILES:
+            config = kernels.narrow_config(pack.group_count(width, 128), form) | {"BN": block, "num_warps": warps}
+            if warps > config["GB"] or (block > 16 and rows < 2000):  # warps without a group, or few programs
+                continue
+            label = f"narrow {name} {form} {block}/{warps}"
+            attempt(found, label, lambda c=config, s=site: narrow_us(s, c))  # type: ignore[misc]
+            if isinstance(found[label], float):
+                timed.setdefault(form, []).append((found[label], config))
+        for form, results in timed.items():
+            best.setdefault(form, []).append(min(results, key=lambda result: result[0])[1])
+    today = [kernels.narrow_config(pack.group_count(width, 128)) for _, width, *_ in NARROW]
+    for form, configs in {"today": today, **best}.items():
+        tiles = " ".join(f"{config['BN']}/{config['num_warps']}" for config in configs)
+        attempt(found, f"chain {form} {tiles}", lambda c=configs: chain_us(c))  # type: ignore[misc]
+    return found
+
+
 def sweep(paths: list[str]) -> dict[str, Any]:
     """Other tile shapes of these paths: ``vector``, ``narrow``, ``small``, ``large``."""
     found: dict[str, Any] = {}
@@ -345,16 +445,8 @@ def sweep(paths: list[str]) -> dict[str, Any]:
         config = {"BN": block, "HALVES": halves, "num_warps": warps}
         attempt(found, f"vector {rows}x{width} {block}/{halves}/{warps}",
                 lambda c=config, r=rows, w=width: int6_us(r, w, 1, "vector", c))  # type: ignore[misc]  # fmt: skip
-    for rows, width in (
-        NARROW if "narrow" in paths else ()
-    ):  # SmolLM2-135M's layers: one launch or two, and cuBLAS beside them
-        name = f"{rows}x{width}"
-        attempt(found, f"cublas {name}", lambda r=rows, w=width: cublas_us(r, w, 1))  # type: ignore[misc]
-        attempt(found, f"vector {name}", lambda r=rows, w=width: int6_us(r, w, 1, "vector"))  # type: ignore[misc]
-        for block, warps in itertools.product((2, 4, 8, 16), (2, 4, 8)):
-            config = {"BN": block, "GB": 8 if width <= 1024 else 16, "num_warps": warps}
-            attempt(found, f"narrow {name} {block}/{warps}",
-                    lambda c=config, r=rows, w=width: int6_us(r, w, 1, "narrow", c))  # type: ignore[misc]  # fmt: skip
+    if "narrow" in paths:
+        found |= sweep_narrow()
     few = DECODE[:2] if "small" in paths else ()
     for (rows, width), tokens, (block, warps, stages, split) in itertools.product(few, (16, 32), SMALL):
         config = {"BM": tokens, "BN": block, "STAGES": stages, "SPLIT": split, "num_warps": warps}

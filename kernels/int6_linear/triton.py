@@ -246,9 +246,12 @@ def vector_config(in_features: int) -> dict[str, int]:
     return {"BN": 2, "HALVES": 64, "num_warps": 4 if in_features >= 8192 else 2}
 
 
-def narrow_config(groups: int) -> dict[str, int]:
-    """Tile of the one-token kernel for few channels."""
-    return {"BN": 16, "GB": max(2, triton.next_power_of_2(groups)), "num_warps": 8}
+def narrow_config(groups: int, form: str = "rows") -> dict[str, Any]:
+    """Tile of the one-token kernel for few channels, and which kernel it is for (see :func:`_narrow_kernel`)."""
+    few = max(2, triton.next_power_of_2(groups))
+    if form == "rows":
+        return {"FORM": form, "BN": 16, "GB": few, "num_warps": 8}
+    return {"FORM": form, "BN": 8, "GB": few, "num_warps": 8 if few <= 8 else 16}
 
 
 def few_config(tokens: int, rows: int, in_features: int) -> dict[str, int]:
@@ -281,7 +284,7 @@ def int8_config(tokens: int) -> dict[str, int]:
     return {"BM": 16 if tokens <= 16 else 64, "BN": 32, "STAGES": 5, "BAND": 8, "num_warps": 4}
 
 
-Config = dict[str, int] | None
+Config = dict[str, Any] | None
 
 
 def vector(
@@ -303,6 +306,17 @@ def vector(
     )  # fmt: skip
 
 
+def _narrow_kernel(form: str) -> Any:
+    """The kernel of a tile's FORM: of "rows" Triton shares out the tile as it likes, of "groups" a warp holds whole
+    groups; "gluon" is the same with its exchanges between warps written out, for Hopper.
+    """
+    if form == "gluon":
+        from .gluon_token import token_kernel
+
+        return token_kernel
+    return {"rows": one.narrow_kernel, "groups": one.group_kernel}[form]
+
+
 def narrow(
     x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: str, config: Config = None,
     around: Around = ALONE,
@@ -310,8 +324,9 @@ def narrow(
     """One token of few channels."""
     hi, lo, weight_scale = planes
     (rows, groups), in_features = weight_scale.shape, x.shape[1] // (1 + around.gated)
-    options = config or narrow_config(groups)
-    one.narrow_kernel[(triton.cdiv(rows, options["BN"]),)](
+    options = dict(config or narrow_config(groups))
+    kernel = _narrow_kernel(options.pop("FORM"))
+    kernel[(triton.cdiv(rows, options["BN"]),)](
         x, around.norm_weight, hi.view(torch.int32), lo.view(torch.int32), weight_scale, bias, around.residual, y,
         rows, in_features, hi.shape[1] // 4, lo.shape[1] // 4, groups, around.epsilon,
         LEVELS=LEVELS[int(activation[1:])], TAIL=in_features % _GROUP, BIAS=bias is not None,

@@ -11,15 +11,16 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .triton_kernels import gated, inverse_root, normed, round_to, unpack_pair
-from .unpack_ptx import dot_bytes, dot_half
+from .unpack_ptx import UNPACK_SLICE, dot_bytes, dot_half
 
 _ASM_HALF_GROUP: tl.constexpr = tl.constexpr(dot_half(32))
 _ASM_HALF_TAIL: tl.constexpr = tl.constexpr(dot_half(16))
+_ASM_SLICE: tl.constexpr = tl.constexpr(UNPACK_SLICE)
 _ASM_BYTES: tl.constexpr = tl.constexpr(dot_bytes())
 
 
 @triton.jit
-def _load_row(pointer, rows, N, GIVEN: tl.constexpr):
+def load_row(pointer, rows, N, GIVEN: tl.constexpr):
     """What is added to one token's outputs: read as early as it can be, since the sums don't wait for it."""
     if GIVEN:
         return tl.load(pointer + rows, mask=rows < N, other=0.0).to(tl.float32)
@@ -28,7 +29,7 @@ def _load_row(pointer, rows, N, GIVEN: tl.constexpr):
 
 
 @triton.jit
-def _store_row(y_ptr, y, bias, residual, rows, N, RESIDUAL: tl.constexpr):
+def store_row(y_ptr, y, bias, residual, rows, N, RESIDUAL: tl.constexpr):
     """One token's outputs, rounded; what is added to them rounds once more."""
     y += bias
     if RESIDUAL:
@@ -74,10 +75,10 @@ def vector_kernel(
     half = tl.arange(0, HALVES)[None, :]
     if PDL:
         gdc_launch_dependents()
-    bias = _load_row(bias_ptr, rows, N, BIAS)
+    bias = load_row(bias_ptr, rows, N, BIAS)
     if PDL:
         gdc_wait()
-    residual = _load_row(residual_ptr, rows, N, RESIDUAL)
+    residual = load_row(residual_ptr, rows, N, RESIDUAL)
     hi_row, lo_row, sw_row = hi_ptr + row * HI_WORDS, lo_ptr + row * LO_WORDS, sw_ptr + row * G
     acc = tl.zeros([BN, HALVES], tl.float32)
     for start in range(0, FULL * 2, HALVES):
@@ -109,11 +110,11 @@ def vector_kernel(
         else:
             part = _dot_words(hi, lo, a, rows >= 0, TAIL // 16, TAIL // 16)
         y += part.to(tl.float32) * (tl.load(sa_ptr + last) * tl.load(sw_ptr + row * G + last).to(tl.float32))
-    _store_row(y_ptr, y * 0.25, bias, residual, rows, N, RESIDUAL)
+    store_row(y_ptr, y * 0.25, bias, residual, rows, N, RESIDUAL)
 
 
 @triton.jit
-def _narrow_slice(x_ptr, place, K, inside, GATED: tl.constexpr):
+def load_token(x_ptr, place, K, inside, GATED: tl.constexpr):
     """A slice of each group."""
     if GATED:
         return gated(x_ptr, place, K, inside)
@@ -129,7 +130,7 @@ def _words(x, scale):
 
 
 @triton.jit
-def _four_products(weight, codes, total, ASM: tl.constexpr):
+def add_products(weight, codes, total, ASM: tl.constexpr):
     """``total + Σ weight·code`` over the four bytes of each word."""
     if ASM:
         total = tl.inline_asm_elementwise(
@@ -169,7 +170,7 @@ def narrow_kernel(
     low = tl.load(low, mask=within, other=0)
     weight_scale = sw_ptr + line[:, None] * G + group[None, :]
     weight_scale = tl.load(weight_scale, mask=(group < G)[None, :] & (line >= 0)[:, None], other=0.0).to(tl.float32)
-    bias = _load_row(bias_ptr, rows, N, BIAS)
+    bias = load_row(bias_ptr, rows, N, BIAS)
     within = inside[:, :, None]
     step = quarter[:, None, None] * 4
     place = (group[:, None] * 32 + word[None, :])[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
@@ -180,11 +181,11 @@ def narrow_kernel(
         n3 = tl.load(norm_ptr + place + 3 * step, mask=within, other=0.0)
     if PDL:
         gdc_wait()
-    residual = _load_row(residual_ptr, rows, N, RESIDUAL)
-    x0 = _narrow_slice(x_ptr, place, K, within, GATED)
-    x1 = _narrow_slice(x_ptr, place + step, K, within, GATED)
-    x2 = _narrow_slice(x_ptr, place + 2 * step, K, within, GATED)
-    x3 = _narrow_slice(x_ptr, place + 3 * step, K, within, GATED)
+    residual = load_row(residual_ptr, rows, N, RESIDUAL)
+    x0 = load_token(x_ptr, place, K, within, GATED)
+    x1 = load_token(x_ptr, place + step, K, within, GATED)
+    x2 = load_token(x_ptr, place + 2 * step, K, within, GATED)
+    x3 = load_token(x_ptr, place + 3 * step, K, within, GATED)
     if NORM:
         square = tl.sum(x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3, 2)
         root = inverse_root(tl.sum(tl.sum(square, 1), 0), K, epsilon)
@@ -199,13 +200,142 @@ def narrow_kernel(
     w0, w1 = unpack_pair(first, low, False, ASM)
     w2, w3 = unpack_pair(second, low, True, ASM)
     part = tl.zeros([BN, GB, 8], tl.int32)
-    part = _four_products(w0, _words(x0, scale), part, ASM)
-    part = _four_products(w1, _words(x1, scale), part, ASM)
-    part = _four_products(w2, _words(x2, scale), part, ASM)
-    part = _four_products(w3, _words(x3, scale), part, ASM)
+    part = add_products(w0, _words(x0, scale), part, ASM)
+    part = add_products(w1, _words(x1, scale), part, ASM)
+    part = add_products(w2, _words(x2, scale), part, ASM)
+    part = add_products(w3, _words(x3, scale), part, ASM)
     scale = tl.where(most == float("inf"), float("nan"), scale)
     y = tl.sum(tl.sum(part, axis=2).to(tl.float32) * (scale[None, :] * weight_scale), axis=1)
-    _store_row(y_ptr, y * 0.25, bias, residual, rows, N, RESIDUAL)
+    store_row(y_ptr, y * 0.25, bias, residual, rows, N, RESIDUAL)
+
+
+@triton.jit
+def word_places(group, lane, G, K, TAIL: tl.constexpr):
+    """A group is 32 words of four channels, one for each lane of a warp, slice after slice: the first channel of a
+    lane's word, whether there is such a word, and the words of a slice of its group.
+    """
+    quarter = 8
+    if TAIL:
+        quarter = tl.where(group * 128 + 128 <= K, 8, TAIL // 16)
+    return group * 128 + (lane // 8 * quarter + lane % 8) * 4, (group < G) & (lane % 8 < quarter), quarter
+
+
+@triton.jit
+def weight_words(hi, lo, group, lane, inside, quarter, ASM: tl.constexpr):
+    """``4·c`` of the four weights of each lane's word; ``hi`` and ``lo`` point to a row's planes."""
+    word, part = lane % 8, lane // 8
+    nibbles = tl.load(hi + (group * 16 + part // 2 * quarter + word), mask=inside, other=0)
+    bits = tl.load(lo + (group * 8 + word), mask=inside, other=0)
+    # Masked weights are −32; the masked activations beside them are 0.
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _ASM_SLICE, "=r,r,r,r,r", [nibbles, bits, 4 - part % 2 * 4, part * 2 - 2],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        HIGH: tl.constexpr = -252645136  # 0xF0F0F0F0
+        LOW: tl.constexpr = 202116108  # 0x0C0C0C0C
+        SIGNS: tl.constexpr = -2139062144  # 0x80808080
+        return (nibbles << (4 - part % 2 * 4) & HIGH | bits >> part * 2 << 2 & LOW) ^ SIGNS
+
+
+@triton.jit
+def rounded(x_ptr, x, ASM: tl.constexpr):
+    """``x``, rounded to the row's type."""
+    if ASM and x_ptr.dtype.element_ty == tl.bfloat16:
+        # Two at a time: the compiler's conversions of one run in the pipe of the special functions, at a quarter of
+        # the speed.
+        narrow = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+        return narrow.to(tl.float32)
+    else:
+        return x.to(x_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def token_scales(x, LEVELS: tl.constexpr, ASM: tl.constexpr):
+    """The scale of each group of ``x [GB, 32, 4]``; NaN where a channel is NaN or infinite."""
+    # Without their sign, floats are ordered as integers are, and NaN comes last: a warp finds that in one instruction.
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    most = tl.max(tl.max(bits, 2), 1).to(tl.float32, bitcast=True)
+    scale = quotient(most, 1.0 * LEVELS, 1.0 / LEVELS, ASM)
+    return tl.where(most < float("inf"), scale, float("nan"))
+
+
+@triton.jit
+def quotient(x, divisor, inverse, ASM: tl.constexpr):
+    """``x / divisor``, correctly rounded; ``inverse`` is 1 / divisor.
+
+    These are the steps of the division that the compiler would write, but for its branch, which is taken around numbers
+    so small or large that a step overflows or loses digits: there are none here.
+    """
+    if ASM:
+        minus, ratio = -divisor, x * inverse
+        ratio = tl.fma(tl.fma(ratio, minus, x), inverse, ratio)
+        return tl.fma(tl.fma(ratio, minus, x), inverse, ratio)
+    else:
+        return tl.div_rn(x, divisor)
+
+
+@triton.jit
+def token_words(x, scale, byte, ASM: tl.constexpr):
+    """Codes of ``x [GB, 32, 4]``, four to a word."""
+    # Powers of two cost no digit: the inverse of the smallest scales would overflow.
+    lift = tl.where(scale < 5.421010862427522e-20, 18446744073709551616.0, 1.0)  # 2^-64, 2^64
+    divisor = tl.where(scale == 0.0, 1.0, scale * lift)
+    inverse = divisor
+    if ASM:
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [divisor], dtype=tl.float32, is_pure=True, pack=1
+        )
+        inverse = tl.fma(inverse, tl.fma(-divisor, inverse, 1.0), inverse)
+    ratio = quotient(x * lift[:, None, None], divisor[:, None, None], inverse[:, None, None], ASM)
+    # Adding 1.5·2^23 rounds a float32 of this size to the nearest integer, ties to even, and leaves it in the lowest
+    # bits. 128 more keeps these positive, so that bytes don't borrow from each other.
+    biased = (ratio + 12583040.0).to(tl.int32, bitcast=True)
+    return (tl.sum(biased - 1262485504 << 8 * byte, 2)) ^ -2139062144  # 0x4B400000; 0x80808080
+
+
+@triton.jit(do_not_specialize=["N"])
+def group_kernel(
+    x_ptr, norm_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, residual_ptr, y_ptr, N, K, HI_WORDS, LO_WORDS, G, epsilon,
+    LEVELS: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, GB: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As :func:`narrow_kernel`, laid out so that a warp holds whole groups: their maximum and a row's sum over them
+    need no other warp, and its codes are multiplied where they were made.
+    """
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    line = tl.minimum(rows, N - 1).to(tl.int64)  # rows past the end read the last one and are never stored
+    flat = tl.arange(0, GB)
+    if PDL:
+        gdc_launch_dependents()
+    # The weights don't wait for the token.
+    row, group, lane = line[:, None, None], flat[None, :, None], tl.arange(0, 32)[None, None, :]
+    _, inside, quarter = word_places(group, lane, G, K, TAIL)
+    weights = weight_words(hi_ptr + row * HI_WORDS, lo_ptr + row * LO_WORDS, group, lane, inside, quarter, ASM)
+    weight_scale = sw_ptr + line[:, None] * G + flat[None, :]
+    weight_scale = tl.load(weight_scale, mask=(flat < G)[None, :] & (line >= 0)[:, None], other=0.0).to(tl.float32)
+    bias = load_row(bias_ptr, rows, N, BIAS)
+    byte = tl.arange(0, 4)[None, None, :]
+    place, inside, _ = word_places(flat[:, None, None], tl.arange(0, 32)[None, :, None], G, K, TAIL)
+    place, inside = place + byte, inside & (byte >= 0)
+    if NORM:
+        norm = tl.load(norm_ptr + place, mask=inside, other=0.0)
+    if PDL:
+        gdc_wait()
+    residual = load_row(residual_ptr, rows, N, RESIDUAL)
+    x = load_token(x_ptr, place, K, inside, GATED)
+    if NORM:
+        square = tl.sum(tl.sum(x * x, 2), 1)
+        x = x * inverse_root(tl.sum(square, 0), K, epsilon) * norm.to(tl.float32)
+        x = rounded(x_ptr, x, ASM)
+    scale = token_scales(x, LEVELS, ASM)
+    codes = token_words(x, scale, byte, ASM)
+    part = tl.sum(add_products(weights, codes[None, :, :], tl.zeros([BN, GB, 32], tl.int32), ASM), 2)
+    y = tl.sum(part.to(tl.float32) * (scale[None, :] * weight_scale), axis=1)
+    store_row(y_ptr, y * 0.25, bias, residual, rows, N, RESIDUAL)
 
 
 @triton.jit(do_not_specialize=["N"])

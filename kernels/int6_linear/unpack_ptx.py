@@ -26,6 +26,14 @@ UNPACK_SECOND = """
   shr.u32 u, $3, 4;
   lop3.b32 $1, u, 0x0C0C0C0C, t, 0xEA; }
 """
+# One slice. Operands: it (out), the two planes' words, how far the nibbles stand too low and the two bits too high.
+UNPACK_SLICE = """
+{ .reg .b32 t, u;
+  shl.b32 t, $1, $3;
+  lop3.b32 t, t, 0xF0F0F0F0, 0x80808080, 0x6A;
+  shf.r.wrap.b32 u, $2, $2, $4;
+  lop3.b32 $0, u, 0x0C0C0C0C, t, 0xEA; }
+"""
 
 
 def dot_half(stride: int) -> str:

@@ -323,10 +323,10 @@ def output(
 @triton.jit(do_not_specialize=COUNTS)
 def decode(
     q, k, v, g, initial, o, final, q_b, q_h, k_b, k_h, v_b, v_h, g_b, g_h, scale, D, DV, HKV,
-    GROUP: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, NORMALIZE: tl.constexpr,
+    GROUP: tl.constexpr, MEMBERS: tl.constexpr, DECAY: tl.constexpr, PER_KEY: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_INITIAL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token: read a block of BV state columns once, write it once."""
+    """One token: read a block of BV state columns once, write it once; MEMBERS of the query heads at a time."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -354,13 +354,17 @@ def decode(
             before_sums *= decay
         state += before
         sums += before_sums
+    # The state is stored last: queries that are read behind a store wait for memory anew.
+    for first in range(0, GROUP, MEMBERS):
+        member = first + tl.arange(0, MEMBERS)
+        head, given = kv_head * GROUP + member, member < GROUP
+        qs = q + batch * q_b + head[:, None] * q_h + keys[None, :]
+        qs = tl.load(qs, mask=given[:, None] & (keys < D)[None, :], other=0.0).to(tl.float32) * scale
+        out = tl.sum(qs[:, :, None] * state[None, :, :], 1)
+        if NORMALIZE:
+            out = out / (tl.sum(qs * sums[None, :], 1) + EPS)[:, None]
+        target = o + (problem * GROUP + member)[:, None] * DV + cols[None, :]
+        tl.store(target, out.to(o.dtype.element_ty), mask=given[:, None] & (cols < DV)[None, :])
     tl.store(final + tile, state, mask=mask)
     if NORMALIZE:
         tl.store(final + column, sums, mask=keys < tl.where(block == 0, D, 0))
-    for member in range(GROUP):
-        head = kv_head * GROUP + member
-        qs = tl.load(q + batch * q_b + head * q_h + keys, mask=keys < D, other=0.0).to(tl.float32) * scale
-        out = tl.sum(qs[:, None] * state, 0)
-        if NORMALIZE:
-            out = out / (tl.sum(qs * sums, 0) + EPS)
-        tl.store(o + (problem * GROUP + member) * DV + cols, out.to(o.dtype.element_ty), mask=cols < DV)

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ..compile_ahead import launcher
-from ..triton_device import chained
+from ..triton_device import chained, processors
 from .triton_backward import key_gradients, normaliser, value_gradients
 from .triton_forward import chunk_decays, chunk_depths, decode, output, scan, states
 from .triton_plan import CHUNK, LEVELS, Plan, in_pieces, prepare, strides, unit_columns
@@ -187,17 +187,27 @@ def _forward_piece(
     return _state_of(plan, last if final is None else final)
 
 
+def _step_tile(plan: Plan) -> dict[str, int]:
+    """One token's tile. Where the usual ones leave multiprocessors without work, a step takes as long as its slowest
+    program: those are made short, with all query heads of a group in one sum.
+    """
+    _, _, columns = plan.sizes
+    block = min(plan.blocks[1], 32)
+    if triton.cdiv(columns, block) * plan.problems >= processors(plan.tensors[0].device):
+        return {"BV": block, "MEMBERS": 1, "num_warps": 4}
+    return {"BV": 4, "MEMBERS": min(4, triton.next_power_of_2(plan.group)), "num_warps": 4}
+
+
 def _step(plan: Plan, initial: Tensor | None, out: Tensor) -> Tensor:
     q, k, v, g = plan.tensors
     _, width, columns = plan.sizes
     final = plan.state()
-    block = min(plan.blocks[1], 32)
-    launcher(decode, (triton.cdiv(columns, block), plan.problems))(
+    tile = _step_tile(plan)
+    launcher(decode, (triton.cdiv(columns, tile["BV"]), plan.problems))(
         q, k, v, g, initial, out, final, *strides(q)[:2], *strides(k)[:2], *strides(v)[:2], *strides(g)[:2],
         plan.scale, width, columns, k.shape[1],
         GROUP=plan.group, DECAY=g is not None, PER_KEY=g is not None and g.shape[-1] > 1,
-        NORMALIZE=plan.normalize, HAS_INITIAL=initial is not None, BK=plan.blocks[0], BV=block, num_warps=4,
-        **chained(q.device),
+        NORMALIZE=plan.normalize, HAS_INITIAL=initial is not None, BK=plan.blocks[0], **tile, **chained(q.device),
     )  # fmt: skip
     return _state_of(plan, final)
 

@@ -179,8 +179,10 @@ def int6() -> None:
             torch.zeros(1, 300, dtype=BF16) if residual else None,
         )  # fmt: skip
         x, y = torch.zeros(1, 1024 * (1 + gated), dtype=BF16), torch.zeros(1, 300, dtype=BF16)
-        for launch in (int6_linear.vector, int6_linear.narrow):
-            launch(x, planes, None, y, "a8", around=around)
+        int6_linear.vector(x, planes, None, y, "a8", around=around)
+        for form in ("rows", "groups", "gluon"):
+            config = int6_linear.narrow_config(8, form)
+            int6_linear.narrow(x, planes, None, y, "a8", config, around)
     for tokens in (1, 60):
         int8 = torch.zeros(300, 1024, dtype=torch.int8), planes[2]
         launch = int6_linear.vector_bytes if tokens == 1 else int6_linear.large_bytes

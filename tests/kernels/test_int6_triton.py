@@ -16,10 +16,15 @@ from lincompile.kernels.int6_linear import pack, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Run in a process of its own: Triton decides on import whether its kernels are interpreted.
+# Run in a process of its own: Triton decides on import whether its kernels are interpreted. Takes two folders: the
+# tests and one to write to.
 INTERPRETED = """
+import itertools, pathlib, sys
 import torch
 from lincompile.kernels.int6_linear import codes as q, pack, reference, triton as kernels
+sys.path.insert(0, sys.argv[1])
+import gluon_interpreted
+gluon_interpreted.load("lincompile.kernels.int6_linear.gluon_token", pathlib.Path(sys.argv[2]))
 torch.manual_seed(0)
 for width in (176, 576):
     for tokens in (1, 17):
@@ -31,18 +36,21 @@ for width in (176, 576):
             expected = reference.int6_linear_definition(x, *planes, bias, 128, activation)
             error = float((got - expected).norm() / expected.norm())
             assert error < 1e-6, (width, tokens, activation, error)
-for width, rows in ((176, 11), (576, 37), (1536, 9), (128, 3), (2048, 5)):
+narrow_shapes = ((176, 11), (576, 37), (1536, 9), (128, 3), (2048, 5))
+for (width, rows), form in itertools.product(narrow_shapes, ("rows", "groups", "gluon")):
     codes, scale = q.quantize_weight(torch.randn(rows, width))
+    config = kernels.narrow_config(scale.shape[1], form)
     planes, x, bias = (*pack.pack(codes), scale), torch.randn(1, width), torch.randn(rows)
     x[0, 16:24], x[0, 128:256] = 3.5, 0.0
     for activation in ("a8", "a6"):
         y = torch.full((1, rows), float("nan"))
-        kernels.narrow(x, planes, bias, y, activation)
+        kernels.narrow(x, planes, bias, y, activation, config)
         expected = reference.int6_linear_definition(x, *planes, bias, 128, activation)
-        assert float((y - expected).norm() / expected.norm()) < 1e-6, (width, activation)
-    x[0, 5] = float("nan")
-    kernels.narrow(x, planes, None, y, "a8")
-    assert y.isnan().all()
+        assert float((y - expected).norm() / expected.norm()) < 1e-6, (width, activation, form)
+    for bad in ("nan", "inf", "-inf"):
+        x[0, 5] = float(bad)
+        kernels.narrow(x, planes, None, y, "a8", config)
+        assert y.isnan().all(), (bad, form)
 codes, scale = q.quantize_weight(torch.randn(70, 176))
 planes = (*pack.pack(codes), scale)
 unpacked = kernels.unpack_to_int8(planes, 176)
@@ -95,12 +103,11 @@ print("interpreted kernels agree")
 """
 
 
-def test_interpreted_kernels_equal_the_definition() -> None:
+def test_interpreted_kernels_equal_the_definition(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton isn't installed")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment, timeout=280
-    )
+    command = [sys.executable, "-c", INTERPRETED, str(ROOT / "tests"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "interpreted kernels agree" in done.stdout
 
@@ -147,10 +154,13 @@ def test_gpu_kernels_are_exact_in_the_integer_part(rows: int, width: int, tokens
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("activation", ["a8", "a6"])
+@pytest.mark.parametrize("form", ["rows", "groups", "gluon"])
 @pytest.mark.parametrize(("rows", "width"), [(70, 576), (1537, 1536), (64, 2048), (33, 176), (9, 128)])
-def test_the_narrow_kernel_is_exact_in_the_integer_part(rows: int, width: int, activation: str) -> None:
+def test_narrow_kernels_are_exact_in_the_integer_part(rows: int, width: int, form: str, activation: str) -> None:
     from lincompile.kernels.int6_linear import triton as kernels
 
+    if form == "gluon" and not kernels.hopper(torch.device("cuda")):
+        pytest.skip("the Gluon kernel is for Hopper")
     codes = torch.randint(-32, 32, (rows, width), dtype=torch.int8)
     scale = torch.ones(rows, pack.group_count(width, 128), dtype=torch.float16)
     planes = (*(plane.cuda() for plane in pack.pack(codes)), scale.cuda())
@@ -158,7 +168,7 @@ def test_the_narrow_kernel_is_exact_in_the_integer_part(rows: int, width: int, a
     x = torch.randint(-levels, levels + 1, (1, width)).float()
     x[:, ::16] = levels
     y, bias = torch.full((1, rows), float("nan"), device="cuda"), torch.randint(-9, 9, (rows,)).float()
-    kernels.narrow(x.cuda(), planes, bias.cuda(), y, activation)
+    kernels.narrow(x.cuda(), planes, bias.cuda(), y, activation, kernels.narrow_config(scale.shape[1], form))
     assert torch.equal(y.cpu().double(), x.double() @ codes.double().t() + bias.double())
 
 

@@ -6,6 +6,7 @@ Without a GPU the kernels' cases run in a second process, under Triton's interpr
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -177,18 +178,32 @@ def test_layers_that_dont_fit_are_named(around: Any, place: int, value: Any, mes
         torch.ops.lincompile.int6_layer(*args)
 
 
+@pytest.fixture(scope="module")
+def gluon(tmp_path_factory: pytest.TempPathFactory) -> bool:
+    """Whether the Gluon kernel of one token runs here."""
+    from lincompile.kernels.int6_linear import triton as kernels
+
+    if INTERPRETED:
+        import gluon_interpreted
+
+        gluon_interpreted.load("lincompile.kernels.int6_linear.gluon_token", tmp_path_factory.mktemp("gluon"))
+    return INTERPRETED or kernels.hopper(torch.device("cuda"))
+
+
 @needs_triton
 @needs_kernels
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("case", LAYERS)
-def test_one_token_takes_the_layer_whole(case: tuple[Any, ...], around: tuple[bool, bool, bool]) -> None:
+def test_one_token_takes_the_layer_whole(case: tuple[Any, ...], around: tuple[bool, bool, bool], gluon: bool) -> None:
     from lincompile.kernels.int6_linear import triton as kernels
 
     rows, width, dtype = case
     args = packed(rows, width, dtype, around, DEVICE)
     x, weight, eps, gated, residual, *planes, bias, _, activation = args
     want = layer.plain(*wide(args[:5]), *planes, bias, 128, activation)  # type: ignore[arg-type]
-    ways = (kernels.narrow, kernels.vector) if width <= kernels.NARROW else (kernels.vector,)
+    tiles = [kernels.narrow_config(-(-width // 128), form) for form in ("rows", "groups", "gluon")[: 2 + gluon]]
+    ways: list[Any] = [functools.partial(kernels.narrow, config=tile) for tile in tiles]
+    ways = [*ways, kernels.vector] if width <= kernels.NARROW else [kernels.vector]
     for launch in ways:
         y = torch.full((1, rows), float("nan"), device=DEVICE, dtype=dtype)
         more = kernels.Around(weight, eps, gated, None if residual is None else residual.view(1, -1))

@@ -1,0 +1,83 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,misc"
+"""One token's packed linear of few channels on Hopper, in Triton's Gluon: :func:`.triton_token.group_kernel` with the
+two exchanges between warps written out.
+
+A warp quantizes whole groups and multiplies them with all rows of its program. Warps only tell each other the sums of
+squares (NORM) and the rows' sums over their groups, each through shared memory behind one barrier; Triton's own
+reductions take up to three for that, at a time when nothing else is under way.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from . import triton_token as one
+from .triton_kernels import inverse_root
+
+
+@gluon.jit
+def _exchanged(values, shared, LAYOUT: gl.constexpr):
+    """``values`` of all warps in another layout."""
+    shared.store(values)
+    return shared.load(LAYOUT)
+
+
+@gluon.jit(do_not_specialize=["N"])
+def token_kernel(
+    x_ptr, norm_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, residual_ptr, y_ptr, N, K, HI_WORDS, LO_WORDS, G, epsilon,
+    LEVELS: gl.constexpr, TAIL: gl.constexpr, BN: gl.constexpr, GB: gl.constexpr, BIAS: gl.constexpr,
+    RESIDUAL: gl.constexpr, GATED: gl.constexpr, NORM: gl.constexpr, ASM: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """As :func:`.triton_token.group_kernel`."""
+    WARPS: gl.constexpr = gl.num_warps()
+    CHANNELS: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])  # [GB, 32, 4]
+    WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 1, 32], [1, WARPS, 1], [2, 1, 0])  # [BN, GB, 32]
+    PARTS: gl.constexpr = gl.SliceLayout(2, WORDS)  # [BN, GB]
+    TOKEN: gl.constexpr = gl.SliceLayout(0, WORDS)  # [GB, 32]
+    SUMS: gl.constexpr = gl.BlockedLayout([1, GB], [32, 1], [WARPS, 1], [1, 0])  # [BN, GB], a row's in one thread
+    ROWS: gl.constexpr = gl.SliceLayout(1, SUMS)
+    ALL: gl.constexpr = gl.BlockedLayout([GB], [32], [WARPS], [0])
+    # Four sums over groups run beside each other: in one, every group waits for the one before it.
+    SUMMED: gl.constexpr = GB // min(GB, 4)
+    # Each exchange has memory of its own: taking the other's would need a barrier more.
+    square_sums = gl.allocate_shared_memory(gl.float32, [GB], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    row_sums = gl.allocate_shared_memory(gl.float32, [BN, GB], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    if PDL:
+        gdc_launch_dependents()
+    # The weights don't wait for the token.
+    first = gl.program_id(0) * BN
+    line = gl.minimum(first + gl.arange(0, BN, gl.SliceLayout(1, PARTS)), N - 1).to(gl.int64)[:, None]
+    group = gl.arange(0, GB, gl.SliceLayout(0, PARTS))[None, :]
+    lane = gl.arange(0, 32, gl.SliceLayout(0, TOKEN))[None, :]
+    row = line[:, :, None]
+    _, inside, quarter = one.word_places(group[:, :, None], lane[None, :, :], G, K, TAIL)
+    hi, lo = hi_ptr + row * HI_WORDS, lo_ptr + row * LO_WORDS
+    weights = one.weight_words(hi, lo, group[:, :, None], lane[None, :, :], inside, quarter, ASM)
+    weight_scale = gl.load(sw_ptr + line * G + group, mask=(line >= 0) & (group < G), other=0.0).to(gl.float32)
+    rows = first + gl.arange(0, BN, ROWS)
+    bias = one.load_row(bias_ptr, rows, N, BIAS)
+    channel_group = gl.arange(0, GB, gl.SliceLayout(1, gl.SliceLayout(2, CHANNELS)))[:, None, None]
+    channel_lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, CHANNELS)))[None, :, None]
+    byte = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, CHANNELS)))[None, None, :]
+    place, inside, _ = one.word_places(channel_group, channel_lane, G, K, TAIL)
+    place, inside = place + byte, inside & (byte >= 0)
+    if NORM:
+        norm = gl.load(norm_ptr + place, mask=inside, other=0.0)
+    if PDL:
+        gdc_wait()
+    residual = one.load_row(residual_ptr, rows, N, RESIDUAL)
+    x = one.load_token(x_ptr, place, K, inside, GATED)
+    if NORM:
+        squares = _exchanged(gl.sum(gl.sum(x * x, 2), 1), square_sums, ALL).reshape([SUMMED, GB // SUMMED])
+        root = inverse_root(gl.sum(gl.sum(squares, 0), 0), K, epsilon)
+        x = one.rounded(x_ptr, x * root * norm.to(gl.float32), ASM)
+    scale = one.token_scales(x, LEVELS, ASM)
+    codes = gl.convert_layout(one.token_words(x, scale, byte, ASM), TOKEN, assert_trivial=True)
+    scale = gl.convert_layout(scale, gl.SliceLayout(0, PARTS), assert_trivial=True)
+    part = gl.sum(one.add_products(weights, codes[None, :, :], gl.zeros([BN, GB, 32], gl.int32, WORDS), ASM), 2)
+    part = part.to(gl.float32) * (scale[None, :] * weight_scale)
+    parts = _exchanged(part, row_sums, SUMS).reshape([BN, SUMMED, GB // SUMMED])
+    y = gl.convert_layout(gl.sum(gl.sum(parts, 1), 1), ROWS, assert_trivial=True)
+    one.store_row(y_ptr, y * 0.25, bias, residual, rows, N, RESIDUAL)
