@@ -41,11 +41,8 @@ MUST = {(28672, 8192, 1): 2.0, (8192, 28672, 1): 2.0, (28672, 8192, 16): 1.8, (2
 NARROW = [(960, 576, True, False, False), (576, 576, False, False, True), (3072, 576, True, False, False),
           (576, 1536, False, True, True)]  # fmt: skip
 NARROW_LAYERS = 30
-# Kernel, rows of a program, warps.
-NARROW_TILES = [
-    ("rows", 8, 8), ("rows", 16, 8), ("groups", 1, 1), ("groups", 4, 1), ("groups", 4, 4), ("groups", 8, 4),
-    ("groups", 8, 8), *(("gluon", rows, warps) for rows in (4, 8, 16, 32) for warps in (4, 8, 16)),
-]  # fmt: skip
+# Rows of a program and warps, in Triton and in Gluon.
+NARROW_TILES = {"triton": [(1, 1), (4, 4), (8, 4), (8, 8)], "gluon": [(n, w) for n in (4, 8, 16) for w in (4, 8, 16)]}
 VECTOR = [(1, 64, 2), (1, 128, 4), (2, 64, 2), (2, 64, 4), (2, 128, 4), (4, 64, 2), (4, 64, 4), (4, 128, 4), (8, 64, 4)]
 SMALL = [
     (32, 1, 4, 1),
@@ -421,9 +418,10 @@ def sweep_narrow() -> dict[str, Any]:
         name = f"{rows}x{width}"
         attempt(found, f"cublas {name}", lambda r=rows, w=width: cublas_us(r, w, 1))  # type: ignore[misc]
         timed: dict[str, list[tuple[float, dict[str, Any]]]] = {}
-        for form, block, warps in NARROW_TILES:
-            config = kernels.narrow_config(pack.group_count(width, 128), form) | {"BN": block, "num_warps": warps}
-            if warps > config["GB"] or (block > 16 and rows < 2000):  # warps without a group, or few programs
+        for form, (block, warps) in ((form, tile) for form, tiles in NARROW_TILES.items() for tile in tiles):
+            config = kernels.narrow_config(pack.group_count(width, 128), rows, form == "gluon")
+            config |= {"BN": block, "num_warps": warps}
+            if warps > config["GB"]:  # warps without a group
                 continue
             label = f"narrow {name} {form} {block}/{warps}"
             attempt(found, label, lambda c=config, s=site: narrow_us(s, c))  # type: ignore[misc]
@@ -431,7 +429,7 @@ def sweep_narrow() -> dict[str, Any]:
                 timed.setdefault(form, []).append((found[label], config))
         for form, results in timed.items():
             best.setdefault(form, []).append(min(results, key=lambda result: result[0])[1])
-    today = [kernels.narrow_config(pack.group_count(width, 128)) for _, width, *_ in NARROW]
+    today = [kernels.narrow_config(pack.group_count(width, 128), rows, True) for rows, width, *_ in NARROW]
     for form, configs in {"today": today, **best}.items():
         tiles = " ".join(f"{config['BN']}/{config['num_warps']}" for config in configs)
         attempt(found, f"chain {form} {tiles}", lambda c=configs: chain_us(c))  # type: ignore[misc]

@@ -3,7 +3,7 @@
 By the number of tokens M; every path quantizes the activations (most in a small kernel of its own) and multiplies
 integers:
 
-* M = 1 and at most 2,048 channels: one kernel, which quantizes the token as well.
+* M = 1 and at most 2,048 channels: one kernel, which quantizes the token as well (on Hopper in Gluon).
 * M = 1 otherwise: every thread unpacks whole 32-bit words of the planes and multiplies with ``dp4a``; nothing but
   packed weights crosses the memory bus (0.77 bytes per weight).
 * M up to ``FEW_TOKENS`` on Hopper: :func:`.gluon.few_kernel`.
@@ -246,12 +246,13 @@ def vector_config(in_features: int) -> dict[str, int]:
     return {"BN": 2, "HALVES": 64, "num_warps": 4 if in_features >= 8192 else 2}
 
 
-def narrow_config(groups: int, form: str = "rows") -> dict[str, Any]:
-    """Tile of the one-token kernel for few channels, and which kernel it is for (see :func:`_narrow_kernel`)."""
+def narrow_config(groups: int, rows: int, gluon: bool) -> dict[str, Any]:
+    """Tile of the one-token kernel for few channels, and whether it is Gluon's (:func:`hopper`) or plain Triton's.
+
+    More rows in a program wait longer, fewer read the token more often; on an H200, ``int6_narrow_h200.json``.
+    """
     few = max(2, triton.next_power_of_2(groups))
-    if form == "rows":
-        return {"FORM": form, "BN": 16, "GB": few, "num_warps": 8}
-    return {"FORM": form, "BN": 8, "GB": few, "num_warps": 8 if few <= 8 else 16}
+    return {"GLUON": gluon, "BN": 4 if rows <= 640 else 8, "GB": few, "num_warps": 4 if few <= 8 else 8}
 
 
 def few_config(tokens: int, rows: int, in_features: int) -> dict[str, int]:
@@ -306,17 +307,6 @@ def vector(
     )  # fmt: skip
 
 
-def _narrow_kernel(form: str) -> Any:
-    """The kernel of a tile's FORM: of "rows" Triton shares out the tile as it likes, of "groups" a warp holds whole
-    groups; "gluon" is the same with its exchanges between warps written out, for Hopper.
-    """
-    if form == "gluon":
-        from .gluon_token import token_kernel
-
-        return token_kernel
-    return {"rows": one.narrow_kernel, "groups": one.group_kernel}[form]
-
-
 def narrow(
     x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: str, config: Config = None,
     around: Around = ALONE,
@@ -324,8 +314,10 @@ def narrow(
     """One token of few channels."""
     hi, lo, weight_scale = planes
     (rows, groups), in_features = weight_scale.shape, x.shape[1] // (1 + around.gated)
-    options = dict(config or narrow_config(groups))
-    kernel = _narrow_kernel(options.pop("FORM"))
+    options = dict(config or narrow_config(groups, rows, hopper(x.device)))
+    kernel = one.group_kernel
+    if options.pop("GLUON"):
+        from .gluon_token import token_kernel as kernel
     kernel[(triton.cdiv(rows, options["BN"]),)](
         x, around.norm_weight, hi.view(torch.int32), lo.view(torch.int32), weight_scale, bias, around.residual, y,
         rows, in_features, hi.shape[1] // 4, lo.shape[1] // 4, groups, around.epsilon,

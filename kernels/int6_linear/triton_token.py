@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_kernels import gated, inverse_root, normed, round_to, unpack_pair
+from .triton_kernels import gated, inverse_root
 from .unpack_ptx import UNPACK_SLICE, dot_bytes, dot_half
 
 _ASM_HALF_GROUP: tl.constexpr = tl.constexpr(dot_half(32))
@@ -123,13 +123,6 @@ def load_token(x_ptr, place, K, inside, GATED: tl.constexpr):
 
 
 @triton.jit
-def _words(x, scale):
-    """Codes of ``[GB, 8, 4]`` channels, four to a word."""
-    codes = round_to(x, scale[:, None, None]).to(tl.int32) & 255
-    return tl.sum(codes << 8 * tl.arange(0, 4)[None, None, :], axis=2)[None, :, :]
-
-
-@triton.jit
 def add_products(weight, codes, total, ASM: tl.constexpr):
     """``total + Σ weight·code`` over the four bytes of each word."""
     if ASM:
@@ -141,72 +134,6 @@ def add_products(weight, codes, total, ASM: tl.constexpr):
         for byte in tl.static_range(4):
             total += _signed_byte(weight, byte) * _signed_byte(codes, byte)
     return total
-
-
-@triton.jit(do_not_specialize=["N"])
-def narrow_kernel(
-    x_ptr, norm_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, residual_ptr, y_ptr, N, K, HI_WORDS, LO_WORDS, G, epsilon,
-    LEVELS: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, GB: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One token of at most GB groups by BN rows; every program quantizes the token itself, which saves a launch, and
-    what NORM and GATED (see :func:`quantize_kernel`) put before that another one. Planes are read as 32-bit words.
-    """
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    line = tl.minimum(rows, N - 1).to(tl.int64)  # rows past the end read the last one and are never stored
-    row, group, word = line[:, None, None], tl.arange(0, GB), tl.arange(0, 8)
-    quarter = 8 + tl.zeros([GB], tl.int32)  # words of a slice
-    if TAIL:
-        quarter = tl.where(group * 128 + 128 <= K, quarter, TAIL // 16)
-    inside = (group < G)[:, None] & (word[None, :] < quarter[:, None])
-    if PDL:
-        gdc_launch_dependents()
-    # The weights don't wait for the token.
-    within = inside[None, :, :] & (row >= 0)
-    hi = hi_ptr + row * HI_WORDS + (group[:, None] * 16 + word[None, :])[None, :, :]
-    first = tl.load(hi, mask=within, other=0)
-    second = tl.load(hi + quarter[None, :, None], mask=within, other=0)
-    low = lo_ptr + row * LO_WORDS + (group[:, None] * 8 + word[None, :])[None, :, :]
-    low = tl.load(low, mask=within, other=0)
-    weight_scale = sw_ptr + line[:, None] * G + group[None, :]
-    weight_scale = tl.load(weight_scale, mask=(group < G)[None, :] & (line >= 0)[:, None], other=0.0).to(tl.float32)
-    bias = load_row(bias_ptr, rows, N, BIAS)
-    within = inside[:, :, None]
-    step = quarter[:, None, None] * 4
-    place = (group[:, None] * 32 + word[None, :])[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    if NORM:
-        n0 = tl.load(norm_ptr + place, mask=within, other=0.0)
-        n1 = tl.load(norm_ptr + place + step, mask=within, other=0.0)
-        n2 = tl.load(norm_ptr + place + 2 * step, mask=within, other=0.0)
-        n3 = tl.load(norm_ptr + place + 3 * step, mask=within, other=0.0)
-    if PDL:
-        gdc_wait()
-    residual = load_row(residual_ptr, rows, N, RESIDUAL)
-    x0 = load_token(x_ptr, place, K, within, GATED)
-    x1 = load_token(x_ptr, place + step, K, within, GATED)
-    x2 = load_token(x_ptr, place + 2 * step, K, within, GATED)
-    x3 = load_token(x_ptr, place + 3 * step, K, within, GATED)
-    if NORM:
-        square = tl.sum(x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3, 2)
-        root = inverse_root(tl.sum(tl.sum(square, 1), 0), K, epsilon)
-        x0, x1 = normed(x_ptr, x0, root, n0), normed(x_ptr, x1, root, n1)
-        x2, x3 = normed(x_ptr, x2, root, n2), normed(x_ptr, x3, root, n3)
-    most = tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3)))
-    # max() drops NaN, see quantize_kernel: where there is one, infinity stands for it until the codes are made.
-    bad = (x0 != x0) | (x1 != x1) | (x2 != x2) | (x3 != x3)
-    most = tl.max(tl.max(tl.where(bad, float("inf"), most), axis=2), axis=1)
-    scale = tl.div_rn(most, tl.full([GB], LEVELS, tl.float32))
-    # Masked weights are −32; the masked activations beside them are 0.
-    w0, w1 = unpack_pair(first, low, False, ASM)
-    w2, w3 = unpack_pair(second, low, True, ASM)
-    part = tl.zeros([BN, GB, 8], tl.int32)
-    part = add_products(w0, _words(x0, scale), part, ASM)
-    part = add_products(w1, _words(x1, scale), part, ASM)
-    part = add_products(w2, _words(x2, scale), part, ASM)
-    part = add_products(w3, _words(x3, scale), part, ASM)
-    scale = tl.where(most == float("inf"), float("nan"), scale)
-    y = tl.sum(tl.sum(part, axis=2).to(tl.float32) * (scale[None, :] * weight_scale), axis=1)
-    store_row(y_ptr, y * 0.25, bias, residual, rows, N, RESIDUAL)
 
 
 @triton.jit
@@ -303,8 +230,11 @@ def group_kernel(
     LEVELS: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, GB: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`narrow_kernel`, laid out so that a warp holds whole groups: their maximum and a row's sum over them
-    need no other warp, and its codes are multiplied where they were made.
+    """One token of at most GB groups by BN rows; every program quantizes the token itself, which saves a launch, and
+    what NORM and GATED (see :func:`quantize_kernel`) put before that another one. Planes are read as 32-bit words.
+
+    A warp holds whole groups: their maximum and a row's sum over them need no other warp, and its codes are multiplied
+    where they were made.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     line = tl.minimum(rows, N - 1).to(tl.int64)  # rows past the end read the last one and are never stored

@@ -143,7 +143,8 @@ def _(
 @custom_op(
     "lincompile::linear_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_o, Tensor grad_state, Tensor? o, {_LINEAR_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad_o, Tensor grad_state, Tensor? o, {_LINEAR_ARGS}, bool values=True)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_attention_backward(
     grad_o: Tensor,
@@ -157,8 +158,11 @@ def linear_attention_backward(
     scale: float,
     causal: bool,
     normalize: bool,
+    values: bool = True,
 ) -> tuple[Tensor, ...]:
-    """Gradients of ``linear_attention`` for its five tensors (empty where absent); ``o`` when it was normalised."""
+    """Gradients of ``linear_attention`` for its five tensors, empty where absent, and v's unless ``values``; ``o`` when
+    it was normalised.
+    """
     inputs = (q, k, v, log_decay, initial_state, scale, causal, normalize)
     args = (grad_o, grad_state, o, *inputs)
     kernels = backend("linear_attention", q)
@@ -178,10 +182,10 @@ def linear_attention_backward(
             forms=_backward_forms,
         )
     ):
-        grads = kernels.chunkwise_backward(*args)
+        grads = kernels.chunkwise_backward(*args, values=values)
     else:
         grads = reference.chunkwise_backward(grad_o, grad_state, *inputs)
-    return present(grads, q)
+    return present(grads if values else (*grads[:2], None, *grads[3:]), q)
 
 
 @linear_attention_backward.register_fake
@@ -197,12 +201,18 @@ def _(
     scale: float,
     causal: bool,
     normalize: bool,
+    values: bool = True,
 ) -> tuple[Tensor, ...]:
-    return gradient_fake(q, k, v, log_decay, initial_state)
+    return gradient_fake(q, k, v if values else None, log_decay, initial_state)
 
 
-def register_gradient(op: Any, backward: Callable[..., tuple[Tensor, ...]], tensors: int) -> None:
-    """Keeps an op's first ``tensors`` inputs, and its output where it was normalised, for its backward op."""
+def register_gradient(
+    op: Any, backward: Callable[..., tuple[Tensor, ...]], tensors: int, without_values: bool = False
+) -> None:
+    """Keeps an op's first ``tensors`` inputs, and its output where it was normalised, for its backward op.
+
+    ``without_values``: the backward op can leave out v's gradient, which attention transfer has no use for.
+    """
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         normalize = inputs[7]
@@ -211,9 +221,10 @@ def register_gradient(op: Any, backward: Callable[..., tuple[Tensor, ...]], tens
 
     def gradient(ctx: Any, grad_o: Tensor, grad_state: Tensor) -> Grads:
         *inputs, o = ctx.saved_tensors
-        return selected(backward(grad_o, grad_state, o, *inputs, *ctx.options), ctx.needs_input_grad)
+        wanted = (ctx.needs_input_grad[2],) if without_values else ()
+        return selected(backward(grad_o, grad_state, o, *inputs, *ctx.options, *wanted), ctx.needs_input_grad)
 
     op.register_autograd(gradient, setup_context=keep)
 
 
-register_gradient(linear_attention, linear_attention_backward, 5)
+register_gradient(linear_attention, linear_attention_backward, 5, without_values=True)

@@ -99,21 +99,25 @@ def chunkwise_backward(
     causal: bool,
     normalize: bool,
     lengths: Lengths = None,
+    values: bool = True,
 ) -> Grads:
-    """Gradients for q, k, v, log_decay, initial_state; states are recomputed from the inputs."""
+    """Gradients for q, k, v, log_decay, initial_state; states are recomputed from the inputs. Without ``values`` v's
+    may hold nothing.
+    """
     assert supports(q, k, v, log_decay, initial_state)
     if not causal:
         return triton_bidirectional.backward(grad_o, grad_state, o, q, k, v, initial_state, scale, normalize)
     if fits(q, k, v):
-        return backward(grad_o, grad_state, o, q, k, v, log_decay, initial_state, scale, normalize, None, lengths)
-    values = _augment(v, normalize)
+        inputs = (q, k, v, log_decay, initial_state)
+        return backward(grad_o, grad_state, o, *inputs, scale, normalize, None, lengths, values)
+    wide = _augment(v, normalize)
     grad = grad_o
     if normalize:
-        out, _ = _wide_forward(q, k, values, log_decay, initial_state, scale, lengths)
+        out, _ = _wide_forward(q, k, wide, log_decay, initial_state, scale, lengths)
         inverse = 1.0 / (out[..., -1:] + NORMALIZER_EPS)
         numerator = grad_o.float() * inverse
         grad = torch.cat((numerator, -(numerator * out[..., :-1]).sum(-1, keepdim=True) * inverse), -1)
-    grads = _wide_backward(grad, grad_state, q, k, values, log_decay, initial_state, scale, lengths)
+    grads = _wide_backward(grad, grad_state, q, k, wide, log_decay, initial_state, scale, lengths)
     d_q, d_k, d_v, d_g, d_initial = grads
     return (
         d_q.to(q.dtype),

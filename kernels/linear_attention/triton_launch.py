@@ -225,12 +225,15 @@ def backward(
     normalize: bool,
     dtype: torch.dtype | None,
     lengths: Lengths = None,
+    values: bool = True,
 ) -> Grads:
-    """Gradients in ``dtype`` (None: each input's own); ``o`` is read only when normalised."""
+    """Gradients in ``dtype`` (None: each input's own); ``o`` is read only when normalised, and v's gradient written
+    only where ``values`` is set.
+    """
     whole = prepare(q, k, v, log_decay, scale, normalize, lengths)
     plans = in_pieces(whole)
-    _, _, values, g = whole.tensors
-    grad = unit_columns(grad_o.to(values.dtype))
+    g = whole.tensors[3]
+    grad = unit_columns(grad_o.to(whole.tensors[2].dtype))
     runs = []
     for keys, plan in plans:
         decays = _decays(plan)
@@ -265,12 +268,13 @@ def backward(
             own_g = slice_g[..., keys] if per_key else slice_g[sum(slices[:number]) :]
         own_v = d_v if number == len(plans) - 1 or partial is None else partial
         for variant in variants if plan.chunks else ():
-            launcher(value_gradients, (plan.chunks, plan.problems))(
-                q, k, g, grad, weight, wide, depths, state_slopes, own_v, partial, plan.tables[0],
-                *strides(q), *strides(k), *strides(g), *strides(grad),
-                length, scale, width, columns, k.shape[1], plan.chunks,
-                WIDE=variant, ADD=number > 0, **plan.tuning("values", variant), **plan.options(),
-            )  # fmt: skip
+            if values:
+                launcher(value_gradients, (plan.chunks, plan.problems))(
+                    q, k, g, grad, weight, wide, depths, state_slopes, own_v, partial, plan.tables[0],
+                    *strides(q), *strides(k), *strides(g), *strides(grad),
+                    length, scale, width, columns, k.shape[1], plan.chunks,
+                    WIDE=variant, ADD=number > 0, **plan.tuning("values", variant), **plan.options(),
+                )  # fmt: skip
             launcher(key_gradients, (slices[number], plan.chunks, plan.problems))(
                 q, k, v, g, grad, weight, wide, depths, chunk_states, chunk_sums, state_slopes, sum_slopes,
                 d_q[..., keys], d_k[..., keys], own_g, plan.tables[0],

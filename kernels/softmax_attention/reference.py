@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..shapes import accumulator_dtype, group_heads
 
@@ -51,10 +52,10 @@ def forward(
 ) -> Tensor:
     """Returns contiguous ``o [B, H, T, Dv]`` in v's dtype, through torch's fused SDPA wherever it means the same."""
     length, keys = q.shape[2], k.shape[2]
-    fusable = softcap == 0 and q.dtype == k.dtype == v.dtype
-    if fusable and key_padding is None and (kind == "full" or (kind == "causal" and length == keys)):
+    if _plain(q, k, v, key_padding, kind, softcap):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=kind == "causal", scale=scale, enable_gqa=True)
         return out.contiguous() if keys else out.new_zeros(out.shape)
+    fusable = softcap == 0 and q.dtype == k.dtype == v.dtype
     out = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=v.device)
     for rows, cols, visible in _blocks(length, keys, key_padding, kind, window, q.device):
         q_part, k_part, v_part = q[:, :, rows], k[:, :, cols], v[:, :, cols]
@@ -81,7 +82,12 @@ def backward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact gradients for q, k, v; weights are recomputed one block of rows at a time."""
+    """Exact gradients for q, k, v; weights are recomputed one block of rows at a time.
+
+    On a GPU 16-bit inputs take FlashAttention's backward pass (its deterministic one) where torch has it.
+    """
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and _plain(q, k, v, key_padding, kind, softcap):
+        return _flash_backward(grad_o, q, k, v, kind == "causal", scale)
     if kind == "sliding" and q.shape[2] == k.shape[2] and window <= min(NARROW, q.shape[2] // 2):
         return _banded_backward(grad_o, q, k, v, key_padding, window, scale, softcap)
     dtype = accumulator_dtype(q, k, v)
@@ -101,6 +107,28 @@ def backward(
         d_k[:, :, cols] += d_scores.flatten(2, 3).transpose(-1, -2) @ q_part.flatten(2, 3)
         d_v[:, :, cols] += weights.flatten(2, 3).transpose(-1, -2) @ grad.flatten(2, 3)
     return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, kind: str, softcap: float) -> bool:
+    """Whether torch's SDPA means the same without a mask."""
+    shape = kind == "full" or (kind == "causal" and q.shape[2] == k.shape[2])
+    return shape and key_padding is None and softcap == 0 and q.dtype == k.dtype == v.dtype
+
+
+def _flash_backward(
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """SDPA's own gradients; one run equals another (torch's flag for that is set meanwhile)."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.enable_grad(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+            d_q, d_k, d_v = torch.autograd.grad(out, (q, k, v), grad_o.to(out.dtype))
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    return d_q, d_k, d_v
 
 
 def _banded_backward(

@@ -180,3 +180,29 @@ def test_results_are_laid_out_as_promised(kind: str, window: int, adjacent: str)
 def test_the_gradient_is_registered_as_the_forward_promises() -> None:
     q, k, v = (torch.randn(1, 32, heads, 8).transpose(1, 2).requires_grad_() for heads in (6, 3, 3))
     torch.library.opcheck(torch.ops.lincompile.softmax_attention.default, (q, k, v, None, "sliding", 4, 0.5, 0.0))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_through_torchs_attention(causal):
+    q, k, v = make(7, 7, value_dim=4)
+    grad, scale = torch.randn(2, 9, 7, 4, dtype=torch.float64), 0.3
+    inputs = (grad, q, k, v, None, "causal" if causal else "full", 0, scale, 0.0)
+    for have, want in zip(
+        reference._flash_backward(grad, q, k, v, causal, scale), reference.backward(*inputs), strict=True
+    ):
+        torch.testing.assert_close(have, want)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["full", "causal"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_on_a_gpu_are_torchs_and_repeat(dtype, kind):
+    q, k, v = (x.to("cuda", dtype) for x in make(700, 700, head_dim=64, value_dim=64))
+    grad = torch.randn_like(q)
+    inputs = (grad, q, k, v, None, kind, 0, 0.125, 0.0)
+    have, again = (torch.ops.lincompile.softmax_attention_backward(*inputs) for _ in range(2))
+    wide = reference.backward(*(x.double() for x in inputs[:4]), None, kind, 0, 0.125, 0.0)
+    for one, other, want in zip(have, again, wide, strict=True):
+        assert torch.equal(one, other)
+        assert float((one.double() - want).norm() / want.norm()) < 2e-2

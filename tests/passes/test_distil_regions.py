@@ -113,6 +113,25 @@ def test_compiled_code_that_computes_something_else_is_left_aside(other: Any, sa
     assert regions.agrees(lambda compiled: learn(False), [used, unused], notes.append) and len(notes) == 1
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_a_gradient_may_differ_by_what_rounding_moves(factor: float) -> None:
+    """One gradient turns with every rounding of its parameter; the other one is steady, and held to the limit."""
+    torch.manual_seed(0)
+    rough, steady = nn.Parameter(1 + torch.rand(40)), nn.Parameter(torch.ones(40))
+    before = rough.detach().clone()
+    notes: list[str] = []
+
+    def learn(compiled: bool) -> Tensor:
+        nudged = rough * (1 + 2.0**-10) if compiled else rough
+        loss = torch.sin(nudged * 1500).sum() / 1500 + (factor if compiled else 1.0) * steady.square().sum() / 2
+        loss.backward()  # type: ignore[no-untyped-call]
+        return torch.ones(())
+
+    assert regions.agrees(learn, [rough, steady], notes.append) == (factor == 1.0)
+    assert len(notes) == (factor != 1.0) and all("1 of 2 gradients" in note and "(40,)" in note for note in notes)
+    assert torch.equal(rough, before) and torch.equal(steady, torch.ones(40)), "parameters are put back"
+
+
 def test_memory_errors_pass_through() -> None:
     def learn(compiled: bool) -> Tensor:
         if compiled:
