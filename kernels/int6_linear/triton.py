@@ -252,7 +252,8 @@ def narrow_config(groups: int, rows: int, gluon: bool) -> dict[str, Any]:
     More rows in a program wait longer, fewer read the token more often; on an H200, ``int6_narrow_h200.json``.
     """
     few = max(2, triton.next_power_of_2(groups))
-    return {"GLUON": gluon, "BN": 4 if rows <= 640 else 8, "GB": few, "num_warps": 4 if few <= 8 else 8}
+    block = 4 if rows <= 640 else 8 if rows <= 8192 else 32  # an output head: the token would be read too often
+    return {"GLUON": gluon, "BN": block, "GB": few, "num_warps": 4 if few <= 8 else 8}
 
 
 def few_config(tokens: int, rows: int, in_features: int) -> dict[str, int]:
