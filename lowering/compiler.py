@@ -309,6 +309,7 @@ def rewrite(teacher: Program, asked: Options) -> Program:
         window=asked.window or 0,
         seed=asked.seed,
         rotary=asked.rotary or "",
+        lowest=asked.lowest,
     )
     student = Pipeline([pass_])(student)
     if not any(site.method != "softmax" for site in student.sites):
