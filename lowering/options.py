@@ -13,7 +13,7 @@ from ..passes.distil.recipe import Recipe
 from ..passes.distil.transfer import Transfer
 from ..passes.errors import LincompileError
 from ..passes.linearization.methods import LOWEST, METHODS, method_class
-from ..passes.linearize import parse_keep
+from ..passes.linearize import check_floor, parse_keep
 from ..passes.quantization.tune import options_for
 from ..passes.quantization.weight_methods import resolve
 from ..passes.quantize import parse_plan
@@ -89,6 +89,7 @@ class Options:
             Recipe(train=self.train)
         if self.transfer_loss is not None:
             Transfer(loss=self.transfer_loss)
+        check_floor(self.lowest)
         check_share(self.echoes)
         self._check_training()
         if self.retrieval and not (self.extend and 0 < self.retrieval <= 1):

@@ -68,6 +68,12 @@ ROTARY_OPS = frozenset(
 )
 
 
+def check_floor(lowest: float | None) -> None:
+    """Raises ``LincompileError`` for what can't be a floor of log-decays."""
+    if lowest is not None and not lowest < 0:
+        raise LincompileError(f"log-decays are at most 0, so lowest={lowest} must be below 0 (None = no floor)")
+
+
 @register("linearize")
 @dataclass(frozen=True)
 class LinearizeAttention:
@@ -104,10 +110,7 @@ class LinearizeAttention:
             raise LincompileError(f"--window {self.window}: write a number of tokens, such as 64 (0 = none)")
         if self.rotary not in ("", "keep", "remove"):
             raise LincompileError(f"--rotary {self.rotary}: the choices are keep and remove")
-        if self.lowest is not None and not self.lowest < 0:
-            raise LincompileError(
-                f"log-decays are at most 0, so lowest={self.lowest} must be below 0 (None = no floor)"
-            )
+        check_floor(self.lowest)
 
     def run(self, program: Program) -> PassResult:
         if self.attn == "softmax":

@@ -186,7 +186,8 @@ def forward(
     grid, each = _grid(z, kv_heads, features, options, 16)
     launcher(gate_forward, grid)(
         z, weight.to(z.dtype).contiguous(), bias.contiguous(), mask_bytes(mask), out, *z.stride(), z.shape[1],
-        z.shape[2], features, kv_heads, each, 1.0 / temperature, floor_of(lowest), MASKED=mask is not None, num_warps=4, **options,
+        z.shape[2], features, kv_heads, each, 1.0 / temperature, floor_of(lowest),
+        MASKED=mask is not None, num_warps=4, **options,
     )  # fmt: skip
     return out
 

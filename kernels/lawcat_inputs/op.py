@@ -23,7 +23,8 @@ from .reference import Inputs
 _SCHEMA = (
     "(Tensor q, Tensor conv_q, Tensor state_q, Tensor map_q, Tensor bias_q, Tensor k, Tensor conv_k, Tensor state_k,"
     " Tensor map_k, Tensor bias_k, Tensor x, Tensor? norm_weight, Tensor down, Tensor up, Tensor gate_bias,"
-    " Tensor? mask, float eps, int kv_heads, float temperature, float? lowest) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " Tensor? mask, float eps, int kv_heads, float temperature, float? lowest)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 # As ``first_use`` reads them.
 _FEATURES = ("b.t.", "..", "b..", "...", "...")

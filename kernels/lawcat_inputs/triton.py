@@ -206,8 +206,8 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         feature_q, feature_k, log_decay, end_q, end_k, q.stride(0), q.stride(1), q.stride(3),
         k.stride(0), k.stride(1), k.stride(3), heads, kv_heads, heads // given.map_q.shape[0],
         kv_heads // given.map_k.shape[0], x.shape[2], given.down.shape[0], features, given.eps, 1.0 / given.temperature,
-        floor_of(given.lowest), D=dim, W=given.conv_q.shape[1], BD=width, MASKED=given.mask is not None, NORM=norm is not None,
-        BC=min(_CHANNELS, triton.next_power_of_2(x.shape[2])),
+        floor_of(given.lowest), D=dim, W=given.conv_q.shape[1], BD=width, MASKED=given.mask is not None,
+        NORM=norm is not None, BC=min(_CHANNELS, triton.next_power_of_2(x.shape[2])),
         BR=max(16, triton.next_power_of_2(given.down.shape[0])), BF=block, BLOCKS=blocks,
         ONCE=x.shape[2] <= _CHANNELS, num_warps=_WARPS, **chained(q.device, early),
     )  # fmt: skip

@@ -65,7 +65,8 @@ def lawcat_window(
     q ``[B, H, T, D]``, k and v ``[B, Hkv, T, D]`` before the rotary embedding, x ``[B, T, E]``, cos and sin
     ``[B, T, D]``, mask ``[B, T]`` and past_mask ``[B, P]`` bool, the states as in a step program, and the weights of
     ``Lawcat`` (``passes/linearization/methods.py``). LAWCAT reads q and k as given or, with ``rotated``, after the
-    embedding, as the window does; ``lowest``: floor of its log-decays (None: no floor). Returns ``[B, H, T, D]`` and the new states.
+    embedding, as the window does; ``lowest``: floor of its log-decays (None: no floor). Returns ``[B, H, T, D]`` and
+    the new states.
     """
     turned_q, turned_k = _rotated(q, cos, sin), _rotated(k, cos, sin)
     far_q, far_k = (turned_q, turned_k) if rotated else (q, k)

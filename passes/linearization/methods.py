@@ -27,8 +27,8 @@ GATE_TEMPERATURE = 16.0
 GATE_RANK = 16
 CONV_WIDTH = 4
 HALF_LIVES = (64.0, 256.0, 1024.0, 4096.0)
-# The floor of log-decays per key feature. What forgets faster holds no token for long anyway, and with it half a chunk of
-# the Triton kernels (32 tokens) never decays by more than e⁻³²: they take such chunks on their fast way.
+# The floor of log-decays per key feature. What forgets faster holds no token for long anyway, and with it half a chunk
+# of the Triton kernels (32 tokens) never decays by more than e⁻³²: they take such chunks on their fast way.
 LOWEST = -1.0
 
 
