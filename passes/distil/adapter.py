@@ -175,7 +175,7 @@ def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash
         raise LincompileError(f"the adapter {path} was trained for another model: its teacher's hash differs")
     sites = json.loads(metadata["sites"])
     if sites != _sites(student):
-        methods = sorted({site.replace(" none", "") for site in sites.values()})
+        methods = sorted({site.partition(FLOOR)[0].removesuffix(" none") for site in sites.values()})
         linear = [site for site in student.sites if sites.get(site.path, "softmax") != "softmax"]
         wanted = Settings.of(sites, _switches(linear).union(_recorded_switches(metadata)))
         floor = "" if wanted.lowest == Settings.of(_sites(student)).lowest else f" (in Python, lowest={wanted.lowest})"
