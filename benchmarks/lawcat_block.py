@@ -44,7 +44,7 @@ from lincompile.kernels.decay_gate import reference as gate_reference
 from lincompile.kernels.gated_delta import reference as delta_reference
 from lincompile.kernels.hedgehog_features import reference as feature_reference
 from lincompile.kernels.short_conv import reference as conv_reference
-from lincompile.passes.linearization.methods import GATE_RANK, GATE_TEMPERATURE, Lawcat, SiteShape
+from lincompile.passes.linearization.methods import GATE_RANK, GATE_TEMPERATURE, LOWEST, Lawcat, SiteShape
 
 SHAPES = [(16, 2048, 16, 128), (4, 8192, 16, 128), (1, 32768, 16, 128), (1, 131072, 16, 128), (8, 4096, 32, 64)]
 DRY = {"SHAPES": [(2, 80, 4, 16)], "QUICK_SHAPES": [(2, 80, 4, 16)]}
@@ -118,7 +118,7 @@ def fused(m: Lawcat, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | 
     features_q = ops.hedgehog_features(q, m.conv_q.weight, None, *weights, mask, False)[0]
     features_k = ops.hedgehog_features(k, m.conv_k.weight, None, *weights, mask, True)[0]
     z = functional.linear(x, m.gate.down)
-    log_decay = ops.decay_gate(z, m.gate.up, m.gate.bias, mask, m.shape.kv_heads, GATE_TEMPERATURE)
+    log_decay = ops.decay_gate(z, m.gate.up, m.gate.bias, mask, m.shape.kv_heads, GATE_TEMPERATURE, m.gate.lowest)
     out: Tensor = ops.linear_attention(features_q, features_k, v, log_decay, None, 1.0, True, True)[0]
     return out
 
@@ -254,7 +254,8 @@ def check_gate(name: str, seed: int) -> dict[str, Any]:
     weight = (torch.randn(heads * features, GATE_RANK, device="cuda") * 0.5).to(torch.bfloat16).float()
     bias = torch.randn(heads * features, device="cuda") * 4
     mask = torch.rand(batch, length, device="cuda") > 0.2 if masked else None
-    return compare(ops.decay_gate, gate_reference.forward, [z, weight, bias, mask, heads, GATE_TEMPERATURE], 1, seed)
+    args = [z, weight, bias, mask, heads, GATE_TEMPERATURE, LOWEST]
+    return compare(ops.decay_gate, gate_reference.forward, args, 1, seed)
 
 
 def check_delta(name: str, seed: int) -> dict[str, Any]:
@@ -366,7 +367,7 @@ def time_stages(shape: tuple[int, int, int, int], budget: float, copy: float) ->
     args = (m.conv_q.weight, None, m.map.weight, m.map.bias, None, False)
     with torch.no_grad():
         features_q, features_k = ops.hedgehog_features(q, *args)[0], ops.hedgehog_features(k, *args)[0]
-        decay = ops.decay_gate(z, m.gate.up, m.gate.bias, None, heads, GATE_TEMPERATURE)
+        decay = ops.decay_gate(z, m.gate.up, m.gate.bias, None, heads, GATE_TEMPERATURE, m.gate.lowest)
     wide = [t.requires_grad_() for t in (features_q, features_k, decay)]
     parts: dict[str, tuple[Callable[[], Tensor], list[Tensor], tuple[float, float]]] = {
         # floor: bytes forward, bytes forward + backward
@@ -377,7 +378,7 @@ def time_stages(shape: tuple[int, int, int, int], budget: float, copy: float) ->
             (3, 7),
         ),
         "gate": (
-            lambda: ops.decay_gate(z, m.gate.up, m.gate.bias, None, heads, GATE_TEMPERATURE),
+            lambda: ops.decay_gate(z, m.gate.up, m.gate.bias, None, heads, GATE_TEMPERATURE, m.gate.lowest),
             [z, m.gate.up, m.gate.bias],
             (2, 4),
         ),

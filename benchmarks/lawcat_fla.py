@@ -43,7 +43,8 @@ def features(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def log_decays(m: Lawcat, x: Tensor) -> Tensor:
     """Hidden states ``[B, T, C]`` to log-decays ``[B, T, H, 2 D]``."""
     gate = functional.linear(functional.linear(x, m.gate.down), m.gate.up, m.gate.bias)
-    return (functional.logsigmoid(gate.float()) / GATE_TEMPERATURE).to(x.dtype).unflatten(-1, (m.shape.kv_heads, -1))
+    log_decay = (functional.logsigmoid(gate.float()) / GATE_TEMPERATURE).clamp(min=m.gate.lowest)
+    return log_decay.to(x.dtype).unflatten(-1, (m.shape.kv_heads, -1))
 
 
 def stages(m: Lawcat, q: Tensor, k: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

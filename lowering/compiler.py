@@ -185,6 +185,7 @@ def compile(
             ``distil`` (a text file, token ids, or ``hf:name``), ``tokens``, ``time`` (seconds), ``train``,
             ``transfer_loss``, ``extend``, ``retrieval``, ``echoes``, ``adapter``, ``length``, ``batch``, ``target``,
             ``device``, ``dtype``, ``seed``, ``shard`` (under torchrun, after ``init_process_group``): as in the CLI.
+            ``lowest``, the gates' floor, as in ``LinearizeAttention`` (an adapter's own is always followed).
             With an adapter and no budget, ``distil`` only calibrates quantization.
 
     Raises:
@@ -309,6 +310,7 @@ def rewrite(teacher: Program, asked: Options) -> Program:
         window=asked.window or 0,
         seed=asked.seed,
         rotary=asked.rotary or "",
+        lowest=asked.lowest,
     )
     student = Pipeline([pass_])(student)
     if not any(site.method != "softmax" for site in student.sites):

@@ -12,8 +12,8 @@ from ..passes.distil.echo import check_share
 from ..passes.distil.recipe import Recipe
 from ..passes.distil.transfer import Transfer
 from ..passes.errors import LincompileError
-from ..passes.linearization.methods import METHODS, method_class
-from ..passes.linearize import parse_keep
+from ..passes.linearization.methods import LOWEST, METHODS, method_class
+from ..passes.linearize import check_floor, parse_keep
 from ..passes.quantization.tune import options_for
 from ..passes.quantization.weight_methods import resolve
 from ..passes.quantize import parse_plan
@@ -37,7 +37,10 @@ class Reporter:
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for; the same names as the CLI's options (see ``lincompile --help``)."""
+    """What was asked for; the same names as the CLI's options (see ``lincompile --help``).
+
+    ``lowest``, which the CLI hasn't: as in ``LinearizeAttention``; an adapter's own is always followed.
+    """
 
     attn: str = "lawcat"
     quant: str = "none"
@@ -70,6 +73,7 @@ class Options:
     dtype: str = "float32"
     seed: int = 0
     shard: str | None = None
+    lowest: float | None = LOWEST
 
     def check(self) -> None:
         """Raises ``LincompileError`` for a value that no model could satisfy, before anything is loaded."""
@@ -85,6 +89,7 @@ class Options:
             Recipe(train=self.train)
         if self.transfer_loss is not None:
             Transfer(loss=self.transfer_loss)
+        check_floor(self.lowest)
         check_share(self.echoes)
         self._check_training()
         if self.retrieval and not (self.extend and 0 < self.retrieval <= 1):
@@ -173,6 +178,7 @@ class Options:
             keep_softmax=self.keep_softmax or trained.keep_softmax,
             rewrite_sliding=self.rewrite_sliding or trained.rewrite_sliding,
             alibi=self.alibi or trained.alibi,
+            lowest=trained.lowest,
         )
 
     def _check_quantization(self) -> None:

@@ -24,7 +24,7 @@ from .graph import (
     value_of,
 )
 from .linearization.alibi import AlibiGLA, AlibiShape, decays, errors, without_positions
-from .linearization.methods import LinearMethod, SiteShape, method_class
+from .linearization.methods import LOWEST, LinearMethod, SiteShape, method_class
 from .pipeline import PassResult, register
 from .program import AttentionSite, Program, content_nodes
 from .split_heads import parse_head_count, parse_heads, whole
@@ -68,6 +68,12 @@ ROTARY_OPS = frozenset(
 )
 
 
+def check_floor(lowest: float | None) -> None:
+    """Raises ``LincompileError`` for what can't be a floor of log-decays."""
+    if lowest is not None and not lowest < 0:
+        raise LincompileError(f"log-decays are at most 0, so lowest={lowest} must be below 0 (None = no floor)")
+
+
 @register("linearize")
 @dataclass(frozen=True)
 class LinearizeAttention:
@@ -82,6 +88,8 @@ class LinearizeAttention:
         seed: for the gates' small random weights.
         rotary: "keep" lets the method read q and k after the rotary embedding, "remove" before it; "" is the method's
             own way (hedgehog keeps it; the gated methods, whose decay says how far back a key lies, remove it).
+        lowest: floor of gla's and lawcat's log-decays per token (None = no floor, as in students made before there was
+            one). It is a part of what is trained: an adapter says with which it was.
 
     A site that can't be rewritten (refused by the prover, cross-attention, bidirectional with a causal method) stays
     as it is, with the reason in its record.
@@ -94,6 +102,7 @@ class LinearizeAttention:
     window: int = 0
     seed: int = 0
     rotary: str = ""
+    lowest: float | None = LOWEST
     name: str = field(default="linearize", init=False, metadata={"text": False})
 
     def __post_init__(self) -> None:
@@ -101,6 +110,7 @@ class LinearizeAttention:
             raise LincompileError(f"--window {self.window}: write a number of tokens, such as 64 (0 = none)")
         if self.rotary not in ("", "keep", "remove"):
             raise LincompileError(f"--rotary {self.rotary}: the choices are keep and remove")
+        check_floor(self.lowest)
 
     def run(self, program: Program) -> PassResult:
         if self.attn == "softmax":
@@ -201,6 +211,7 @@ class LinearizeAttention:
             site.kind != "full",
             min(self.window, site.window or self.window),
             site.softcap or 0.0,
+            self.lowest,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 100_003 + index)
@@ -221,6 +232,8 @@ class LinearizeAttention:
         if isinstance(method, AlibiGLA):
             site.details["alibi_error"] = errors(method)
         site.details["rotary"] = operands.rotary
+        if method.floored and shape.lowest is not None:
+            site.details["lowest"] = shape.lowest
         beside = f" beside a softmax window of {shape.window}" if shape.window else ""
         site.reason = f"softmax proved to {site.max_error:.1e}, rewritten to {self.attn}{beside}"
         return None

@@ -8,6 +8,7 @@ z's per head, both added up afterwards in a fixed order.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -56,11 +57,11 @@ def load_ranks(z, z_t, z_r, first, T, R, BT: tl.constexpr, BR: tl.constexpr, DOT
 
 @triton.jit(do_not_specialize=COUNTS)
 def gate_forward(
-    z, weight, bias, mask, out, z_b, z_t, z_r, T, R, F, HEADS, PER_PROGRAM, rate,
+    z, weight, bias, mask, out, z_b, z_t, z_r, T, R, F, HEADS, PER_PROGRAM, rate, lowest,
     MASKED: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BR: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``-softplus(-logits) · rate`` of PER_PROGRAM tiles of BF features of one head."""
+    """``max(-softplus(-logits) · rate, lowest)`` of PER_PROGRAM tiles of BF features of one head."""
     problem, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = problem // HEADS, problem % HEADS
     cols, rows = tl.program_id(2) * BF + tl.arange(0, BF), tl.arange(0, BT)
@@ -71,6 +72,7 @@ def gate_forward(
         zs = load_ranks(z + batch * z_b, z_t, z_r, first, T, R, BT, BR, DOT)
         logits = tl.dot(zs, w, input_precision=PRECISION) + b[None, :]
         value = (tl.minimum(logits, 0.0) - log1p(tl.exp2(tl.abs(logits) * -LOG2E))) * rate
+        value = tl.where(value < lowest, lowest, value)  # NaN stays NaN
         if MASKED:
             keep = tl.load(mask + batch * T + at, mask=at < T, other=0)
             value = tl.where((keep != 0)[:, None], value, 0.0)
@@ -81,12 +83,12 @@ def gate_forward(
 @triton.jit(do_not_specialize=COUNTS)
 def gate_backward(
     grad, z, weight, bias, mask, d_z, d_weight, d_bias, g_b, g_h, g_t, z_b, z_t, z_r,
-    T, R, F, HEADS, PER_PROGRAM, rate,
+    T, R, F, HEADS, PER_PROGRAM, rate, least,
     MASKED: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, BR: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One head's (BF of its features') share of ``d_z [HEADS · blocks, B, T, R]`` and this program's of
-    ``d_weight [parts, B, HEADS · F, R]`` and ``d_bias [parts, B, HEADS · F]``.
+    ``d_weight [parts, B, HEADS · F, R]`` and ``d_bias [parts, B, HEADS · F]``. Logits below ``least`` are at the floor.
     """
     problem, part, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     batch, head = problem // HEADS, problem % HEADS
@@ -108,7 +110,7 @@ def gate_backward(
         above = grad + batch * g_b + head * g_h + tl.cast(first, tl.int64) * g_t
         above = above + rows[:, None] * g_t + cols[None, :]
         slopes = tl.load(above, mask=wanted[:, None] & (cols < F)[None, :], other=0.0).to(tl.float32)
-        slopes = slopes * (rate / (1.0 + tl.exp2(logits * LOG2E)))
+        slopes = tl.where(logits < least, 0.0, slopes * (rate / (1.0 + tl.exp2(logits * LOG2E))))
         total_bias += tl.sum(slopes, 0)
         narrow = slopes.to(DOT)
         total = tl.dot(tl.trans(zs), narrow, acc=total, input_precision=PRECISION)
@@ -155,7 +157,28 @@ def _grid(z: Tensor, kv_heads: int, features: int, options: dict[str, Any], prog
     return (problems, triton.cdiv(tiles, each), blocks), each
 
 
-def forward(z: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, kv_heads: int, temperature: float) -> Tensor:
+def floor_of(lowest: float | None) -> float:
+    """The floor as the kernels take it."""
+    return -math.inf if lowest is None else lowest
+
+
+def _least(lowest: float | None, temperature: float) -> float:
+    """The logit at which the floor is reached: the inverse of ``logsigmoid(x) / temperature``."""
+    if lowest is None:
+        return -math.inf
+    value = lowest * temperature
+    return value - math.log(-math.expm1(value))
+
+
+def forward(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    kv_heads: int,
+    temperature: float,
+    lowest: float | None,
+) -> Tensor:
     """See ``reference.forward``."""
     features = weight.shape[0] // kv_heads
     options = _options(z, features, 128 if z.dtype == torch.bfloat16 else 64)
@@ -163,7 +186,8 @@ def forward(z: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, kv_hea
     grid, each = _grid(z, kv_heads, features, options, 16)
     launcher(gate_forward, grid)(
         z, weight.to(z.dtype).contiguous(), bias.contiguous(), mask_bytes(mask), out, *z.stride(), z.shape[1],
-        z.shape[2], features, kv_heads, each, 1.0 / temperature, MASKED=mask is not None, num_warps=4, **options,
+        z.shape[2], features, kv_heads, each, 1.0 / temperature, floor_of(lowest),
+        MASKED=mask is not None, num_warps=4, **options,
     )  # fmt: skip
     return out
 
@@ -176,6 +200,7 @@ def backward(
     mask: Tensor | None,
     kv_heads: int,
     temperature: float,
+    lowest: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``reference.backward``."""
     batch, length, rank = z.shape
@@ -191,6 +216,6 @@ def backward(
     launcher(gate_backward, grid)(
         grad, z, weight.to(z.dtype).contiguous(), bias.contiguous(), mask_bytes(mask), d_z, d_weight, d_bias,
         *grad.stride()[:3], *z.stride(), length, rank, features, kv_heads, each, 1.0 / temperature,
-        MASKED=mask is not None, **tuning, **options,
+        _least(lowest, temperature), MASKED=mask is not None, **tuning, **options,
     )  # fmt: skip
     return d_z.sum(0).to(z.dtype), d_weight.sum((0, 1)).to(weight.dtype), d_bias.sum((0, 1)).to(bias.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..decay_gate.op import decay_gate
+from ..decay_gate.op import check_rate, decay_gate
 from ..first_use import serving
 from ..hedgehog_features.op import hedgehog_features
 from ..registration import backend, without_autocast
@@ -23,7 +23,8 @@ from .reference import Inputs
 _SCHEMA = (
     "(Tensor q, Tensor conv_q, Tensor state_q, Tensor map_q, Tensor bias_q, Tensor k, Tensor conv_k, Tensor state_k,"
     " Tensor map_k, Tensor bias_k, Tensor x, Tensor? norm_weight, Tensor down, Tensor up, Tensor gate_bias,"
-    " Tensor? mask, float eps, int kv_heads, float temperature) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " Tensor? mask, float eps, int kv_heads, float temperature, float? lowest)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 # As ``first_use`` reads them.
 _FEATURES = ("b.t.", "..", "b..", "...", "...")
@@ -45,7 +46,7 @@ def _check(given: Inputs) -> None:
         require_shape(op, f"bias_{side}", bias, "[M, 1, D]", (maps, 1, dim))
     kv_heads, rows, mask = given.kv_heads, up.shape[0], given.mask
     require(kv_heads == k.shape[1], op, f"kv_heads must be the heads of k, {k.shape[1]}, got {kv_heads}")
-    require(given.temperature > 0, op, f"temperature must be above 0, got {given.temperature}")
+    check_rate(op, given.temperature, given.lowest)
     require_shape(op, "x", x, "[B, T, C]", (q.shape[0], q.shape[2], x.shape[-1]))
     require(k.shape[0] == q.shape[0] and k.shape[2] == q.shape[2], op, "q and k must be of the same tokens")
     require_rank(op, "down", down, "[R, C]")

@@ -38,6 +38,7 @@ class Inputs(NamedTuple):
     eps: float
     kv_heads: int
     temperature: float
+    lowest: float | None
 
 
 def forward(
@@ -55,5 +56,5 @@ def forward(
     feature_q, state_q = features(*given[:5], mask, False)
     feature_k, state_k = features(*given[5:10], mask, True)
     z = functional.linear(x, given.down)
-    log_decay = gate(z, given.up, given.gate_bias, mask, given.kv_heads, given.temperature)
+    log_decay = gate(z, given.up, given.gate_bias, mask, given.kv_heads, given.temperature, given.lowest)
     return feature_q, feature_k, log_decay, state_q, state_k

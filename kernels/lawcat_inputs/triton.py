@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..compile_ahead import launcher
-from ..decay_gate.triton import log1p
+from ..decay_gate.triton import floor_of, log1p
 from ..short_conv.triton import MAX_TAPS
 from ..triton_device import LOG2E, chained, mask_bytes
 from .reference import Inputs
@@ -85,7 +85,7 @@ def _projection(down, norm, start, C, R, NORM: tl.constexpr, BC: tl.constexpr, B
 
 @triton.jit
 def _log_decay(
-    x, norm, down, up, bias, mask, out, batch, kv_head, block, HKV, C, R, F, epsilon, rate,
+    x, norm, down, up, bias, mask, out, batch, kv_head, block, HKV, C, R, F, epsilon, rate, lowest,
     NORM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, ONCE: tl.constexpr,
     MASKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -130,6 +130,7 @@ def _log_decay(
     z = z.to(x.dtype.element_ty).to(tl.float32)
     logits = tl.sum(raised * z[None, :], 1) + added
     value = (tl.minimum(logits, 0.0) - log1p(tl.exp2(tl.abs(logits) * -LOG2E))) * rate
+    value = tl.where(value < lowest, lowest, value)  # NaN stays NaN
     value = tl.where(keep != 0, value, 0.0)
     tl.store(out + (batch * HKV + kv_head) * F + cols, value.to(out.dtype.element_ty), mask=inside)
 
@@ -138,7 +139,7 @@ def _log_decay(
 def one_token(
     q, conv_q, state_q, map_q, bias_q, k, conv_k, state_k, map_k, bias_k, x, norm, down, up, gate_bias, mask,
     feature_q, feature_k, log_decay, end_q, end_k, q_b, q_h, q_d, k_b, k_h, k_d,
-    H, HKV, GROUPS_Q, GROUPS_K, C, R, F, epsilon, rate,
+    H, HKV, GROUPS_Q, GROUPS_K, C, R, F, epsilon, rate, lowest,
     D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, NORM: tl.constexpr,
     BC: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, BLOCKS: tl.constexpr, ONCE: tl.constexpr,
     PDL: tl.constexpr,
@@ -161,7 +162,7 @@ def one_token(
         gate = part - H - HKV
         _log_decay(
             x, norm, down, up, gate_bias, mask, log_decay, batch, gate // BLOCKS, gate % BLOCKS, HKV, C, R, F,
-            epsilon, rate, NORM, BC, BR, BF, ONCE, MASKED, PDL,
+            epsilon, rate, lowest, NORM, BC, BR, BF, ONCE, MASKED, PDL,
         )  # fmt: skip
 
 
@@ -205,8 +206,8 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         feature_q, feature_k, log_decay, end_q, end_k, q.stride(0), q.stride(1), q.stride(3),
         k.stride(0), k.stride(1), k.stride(3), heads, kv_heads, heads // given.map_q.shape[0],
         kv_heads // given.map_k.shape[0], x.shape[2], given.down.shape[0], features, given.eps, 1.0 / given.temperature,
-        D=dim, W=given.conv_q.shape[1], BD=width, MASKED=given.mask is not None, NORM=norm is not None,
-        BC=min(_CHANNELS, triton.next_power_of_2(x.shape[2])),
+        floor_of(given.lowest), D=dim, W=given.conv_q.shape[1], BD=width, MASKED=given.mask is not None,
+        NORM=norm is not None, BC=min(_CHANNELS, triton.next_power_of_2(x.shape[2])),
         BR=max(16, triton.next_power_of_2(given.down.shape[0])), BF=block, BLOCKS=blocks,
         ONCE=x.shape[2] <= _CHANNELS, num_warps=_WARPS, **chained(q.device, early),
     )  # fmt: skip

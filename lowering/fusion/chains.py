@@ -16,6 +16,7 @@ from ...passes.op_kinds import CASTS
 
 LENGTHS = (1, 2, 9)
 TOLERANCE = 1e-9
+WIDE = 32.0
 
 
 class Mismatch(Exception):
@@ -58,7 +59,8 @@ class Match:
     ``leaves`` are by name, in the op's order, None where absent; the first is the tensor ``[B, …, T, …]`` whose axes
     ``batch`` and ``time`` are. ``call`` takes the leaves (nodes or tensors) to the op's arguments. ``casts``: whether
     the chain's casts are part of what the op computes; without, they only say where it rounds. ``packed``: places of
-    leaves that stay of their type, since their bits mean something.
+    leaves that stay of their type, since their bits mean something. ``wide``: places of leaves that are many times as
+    large in the proof, so that a floor under what comes of them is reached.
     """
 
     op: Any
@@ -68,6 +70,7 @@ class Match:
     time: int
     casts: bool = True
     packed: tuple[int, ...] = ()
+    wide: tuple[int, ...] = ()
 
 
 def node_of(item: Any) -> Node:
@@ -141,7 +144,7 @@ def _random_leaves(match: Match, length: int, generator: torch.Generator) -> lis
         else:
             kept = fake.dtype if index in match.packed else torch.float64
             random = torch.randn(shape, generator=generator, dtype=torch.float64).to(kept)
-        random = random.to(device)
+        random = random.to(device) * (WIDE if index in match.wide else 1)
         values.append(random > 0 if fake.dtype == torch.bool else random)
     return values
 
@@ -173,7 +176,7 @@ def _form(match: Match) -> Any:
             lines.append(f"{node.op} {node.target} {args}")
     outputs = tuple(None if output is None else names[output] for output in match.outputs)
     constants = str(match.call(*(None if leaf is None else f"%{names[leaf]}" for leaf in match.leaves)))
-    return match.op, places, shapes, tuple(lines), outputs, constants, match.time, match.casts, match.packed
+    return match.op, places, shapes, tuple(lines), outputs, constants, match.time, match.casts, match.packed, match.wide
 
 
 def evaluate_chain(root: Node, known: dict[Node, Tensor], casts: bool = True) -> Tensor:

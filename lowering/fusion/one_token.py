@@ -45,7 +45,7 @@ def match_inputs(site: Node) -> Match | None:
         return None
     if not is_lincompile_op(gate, "decay_gate"):
         return None
-    z, up, bias, mask, kv_heads, temperature = gate.args
+    z, up, bias, mask, kv_heads, temperature, lowest = gate.args
     if any(side.args[1] is None or side.args[2] is None for side in (q, k)):
         return None  # without a convolution, or one that carries no state
     project = node_of(z)
@@ -58,10 +58,10 @@ def match_inputs(site: Node) -> Match | None:
     outputs = (*(_output(side, 0) for side in (q, k)), gate, *(_output(side, 1) for side in (q, k)))
 
     def call(*leaves: Any) -> tuple[Any, ...]:
-        return *leaves, epsilon, kv_heads, temperature
+        return *leaves, epsilon, kv_heads, temperature, lowest
 
     leaves = (*q.args[:5], *k.args[:5], x, norm_weight, down, up, bias, mask)
-    return Match(ops.lawcat_inputs.default, leaves, outputs, call, 2)  # type: ignore[arg-type]
+    return Match(ops.lawcat_inputs.default, leaves, outputs, call, 2, wide=(14,))  # type: ignore[arg-type]
 
 
 def _output(node: Node, index: int) -> Node | None:

@@ -1,7 +1,7 @@
 """The chains of plain ops around a linear attention as one op each.
 
 * convolution → map → both softmaxes (→ mask) becomes ``hedgehog_features``,
-* gate projection → softplus → temperature (→ mask) becomes ``decay_gate``.
+* gate projection → softplus → temperature (→ floor) (→ mask) becomes ``decay_gate``.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def match_gate(root: Node) -> Match | None:
     shaped = input_of(node)
     if target_of(shaped) is not aten.unflatten.int:
         return None
-    divided = op_of(input_of(shaped), aten.div.Tensor, "the gate's temperature")
+    divided, lowest = _without_floor(input_of(shaped))
+    op_of(divided, aten.div.Tensor, "the gate's temperature")
     temperature = divided.args[1]
     if not isinstance(temperature, (int, float)):
         raise Mismatch("the gate's temperature isn't a number")
@@ -121,9 +122,19 @@ def match_gate(root: Node) -> Match | None:
     kv_heads = sizes[0]
 
     def call(z: Any, weight: Any, bias: Any, mask: Any) -> tuple[Any, ...]:
-        return z, weight, bias, mask, kv_heads, float(temperature)
+        return z, weight, bias, mask, kv_heads, float(temperature), lowest
 
-    return Match(ops.decay_gate.default, (z, weight, bias, mask), (root,), call, 1)
+    return Match(ops.decay_gate.default, (z, weight, bias, mask), (root,), call, 1, wide=(2,))
+
+
+def _without_floor(node: Node) -> tuple[Node, float | None]:
+    """What a gate's floor is put under, and the floor; None where there is none."""
+    if target_of(node) is not aten.clamp.default:
+        return node, None
+    lowest, highest = argument(node, 1, "min"), argument(node, 2, "max")
+    if not isinstance(lowest, (int, float)) or highest is not None:
+        raise Mismatch("the gate's log-decays are bounded by more than a floor")
+    return input_of(node), float(lowest)
 
 
 def _last(dim: Any, node: Node) -> bool:

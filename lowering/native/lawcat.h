@@ -17,6 +17,7 @@ struct Call {
     int64_t batch, tokens, heads, kv_heads, size, width, taps_count, rank, window;
     int64_t rotated;  // 1: LAWCAT reads queries and keys after the rotary embedding, as the window does
     float scale, softcap, temperature;
+    float lowest;  // floor of the log-decays; 0: none
     std::vector<float> projected;  // [batch · tokens, rank | 2 · heads, the latter as shares]
     std::vector<float> past_real;  // [batch, window − 1]
     std::vector<int64_t> last;     // [batch]: one past the last real token

@@ -269,11 +269,12 @@ TARGET void features(const Head& h, Scratch& s, int64_t from, int64_t count) {
     const float* projected = c.projected.data() + (h.first + from) * c.projected_row();
     product(projected, c.projected_row(), s.up, 2 * s.padded, count, c.rank, 2 * vectors, s.up_bias, s.factors,
             2 * s.padded);
+    const Vector least = all(c.lowest < 0.0f ? c.lowest : -3.4028234e38f);
     for (int64_t t = 0; t < count; t++) {
         const float slope = c.mask[h.first + from + t] / -c.temperature;
         for (int64_t n = 0; n < 2 * vectors; n++) {
             const Vector x = load(s.factors + t * 2 * s.padded + n * LANES);
-            const Vector factor = slope == 0.0f ? all(1.0f) : exponential(softplus(-x) * slope);
+            const Vector factor = slope == 0.0f ? all(1.0f) : exponential(larger(softplus(-x) * slope, least));
             store(s.packed + n * s.block * s.entry + t * s.entry, factor);
         }
     }

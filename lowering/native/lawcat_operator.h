@@ -23,12 +23,20 @@ struct LawcatWindow {
         check(ort::float_attribute(api, info, "scale", &fixed.scale));
         check(ort::float_attribute(api, info, "softcap", &fixed.softcap));
         check(ort::float_attribute(api, info, "temperature", &fixed.temperature));
+        // Files written before there was a floor don't have it.
+        if (ort::Status* status = ort::float_attribute(api, info, "lowest", &fixed.lowest)) {
+            ort::release_status(api, status);
+            fixed.lowest = 0.0f;
+        }
         if (fixed.kv_heads < 1 || fixed.heads < 1 || fixed.heads % fixed.kv_heads != 0)
             fail(api, "lincompile.LawcatWindow: %lld query heads can't be divided among %lld key heads",
                  static_cast<long long>(fixed.heads), static_cast<long long>(fixed.kv_heads));
         if (fixed.window < 1 || !(fixed.temperature > 0.0f))
             fail(api, "lincompile.LawcatWindow: window and temperature must be positive, got %lld and %g",
                  static_cast<long long>(fixed.window), static_cast<double>(fixed.temperature));
+        if (!(fixed.lowest <= 0.0f))
+            fail(api, "lincompile.LawcatWindow: lowest must be negative (0: none), got %g",
+                 static_cast<double>(fixed.lowest));
         if (fixed.rotated != 0 && fixed.rotated != 1)
             fail(api, "lincompile.LawcatWindow: rotated must be 0 or 1, got %lld", static_cast<long long>(fixed.rotated));
     }

@@ -23,7 +23,7 @@ Inputs (float32), for H query and Hkv key heads of D, windows of W and convoluti
 Outputs: ``[B, T, H·D]`` (0 at padding), and the states after the last real token.
 
 LAWCAT reads queries and keys before their rotary embedding, with the attribute ``rotated`` = 1 after it. The states of
-the convolutions hold what these read.
+the convolutions hold what these read. ``lowest`` < 0 is the floor of the log-decays; 0, as in files without it: none.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ INPUTS = (
 OUTPUTS = ("output", "present_conv", "present_state")
 _PLACEHOLDER = "LawcatSite"
 _ROLES = ("conv", "conv", "recurrent", "key", "value")  # of the placeholder's inputs 7 to 11 and outputs 1 to 5
-_ATTRIBUTES = ("num_heads", "kv_num_heads", "window", "scale", "softcap", "temperature", "rotated")
+_ATTRIBUTES = ("num_heads", "kv_num_heads", "window", "scale", "softcap", "temperature", "rotated", "lowest")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Sizes:
     softcap: float
     temperature: float
     rotated: int = 0
+    lowest: float = 0.0
 
     @property
     def state(self) -> list[int]:
@@ -239,6 +240,8 @@ def body(sizes: Sizes) -> ir.Function:
     low, mix = emit.split(projected, [sizes.rank, 2 * heads], 2)
     logits = emit("Add", emit("MatMul", low, values["gate_up"]), values["gate_bias"])
     decay = emit("Div", emit("Softplus", emit("Neg", logits)), emit.real(-sizes.temperature))
+    if sizes.lowest:
+        decay = emit("Max", decay, emit.real(sizes.lowest))
     ones = emit("Pad", emit.reshape(value, 0, 0, kv_heads, size), emit.constant([0] * 7 + [1]), emit.real(1.0))
     recurrence = ir.node(
         "LinearAttention",

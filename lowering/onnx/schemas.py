@@ -146,5 +146,5 @@ LawcatSite = _op(
     ],
     [(name, "T") for name in ("output", "new_conv_q", "new_conv_k", "new_state", "keys", "values")],
     {"num_heads": int, "kv_num_heads": int, "window": int, "scale": float, "softcap": float, "temperature": float}
-    | {"rotated": int},
+    | {"rotated": int, "lowest": float},
 )

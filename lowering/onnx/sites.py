@@ -20,11 +20,12 @@ from ...kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompil
 from ...passes.graph import argument, aten, expression, finish, target_of, value_of
 from ...passes.program import is_lincompile_op, share_tensors
 from ...passes.stateful import StepProgram
-from ..fusion.chains import LENGTHS, TOLERANCE, Mismatch, evaluate_chain, node_of, op_of
+from ..fusion.chains import LENGTHS, TOLERANCE, WIDE, Mismatch, evaluate_chain, node_of, op_of
 from ..fusion.stages import fuse_stages
 
 ops = torch.ops.lincompile
 PAST = 3  # cached tokens in the check
+BIAS = 19  # the gate's among the op's tensors: in the check it is so wide that a floor is reached
 _STAGES = ("hedgehog_features", "decay_gate")
 
 
@@ -57,20 +58,22 @@ def lawcat_window(
     softcap: float,
     temperature: float,
     rotated: bool,
+    lowest: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One site between its projections: LAWCAT (arXiv 2509.18467) and rotary softmax over the nearest keys, mixed.
 
     q ``[B, H, T, D]``, k and v ``[B, Hkv, T, D]`` before the rotary embedding, x ``[B, T, E]``, cos and sin
     ``[B, T, D]``, mask ``[B, T]`` and past_mask ``[B, P]`` bool, the states as in a step program, and the weights of
     ``Lawcat`` (``passes/linearization/methods.py``). LAWCAT reads q and k as given or, with ``rotated``, after the
-    embedding, as the window does. Returns ``[B, H, T, D]`` and the new states.
+    embedding, as the window does; ``lowest``: floor of its log-decays (None: no floor). Returns ``[B, H, T, D]`` and
+    the new states.
     """
     turned_q, turned_k = _rotated(q, cos, sin), _rotated(k, cos, sin)
     far_q, far_k = (turned_q, turned_k) if rotated else (q, k)
     features_q, new_q = ops.hedgehog_features(far_q, conv_q, conv_q_state, map_weight, map_bias, mask, False)
     features_k, new_k = ops.hedgehog_features(far_k, conv_k, conv_k_state, map_weight, map_bias, mask, True)
     low = functional.linear(x, gate_down)
-    decay = ops.decay_gate(low, gate_up, gate_bias, mask, k.shape[1], temperature)
+    decay = ops.decay_gate(low, gate_up, gate_bias, mask, k.shape[1], temperature, lowest)
     far, new_state = ops.linear_attention(features_q, features_k, v, decay, state, 1.0, True, True)
     seen = torch.cat([past_mask, mask], 1)
     near, keys, values = ops.softmax_attention_step(
@@ -161,7 +164,7 @@ def _match(module: GraphModule, site: Node) -> tuple[list[Node], list[Node], Cal
     q, conv_q, conv_q_state, map_weight, map_bias = (node_of(item) for item in maps_q.args[:5])
     k, conv_k, conv_k_state = (node_of(item) for item in maps_k.args[:3])
     low, gate_up, gate_bias = (node_of(item) for item in gate.args[:3])
-    temperature = float(argument(gate, 5, "temperature"))
+    temperature, lowest = float(argument(gate, 5, "temperature")), argument(gate, 6, "lowest")
     op_of(low, aten.linear.default, "the gate's first projection")
     while target_of(share) is not aten.linear.default:
         share = node_of(share.args[0])
@@ -180,7 +183,7 @@ def _match(module: GraphModule, site: Node) -> tuple[list[Node], list[Node], Cal
     outputs = [total, _output(maps_q, 1), _output(maps_k, 1), _output(linear, 1), _output(site, 1), _output(site, 2)]
 
     def call(*values: Any) -> tuple[Any, ...]:
-        return *values, window, scale, softcap, temperature, rotated
+        return *values, window, scale, softcap, temperature, rotated, lowest
 
     return leaves, outputs, call
 
@@ -254,7 +257,7 @@ def _random(leaves: list[Node], length: int) -> list[Tensor]:
         shape = []
         for size in (expression(size) for size in fake.shape):
             shape.append(int(size) if size.is_Integer else sizes.setdefault(str(size), PAST))
-        random = torch.randn(shape, generator=generator, dtype=torch.float64)
+        random = torch.randn(shape, generator=generator, dtype=torch.float64) * (WIDE if leaf is leaves[BIAS] else 1)
         values.append(
             torch.arange(shape[1]) >= torch.tensor([[length // 2], [0]]) if fake.dtype == torch.bool else random
         )

@@ -220,6 +220,7 @@ def lawcat_window(
     softcap: float = 0.0,
     temperature: float = 1.0,
     rotated: bool = False,
+    lowest: float | None = None,
 ) -> tuple[Any, ...]:
     """A placeholder node; :mod:`.lawcat` gives it the file's states. The file's own mask holds the past one."""
     heads, size = _static(q, 1, "the number of query heads"), _static(q, 3, "the head size")
@@ -239,6 +240,7 @@ def lawcat_window(
         softcap=softcap,
         temperature=temperature,
         rotated=int(rotated),
+        lowest=lowest or 0.0,
     )
     return _unpack_heads(packed, heads, size), *new
 

@@ -30,6 +30,7 @@ from .lora import PREFIX, Addition, merge_lora
 
 FORMAT = "lincompile-adapter-2"  # 1 didn't say whether q and k were read before or after their rotary embedding
 ROTARY = {"kept": "keep", "removed": "remove"}
+FLOOR = " floor "  # between what became of positions and a number; sites without it are of gates without a floor
 
 
 def weights_hash(program: Program) -> str:
@@ -42,7 +43,9 @@ def weights_hash(program: Program) -> str:
 
 
 def _sites(student: Program) -> dict[str, str]:
-    """Site paths and methods, with the softmax window beside them and what became of positions: ``lawcat+64 kept``."""
+    """Site paths and methods, with the softmax window beside them, what became of positions, and the floor of the
+    gates where they have one: ``lawcat+64 kept floor -1.0``.
+    """
     return {site.path: _described(site) for site in student.sites}
 
 
@@ -50,7 +53,8 @@ def _described(site: AttentionSite) -> str:
     if site.method == "softmax":
         return site.method
     window = site.details.get("window")
-    return f"{site.method}{f'+{window}' if window else ''} {site.details['rotary']}"
+    floor = f"{FLOOR}{float(site.details['lowest'])!r}" if "lowest" in site.details else ""
+    return f"{site.method}{f'+{window}' if window else ''} {site.details['rotary']}{floor}"
 
 
 def _switches(sites: Iterable[AttentionSite]) -> set[str]:
@@ -66,7 +70,10 @@ def _recorded_switches(metadata: dict[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Settings:
-    """The compiler's options that make the sites an adapter was trained for (None: the option isn't needed)."""
+    """The compiler's options that make the sites an adapter was trained for (None: the option isn't needed).
+
+    ``lowest``: the floor of the sites' gates (None: they have none).
+    """
 
     attn: str
     window: int | None
@@ -74,6 +81,7 @@ class Settings:
     keep_softmax: str | None
     rewrite_sliding: bool = False
     alibi: bool = False
+    lowest: float | None = None
 
     @staticmethod
     def of(sites: dict[str, str], switches: Collection[str] = ()) -> Settings:
@@ -81,7 +89,8 @@ class Settings:
         heads = heads_text(list(sites), softmax)
         kept = [str(index) for index, stays in enumerate(softmax) if stays]
         keep = ",".join(kept) + ("," if len(kept) == 1 else "") if heads is None else heads
-        linear = [method.partition(" ") for method in sites.values() if method != "softmax"]
+        described = [method.partition(FLOOR) for method in sites.values() if method != "softmax"]
+        linear = [method.partition(" ") for method, _, _ in described]
         attn = linear[0][0].partition("+")[0] if linear else "softmax"
         windows = [int(method.partition("+")[2] or 0) for method, _, _ in linear]  # a sliding site's may be narrower
         rotary = next((ROTARY[how] for _, _, how in linear if how in ROTARY), None)  # some sites may have no positions
@@ -92,6 +101,7 @@ class Settings:
             keep or None,
             rewrite_sliding="rewrite_sliding" in switches,
             alibi="alibi" in switches,
+            lowest=next((float(floor) for _, _, floor in described if floor), None),
         )
 
     def __str__(self) -> str:
@@ -165,11 +175,12 @@ def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash
         raise LincompileError(f"the adapter {path} was trained for another model: its teacher's hash differs")
     sites = json.loads(metadata["sites"])
     if sites != _sites(student):
-        methods = sorted({site.removesuffix(" none") for site in sites.values()})
+        methods = sorted({site.partition(FLOOR)[0].removesuffix(" none") for site in sites.values()})
         linear = [site for site in student.sites if sites.get(site.path, "softmax") != "softmax"]
+        wanted = Settings.of(sites, _switches(linear).union(_recorded_switches(metadata)))
+        floor = "" if wanted.lowest == Settings.of(_sites(student)).lowest else f" (in Python, lowest={wanted.lowest})"
         raise LincompileError(
-            f"the adapter {path} is for {len(sites)} sites with {', '.join(methods)}: give "
-            f"{Settings.of(sites, _switches(linear).union(_recorded_switches(metadata)))}"
+            f"the adapter {path} is for {len(sites)} sites with {', '.join(methods)}: give {wanted}{floor}"
         )
     own_parameters(student, teacher)
     parameters = dict(student.graph_module.named_parameters(remove_duplicate=False))

@@ -273,7 +273,8 @@ def run_of(stage: str, data: dict[str, Any], student: Program, teacher: Program 
 
     ``teacher`` is None where nothing is to be resumed: reading all weights takes seconds.
     """
-    sites = [[s.path, s.method, s.details.get("window"), s.details.get("rotary")] for s in student.sites]
+    made = ("window", "rotary", "lowest")
+    sites = [[site.path, site.method, *map(site.details.get, made)] for site in student.sites]
     return {"stage": stage, "data": data, "sites": sites, "model": teacher and weights_checksum(teacher)}
 
 

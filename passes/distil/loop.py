@@ -22,10 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LincompileError
-from ..linearization.methods import HALF_LIVES, logits_of_half_lives
 from .spread import add_gradients, agreed, current, start_alike, writes
 
-GATE_BIAS = "gate.bias"
 Progress = Callable[[int, int, float, float], None]
 """Called after every step: (step, steps expected, mean loss, tokens per second)."""
 
@@ -45,8 +43,6 @@ class LoopOptions:
         save_every: steps between checkpoints.
         replay: on a GPU, record a step as a CUDA graph and launch that (several times faster for small models).
         compile: compile what lies between matrix products, and the attention modules (None: on a GPU).
-        shortest: half-life in tokens under which no gate's bias is trained (0: any). The kernels take chunks that
-            forget faster on a slower way, and next to nothing is learned from a feature that holds no token for long.
     """
 
     steps: int = 200
@@ -57,11 +53,8 @@ class LoopOptions:
     save_every: int = 50
     replay: bool = True
     compile: bool | None = None
-    shortest: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.shortest < HALF_LIVES[0]:
-            raise LincompileError(f"gates start from half-lives of {HALF_LIVES[0]:g} tokens: shortest={self.shortest}")
         if self.steps < 0 or (self.seconds is not None and self.seconds < 0):
             raise LincompileError(f"training can't take {self.steps} steps or {self.seconds} seconds: give 0 or more")
         if not (self.clip > 0 and 0 <= self.warmup <= 1 and self.weight_decay >= 0 and self.save_every > 0):
@@ -119,11 +112,10 @@ class Masters:
     A bfloat16 parameter would swallow updates smaller than 1/256 of it.
     """
 
-    def __init__(self, parts: Sequence[Part], weight_decay: float, shortest: float = 0.0) -> None:
+    def __init__(self, parts: Sequence[Part], weight_decay: float) -> None:
         self.parts = parts
         self.masters: dict[str, Tensor] = {}
         self.copied: list[tuple[nn.Parameter, Tensor]] = []
-        self.lowest: list[tuple[Tensor, Tensor]] = []
         by_rate: dict[float, list[Tensor]] = {}
         for part in parts:
             for name, parameter in part.parameters.items():
@@ -132,10 +124,6 @@ class Masters:
                     master = nn.Parameter(parameter.detach().float())
                     self.copied.append((parameter, master))
                 self.masters[f"{part.name}/{name}"] = master
-                if shortest and name.endswith(GATE_BIAS):
-                    limit = logits_of_half_lives(torch.tensor([shortest], dtype=torch.float64)).to(master)
-                    # what was trained without a limit, and is trained on, stays where it is
-                    self.lowest.append((master, torch.minimum(master.detach(), limit)))
                 by_rate.setdefault(part.rates[name], []).append(master)
         groups = [{"params": members, "peak": rate, "lr": rate} for rate, members in sorted(by_rate.items())]
         on_gpu = all(master.is_cuda for master in self.masters.values())
@@ -158,9 +146,6 @@ class Masters:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         self.optimizer.step()
-        with torch.no_grad():
-            for master, limit in self.lowest:
-                master.clamp_(min=limit)
         self.write()
 
     def _bad_gradient(self, index: int, what: str) -> str:
@@ -281,7 +266,7 @@ def train(
     for parameter in frozen:
         parameter.requires_grad_(True)
     start_alike(frozen)
-    masters = Masters(parts, options.weight_decay, options.shortest)
+    masters = Masters(parts, options.weight_decay)
     device = next(iter(frozen)).device if frozen else torch.device("cpu")
     try:
         if checkpoint is not None and checkpoint.exists():

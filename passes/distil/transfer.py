@@ -23,7 +23,7 @@ from ..program import Program
 from .calibrate import calibrate
 from .data import Batches
 from .instrument import TrainingGraph, beside, run_of
-from .loop import GATE_BIAS, LoopOptions, LoopReport, Part, Progress, train
+from .loop import LoopOptions, LoopReport, Part, Progress, train
 from .pieces import Pieces
 from .regions import Compiled
 from .spread import total
@@ -66,7 +66,7 @@ class Transfer(LoopOptions):
 
     def rate_of(self, name: str) -> float:
         """Peak rate of a parameter, by its name within its attention module."""
-        if name.endswith(GATE_BIAS):
+        if name.endswith("gate.bias"):
             return self.bias_rate
         return self.gate_rate if name.startswith(("gate", "beta", "mix")) else self.rate
 

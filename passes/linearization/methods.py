@@ -27,6 +27,9 @@ GATE_TEMPERATURE = 16.0
 GATE_RANK = 16
 CONV_WIDTH = 4
 HALF_LIVES = (64.0, 256.0, 1024.0, 4096.0)
+# The floor of log-decays per key feature. What forgets faster holds no token for long anyway, and with it half a chunk
+# of the Triton kernels (32 tokens) never decays by more than e⁻³²: they take such chunks on their fast way.
+LOWEST = -1.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class SiteShape:
     """Sizes of one attention site: query and KV heads, head_dim of q and k, of v, width of the hidden states.
 
     ``window``: softmax over this many of the nearest keys is mixed in (0 = linear alone), with the site's softcap.
+    ``lowest``: floor of the log-decays of methods that are ``floored`` (None: no floor).
     """
 
     heads: int
@@ -45,6 +49,7 @@ class SiteShape:
     causal: bool
     window: int = 0
     softcap: float = 0.0
+    lowest: float | None = LOWEST
 
     @property
     def groups(self) -> int:
@@ -65,6 +70,7 @@ class LinearMethod(nn.Module):
     method = ""
     rotary = True
     gated = False
+    floored = False  # whether its log-decays, one per key feature, have a floor: ``shape.lowest``
     bidirectional = False
     normalised = False  # whether an output is an average of values, whose weights add up to one
     # Features and gates as one op each, with gradients; None: on a GPU. Graphs are traced on the CPU, so that programs
@@ -123,15 +129,15 @@ def like(value: Tensor, v: Tensor) -> Tensor:
 
 
 class DecayGate(nn.Module):
-    """log α = logsigmoid(x W₁ W₂ + b) / 16, per key feature (GLA's low-rank gate).
+    """log α = max(logsigmoid(x W₁ W₂ + b) / 16, lowest), per key feature (GLA's low-rank gate; None: no floor).
 
     The bias starts the features' half-lives spread evenly in log-space between 64 and 4096 tokens, so that a fresh
     student keeps both near and far context.
     """
 
-    def __init__(self, hidden: int, kv_heads: int, features: int) -> None:
+    def __init__(self, hidden: int, kv_heads: int, features: int, lowest: float | None) -> None:
         super().__init__()
-        self.kv_heads, self.features = kv_heads, features
+        self.kv_heads, self.features, self.lowest = kv_heads, features, lowest
         self.down = nn.Parameter(torch.randn(GATE_RANK, hidden) * 0.006)
         self.up = nn.Parameter(torch.randn(kv_heads * features, GATE_RANK) * 0.006)
         self.bias = nn.Parameter(half_life_bias(features).repeat(kv_heads))
@@ -141,12 +147,14 @@ class DecayGate(nn.Module):
         low = functional.linear(x, self.down)
         if fused:
             gate: Tensor = torch.ops.lincompile.decay_gate(
-                low, self.up, self.bias, mask, self.kv_heads, GATE_TEMPERATURE
+                low, self.up, self.bias, mask, self.kv_heads, GATE_TEMPERATURE, self.lowest
             )
             return gate
         logits = functional.linear(low, self.up, self.bias)
         # −softplus(−x) is logsigmoid written so that no exporter turns it into log(sigmoid(x)), which is −inf at −20
         log_decay = -functional.softplus(-logits) / GATE_TEMPERATURE
+        if self.lowest is not None:
+            log_decay = log_decay.clamp(min=self.lowest)
         return keep_real(
             torch.unflatten(log_decay, -1, (self.kv_heads, self.features)).transpose(1, 2), mask, head_axis=True
         )
@@ -246,10 +254,11 @@ class GLA(LinearMethod):
     method = "gla"
     rotary = False
     gated = True
+    floored = True
 
     def __init__(self, shape: SiteShape) -> None:
         super().__init__(shape)
-        self.gate = DecayGate(shape.hidden, shape.kv_heads, shape.head_dim)
+        self.gate = DecayGate(shape.hidden, shape.kv_heads, shape.head_dim, shape.lowest)
         self.out_scale = nn.Parameter(torch.full((shape.heads, 1, 1), 1.0 / HALF_LIVES[0]))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -294,6 +303,7 @@ class Lawcat(LinearMethod):
     method = "lawcat"
     rotary = False
     gated = True
+    floored = True
     normalised = True
 
     def __init__(self, shape: SiteShape) -> None:
@@ -301,7 +311,7 @@ class Lawcat(LinearMethod):
         self.conv_q = ShortConv(shape.heads * shape.head_dim)
         self.conv_k = ShortConv(shape.kv_heads * shape.head_dim)
         self.map = HedgehogMap(shape.kv_heads, shape.head_dim)
-        self.gate = DecayGate(shape.hidden, shape.kv_heads, 2 * shape.head_dim)
+        self.gate = DecayGate(shape.hidden, shape.kv_heads, 2 * shape.head_dim, shape.lowest)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         fused = self.fused(q)
@@ -333,7 +343,7 @@ class GatedDelta(LinearMethod):
         super().__init__(shape)
         self.conv_q = ShortConv(shape.heads * shape.head_dim)
         self.conv_k = ShortConv(shape.kv_heads * shape.head_dim)
-        self.gate = DecayGate(shape.hidden, shape.kv_heads, 1)
+        self.gate = DecayGate(shape.hidden, shape.kv_heads, 1, None)
         self.beta_weight = nn.Parameter(torch.randn(shape.kv_heads, shape.hidden) * 0.006)
         self.beta_bias = nn.Parameter(torch.zeros(shape.kv_heads))
         self.out_scale = nn.Parameter(torch.ones(shape.heads, 1, 1))

@@ -26,7 +26,7 @@ from ..identity import ProveAttention
 from ..linearize import MODULE_PREFIX, LinearizeAttention
 from ..pipeline import Pipeline
 from ..program import Program
-from .methods import LinearMethod
+from .methods import LOWEST, LinearMethod
 
 MODE_NOTE = "the linearized forward runs as in evaluation mode: dropout and batch-norm updates are off"
 Constant = bool | int | float | str
@@ -44,6 +44,7 @@ def linearize_(
     window: int = 0,
     seed: int = 0,
     rotary: str = "",
+    lowest: float | None = LOWEST,
 ) -> dict[str, Any]:
     """Replaces a module's softmax attention by linear attention, in place.
 
@@ -56,7 +57,7 @@ def linearize_(
         module: any module. It is captured in evaluation mode.
         attn: gla, hedgehog, lawcat or gated-delta.
         example: the tensors of one call, by name or position; inferred where ``forward`` takes token ids alone.
-        keep, count, sliding, window, seed, rotary: as in ``LinearizeAttention``.
+        keep, count, sliding, window, seed, rotary, lowest: as in ``LinearizeAttention``.
 
     Returns:
         ``{"sites": [record…], "rewritten": n, "kept": {path: reason}, "parameters_added": n, "notes": […]}``: every
@@ -76,7 +77,9 @@ def linearize_(
         from ..formats.plain import infer_example
 
         example = infer_example(module)
-    options = LinearizeAttention(attn, keep=keep, count=count, sliding=sliding, window=window, seed=seed, rotary=rotary)
+    options = LinearizeAttention(
+        attn, keep=keep, count=count, sliding=sliding, window=window, seed=seed, rotary=rotary, lowest=lowest
+    )
     forward = LinearForward(module, options)
     program = forward.install(named_inputs(module, example))
     added = sum(p.numel() for p in module.get_submodule(MODULE_PREFIX).parameters())

@@ -73,11 +73,11 @@ def stages() -> None:
         args = (x, taps, state, torch.zeros(2, dim, dim), torch.zeros(2, 1, dim))
         features.backward(*features.forward(*args, mask, True), *args, mask, True)
     z = torch.zeros(2, 256, 16, dtype=BF16)
-    projection = (torch.zeros(256, 16), torch.zeros(256), mask, 2, 16.0)
+    projection = (torch.zeros(256, 16), torch.zeros(256), mask, 2, 16.0, -1.0)
     gate.backward(gate.forward(z, *projection), z, *projection)
     for channels, dtype in ((128, BF16), (256, BF16), (256, torch.float32)):
         z = torch.zeros(1, 2048, 16, dtype=dtype)  # long enough for several tiles a program
-        wide = (torch.zeros(16 * channels, 16), torch.zeros(16 * channels), None, 16, 16.0)
+        wide = (torch.zeros(16 * channels, 16), torch.zeros(16 * channels), None, 16, 16.0, None)
         gate.backward(gate.forward(z, *wide), z, *wide)
     tall, square = torch.zeros(2, 2, 4, 64, 64), torch.zeros(2, 2, 64, 64)
     whole = torch.zeros(2, 2, 4, 1, 1)
@@ -161,7 +161,7 @@ def inputs() -> None:
             gate = torch.zeros(16, width, dtype=dtype), torch.zeros(rows, 16, dtype=dtype), torch.zeros(rows)
             for norm in (None, torch.ones(width, dtype=dtype)):
                 x, mask = torch.zeros(2, 1, width, dtype=dtype), torch.ones(2, 1, dtype=torch.bool)
-                kernels.forward(*sides, x, norm, *gate, mask, 1e-5, kv_heads, 16.0)  # type: ignore[arg-type]
+                kernels.forward(*sides, x, norm, *gate, mask, 1e-5, kv_heads, 16.0, -1.0)  # type: ignore[arg-type]
 
 
 def int6() -> None:

@@ -61,7 +61,7 @@ def features() -> list[Tensor]:
 
 
 def gate() -> list[Tensor]:
-    return [ops.decay_gate(random(3, 170, 4), random(16, 4, seed=1), random(16, seed=2), None, 2, 16.0)]
+    return [ops.decay_gate(random(3, 170, 4), random(16, 4, seed=1), random(16, seed=2), None, 2, 16.0, -1.0)]
 
 
 def delta() -> list[Tensor]:

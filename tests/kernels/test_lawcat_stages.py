@@ -19,6 +19,7 @@ from lincompile.kernels.decay_gate import reference as gate_reference
 from lincompile.kernels.hedgehog_features import reference as feature_reference
 from lincompile.passes.linearization.methods import (
     GATE_TEMPERATURE,
+    LOWEST,
     DecayGate,
     HedgehogMap,
     ShortConv,
@@ -37,12 +38,12 @@ FEATURES = [
     (1, 2, 2, 33, 24, 0, False, True, True, torch.float32),
     (1, 3, 1, 17, 16, 4, False, True, True, torch.bfloat16),
 ]
-# B, kv heads, T, features of a head, rank, mask, dtype
+# B, kv heads, T, features of a head, rank, mask, floor, dtype
 GATES = [
-    (1, 2, 130, 32, 16, False, torch.float32),
-    (2, 2, 20, 40, 16, True, torch.float32),
-    (2, 1, 1, 16, 5, True, torch.float32),
-    (1, 2, 17, 300, 16, True, torch.bfloat16),
+    (1, 2, 130, 32, 16, False, LOWEST, torch.float32),
+    (2, 2, 20, 40, 16, True, LOWEST, torch.float32),
+    (2, 1, 1, 16, 5, True, None, torch.float32),
+    (1, 2, 17, 300, 16, True, -0.25, torch.bfloat16),
 ]
 
 
@@ -58,11 +59,11 @@ def make_features(case: tuple[Any, ...], device: str = "cpu") -> list[Any]:
 
 
 def make_gate(case: tuple[Any, ...], device: str = "cpu") -> list[Any]:
-    batch, heads, length, features, rank, masked, dtype = case
+    batch, heads, length, features, rank, masked, lowest, dtype = case
     z = torch.randn(batch, length, rank, device=device, dtype=dtype)
-    weight, bias = torch.randn(heads * features, rank, device=device), torch.randn(heads * features, device=device) * 9
+    weight, bias = torch.randn(heads * features, rank, device=device), torch.randn(heads * features, device=device) * 16
     mask = torch.rand(batch, length, device=device) > 0.3 if masked else None
-    return [z, weight, bias, mask, heads, GATE_TEMPERATURE]
+    return [z, weight, bias, mask, heads, GATE_TEMPERATURE, lowest]
 
 
 def compare(kernels: Any, reference: Any, args: list[Any], dtype: torch.dtype) -> None:
@@ -136,12 +137,28 @@ def test_features_are_what_the_modules_compute(masked: bool) -> None:
 
 
 @on_cpu
+@pytest.mark.parametrize("lowest", [None, LOWEST])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_gate_is_what_the_module_computes(masked: bool) -> None:
-    gate = DecayGate(12, 2, 6).double()
+def test_the_gate_is_what_the_module_computes(masked: bool, lowest: float | None) -> None:
+    gate = DecayGate(12, 2, 6, lowest).double()
+    with torch.no_grad():
+        gate.bias[::2] = -40.0
     x, mask = torch.randn(2, 9, 12, dtype=torch.float64), torch.rand(2, 9) > 0.3 if masked else None
     z = torch.nn.functional.linear(x, gate.down)
-    torch.testing.assert_close(ops.decay_gate(z, gate.up, gate.bias, mask, 2, GATE_TEMPERATURE), gate(x, mask))
+    have, want = ops.decay_gate(z, gate.up, gate.bias, mask, 2, GATE_TEMPERATURE, lowest), gate(x, mask)
+    torch.testing.assert_close(have, want)
+    assert float(want.detach().min()) == LOWEST if lowest else float(want.detach().min()) < -2.4
+
+
+@on_cpu
+def test_nothing_is_learned_below_the_floor_and_nan_stays() -> None:
+    z = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor([-40.0, 2.0, float("nan")], dtype=torch.float64, requires_grad=True)
+    out = ops.decay_gate(z, weight, bias, None, 1, GATE_TEMPERATURE, LOWEST)
+    assert torch.equal(out[..., 0], torch.full_like(out[..., 0], LOWEST)) and bool(out[..., 2].isnan().all())
+    (slopes,) = torch.autograd.grad(out.sum(), bias)
+    assert slopes[0] == 0 and slopes[1] > 0 and slopes[2].isnan()
 
 
 @on_cpu
@@ -154,8 +171,9 @@ def test_gradients_and_carried_state() -> None:
     plain = (1, 2, 2, 3, 3, 0, False, True, True, torch.float64)
     features: Callable[..., Tensor] = lambda *a: ops.hedgehog_features(*a)[0]  # noqa: E731
     assert torch.autograd.gradcheck(features, leaves(make_features(plain)))
-    gate = leaves(make_gate((1, 2, 4, 3, 2, True, torch.float64)))
-    assert torch.autograd.gradcheck(lambda *a: ops.decay_gate(*a), gate)
+    for lowest in (None, LOWEST):
+        gate = leaves(make_gate((1, 2, 4, 3, 2, True, lowest, torch.float64)))
+        assert torch.autograd.gradcheck(lambda *a: ops.decay_gate(*a), gate)
 
     x, *rest = make_features((2, 4, 2, 9, 3, 4, True, False, False, torch.float32))
     whole, final = ops.hedgehog_features(x, *rest)
@@ -174,7 +192,7 @@ def test_opcheck(length: int) -> None:
 
     check(ops.hedgehog_features, make_features((2, 4, 2, length, 3, 4, True, True, True, torch.float32)))
     check(ops.hedgehog_features, make_features((2, 2, 2, length, 3, 0, False, False, False, torch.float32)))
-    check(ops.decay_gate, make_gate((2, 2, length, 3, 2, True, torch.float32)))
+    check(ops.decay_gate, make_gate((2, 2, length, 3, 2, True, LOWEST, torch.float32)))
 
 
 @on_cpu
@@ -188,11 +206,13 @@ def test_bad_input_is_named() -> None:
         ops.hedgehog_features(x, None, initial, weight, bias, mask, True)
     with pytest.raises(ValueError, match=r"mask must be bool"):
         ops.hedgehog_features(x, conv, initial, weight, bias, mask.float(), True)
-    z, up, offset, mask, heads, _ = make_gate((1, 2, 4, 3, 2, True, torch.float32))
+    z, up, offset, mask, heads, *_ = make_gate((1, 2, 4, 3, 2, True, None, torch.float32))
     with pytest.raises(ValueError, match=r"decay_gate: 6 rows of weight don't divide into 4 kv heads"):
-        ops.decay_gate(z, up, offset, mask, 4, 16.0)
+        ops.decay_gate(z, up, offset, mask, 4, 16.0, None)
     with pytest.raises(ValueError, match=r"temperature must be above 0, got 0.0"):
-        ops.decay_gate(z, up, offset, mask, heads, 0.0)
+        ops.decay_gate(z, up, offset, mask, heads, 0.0, None)
+    with pytest.raises(ValueError, match=r"lowest must be below 0 \(None = no floor\), got 0.0"):
+        ops.decay_gate(z, up, offset, mask, heads, 16.0, 0.0)
 
 
 @on_cpu
@@ -202,6 +222,8 @@ def test_modules_compute_the_same_fused(name: str, masked: bool) -> None:
     module = method_class(name)(SiteShape(4, 2, 8, 8, 12, 0.5, True)).double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
+    if module.floored:
+        torch.nn.init.normal_(module.gate.bias, std=16.0)  # half of them at the floor
     tall = [torch.randn(2, 9, heads, 8, dtype=torch.float64).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]
     leaves = [*tall, torch.randn(2, 9, 12, dtype=torch.float64, requires_grad=True)]
     mask = torch.rand(2, 9) > 0.3 if masked else None

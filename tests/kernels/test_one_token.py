@@ -51,10 +51,14 @@ def site(case: tuple[Any, ...], length: int, masked: bool, norm: bool, device: s
         sides += [random(batch, length, count, dim).transpose(1, 2), random(count * dim, taps)]
         sides += [random(batch, count * dim, taps - 1), random(own, dim, dim, scale=2 / dim**0.5), random(own, 1, dim)]
     rows = kv_heads * 2 * dim
-    gate = [random(rank, hidden, scale=hidden**-0.5), random(rows, rank), random(rows)]
+    gate = [
+        random(rank, hidden, scale=hidden**-0.5),
+        random(rows, rank),
+        random(rows, scale=16.0),
+    ]  # a good part of the log-decays at the floor
     mask = torch.rand(batch, length, device=device) > 0.4 if masked else None
     weight = (torch.rand(hidden, device=device) + 0.5).to(dtype) if norm else None
-    return [*sides, random(batch, length, hidden), weight, *gate, mask, 1e-5, kv_heads, 16.0]
+    return [*sides, random(batch, length, hidden), weight, *gate, mask, 1e-5, kv_heads, 16.0, -1.0]
 
 
 def wide(items: list[Any]) -> list[Any]:
@@ -75,12 +79,12 @@ def compare(have: Any, want: Any, tolerance: float) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_inputs_are_the_ops_they_stand_for(length: int, masked: bool) -> None:
     args = site(SITES[4], length, masked, norm=True)
-    q, k, (x, weight, down, up, bias, mask, eps, kv_heads, rate) = args[:5], args[5:10], args[10:]
+    q, k, (x, weight, down, up, bias, mask, eps, kv_heads, rate, lowest) = args[:5], args[5:10], args[10:]
     have = torch.ops.lincompile.lawcat_inputs(*args)
     feature_q, state_q = ops.hedgehog_features(*q, mask, False)
     feature_k, state_k = ops.hedgehog_features(*k, mask, True)
     z = functional.linear(functional.rms_norm(x, (x.shape[-1],), weight, eps), down)
-    want = (feature_q, feature_k, ops.decay_gate(z, up, bias, mask, kv_heads, rate), state_q, state_k)
+    want = (feature_q, feature_k, ops.decay_gate(z, up, bias, mask, kv_heads, rate, lowest), state_q, state_k)
     torch.testing.assert_close(have, want, rtol=0, atol=0)
     fakes = torch.library.opcheck(torch.ops.lincompile.lawcat_inputs, tuple(args), test_utils="test_faketensor")
     assert set(fakes.values()) == {"SUCCESS"}
@@ -100,6 +104,7 @@ def test_inputs_are_the_ops_they_stand_for(length: int, masked: bool) -> None:
         (15, lambda t: t.long(), "mask must be bool"),
         (17, lambda t: 3, "kv_heads must be the heads of k"),
         (18, lambda t: 0.0, "temperature must be above 0"),
+        (19, lambda t: 0.5, "lowest must be below 0"),
     ],
 )
 def test_inputs_that_dont_fit_are_named(place: int, change: Any, message: str) -> None:

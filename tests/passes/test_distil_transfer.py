@@ -277,31 +277,6 @@ def test_each_part_is_clipped_alone() -> None:
     assert float(large.grad.norm()) == pytest.approx(1.0, rel=1e-4)
 
 
-@pytest.mark.parametrize(("shortest", "ends"), [(1.0, -11.09), (0.0, -30.0)])
-def test_gates_learn_to_forget_within_a_token_and_no_faster(shortest: float, ends: float) -> None:
-    gate, other = nn.Parameter(torch.tensor([2.0, -40.0])), nn.Parameter(torch.zeros(2))
-    part = Part("site", {"gate.bias": gate, "map.bias": other}, {"gate.bias": 1.0, "map.bias": 1.0})
-
-    def losses_of(step: int) -> tuple[Tensor, int]:
-        loss = (gate + other).sum()  # both fall by a rate a step
-        loss.backward()
-        return loss.detach()[None], 1
-
-    train([part], losses_of, LoopOptions(steps=60, warmup=0.0, shortest=shortest))
-    fast, faster = gate.detach().tolist()
-    assert fast == pytest.approx(ends, abs=0.01 if shortest else 5.0)
-    if shortest:
-        assert faster == -40.0  # trained so before: neither lifted nor lowered
-    else:
-        assert faster < -60.0
-    assert bool((other < -25.0).all())  # nothing else is held
-
-
-def test_a_shortest_half_life_above_those_at_the_start_is_refused() -> None:
-    with pytest.raises(LincompileError, match="start from half-lives of 64 tokens"):
-        Transfer(shortest=64.0)
-
-
 def test_reports_are_of_the_stage(teacher: Program) -> None:
     report = transfer(teacher, linear(teacher), windows(), Transfer(steps=1))
     assert isinstance(report, TransferReport) and report.seconds > 0
