@@ -182,15 +182,47 @@ def test_the_gradient_is_registered_as_the_forward_promises() -> None:
     torch.library.opcheck(torch.ops.lincompile.softmax_attention.default, (q, k, v, None, "sliding", 4, 0.5, 0.0))
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "value_dim", "serves"),
+    [
+        ("cpu", torch.bfloat16, 64, 64, False),
+        ("cuda", torch.float32, 64, 64, False),
+        ("cuda", torch.bfloat16, 64, 32, False),
+        ("cuda", torch.bfloat16, 60, 60, False),
+        ("cuda", torch.bfloat16, 64, 64, True),
+    ],
+)
+def test_where_flash_attentions_gradients_are_taken(monkeypatch, device, dtype, head_dim, value_dim, serves):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    q, _, v = make(7, 7, head_dim=head_dim, value_dim=value_dim)
+    q, v = (MagicMock(is_cuda=device == "cuda", dtype=dtype, shape=x.shape, numel=x.numel) for x in (q, v))
+    assert reference._flash_serves(q, v) == serves
+
+
 @pytest.mark.parametrize("causal", [False, True])
-def test_gradients_through_torchs_attention(causal):
-    q, k, v = make(7, 7, value_dim=4)
-    grad, scale = torch.randn(2, 9, 7, 4, dtype=torch.float64), 0.3
-    inputs = (grad, q, k, v, None, "causal" if causal else "full", 0, scale, 0.0)
-    for have, want in zip(
-        reference._flash_backward(grad, q, k, v, causal, scale), reference.backward(*inputs), strict=True
-    ):
-        torch.testing.assert_close(have, want)
+def test_flash_attentions_gradients_are_put_together_right(monkeypatch, causal):
+    """Its ops for CPUs in the place of those for GPUs, which take more arguments."""
+    plain = torch.ops.aten
+
+    def forward(q, k, v, dropout, causal, debug, scale):
+        return *plain._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, scale=scale), *range(7)
+
+    def backward(grad, q, k, v, out, sums, *rest, scale):
+        assert rest == (0, 1, 2, 3, 0.0, causal, 4, 5)
+        assert torch.are_deterministic_algorithms_enabled()
+        return plain._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, sums, 0.0, causal, scale=scale
+        )
+
+    fake = MagicMock(_scaled_dot_product_flash_attention=forward, _scaled_dot_product_flash_attention_backward=backward)
+    monkeypatch.setattr(reference, "aten", fake)
+    q, k, v = make(7, 7, head_dim=8, value_dim=8)
+    grad = torch.randn(2, 9, 7, 8, dtype=torch.float64)
+    have = reference._flash_backward(grad, q, k, v, causal, 0.3)
+    want = reference.backward(grad, q, k, v, None, "causal" if causal else "full", 0, 0.3, 0.0)
+    for one, other in zip(have, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
