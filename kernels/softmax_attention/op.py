@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..first_use import serving
+from ..first_use import serving, trusted
 from ..registration import Grads, backend, gradient_fake, present, selected, without_autocast
 from ..shapes import require, require_qkv, require_rank, require_same_device, require_shape
-from . import reference
+from . import flash, reference
 
 _OPTIONS = "Tensor? key_padding, str kind, int window, float scale, float softcap"
 
@@ -92,6 +92,10 @@ def softmax_attention_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of ``softmax_attention`` for q, k, v, contiguous."""
     args = (grad_o, q, k, v, key_padding, kind, window, scale, softcap)
+    if flash.supports(q, k, v, key_padding, kind, softcap):
+        pair, layouts = (flash.backward, reference.backward), ["b.t."] * 4
+        if trusted("softmax_attention backward (FlashAttention)", *pair, layouts, args, together=False):
+            return present(flash.backward(*args), q)
     return present(_kernels(*args, function="backward").backward(*args), q)
 
 

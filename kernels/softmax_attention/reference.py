@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from ..shapes import accumulator_dtype, group_heads
 
-aten = torch.ops.aten
 KINDS = ("full", "causal", "sliding")
 ROWS = 512
 NARROW = 256  # windows up to here take the banded backward pass
@@ -52,7 +51,7 @@ def forward(
 ) -> Tensor:
     """Returns contiguous ``o [B, H, T, Dv]`` in v's dtype, through torch's fused SDPA wherever it means the same."""
     length, keys = q.shape[2], k.shape[2]
-    if _plain(q, k, v, key_padding, kind, softcap):
+    if unmasked(q, k, v, key_padding, kind, softcap):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=kind == "causal", scale=scale, enable_gqa=True)
         return out.contiguous() if keys else out.new_zeros(out.shape)
     fusable = softcap == 0 and q.dtype == k.dtype == v.dtype
@@ -82,12 +81,7 @@ def backward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact gradients for q, k, v; weights are recomputed one block of rows at a time.
-
-    On a GPU 16-bit inputs take FlashAttention's backward pass (its deterministic one) where torch has it.
-    """
-    if _plain(q, k, v, key_padding, kind, softcap) and _flash_serves(q, v):
-        return _flash_backward(grad_o, q, k, v, kind == "causal", scale)
+    """Exact gradients for q, k, v; weights are recomputed one block of rows at a time."""
     if kind == "sliding" and q.shape[2] == k.shape[2] and window <= min(NARROW, q.shape[2] // 2):
         return _banded_backward(grad_o, q, k, v, key_padding, window, scale, softcap)
     dtype = accumulator_dtype(q, k, v)
@@ -109,44 +103,10 @@ def backward(
     return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, kind: str, softcap: float) -> bool:
+def unmasked(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, kind: str, softcap: float) -> bool:
     """Whether torch's SDPA means the same without a mask."""
     shape = kind == "full" or (kind == "causal" and q.shape[2] == k.shape[2])
     return shape and key_padding is None and softcap == 0 and q.dtype == k.dtype == v.dtype
-
-
-def _flash_serves(q: Tensor, v: Tensor) -> bool:
-    """Whether FlashAttention takes these; SDPA's other backward passes have no fixed order of their sums."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or not q.numel():
-        return False
-    width = q.shape[3]
-    known = torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(q.device)[0] >= 8
-    return known and width == v.shape[3] and width % 8 == 0 and width <= 256
-
-
-def _flash_backward(
-    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """FlashAttention's gradients; one run equals another (torch's flag for that is set meanwhile).
-
-    Its ops are called as they are: autograd doesn't reach into an op's own code.
-    """
-    groups = q.shape[1] // k.shape[1]
-    wide_k, wide_v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    q, grad_o = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, grad_o.to(q.dtype)))
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        out, sums, *rest = aten._scaled_dot_product_flash_attention(q, wide_k, wide_v, 0.0, causal, False, scale=scale)
-        cum_q, cum_k, most_q, most_k, seed, offset = rest[:6]
-        d_q, d_k, d_v = aten._scaled_dot_product_flash_attention_backward(
-            grad_o, q, wide_k, wide_v, out, sums, cum_q, cum_k, most_q, most_k, 0.0, causal, seed, offset,
-            scale=scale,
-        )  # fmt: skip
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    d_k, d_v = (torch.unflatten(x, 1, (-1, groups)).float().sum(2).to(k.dtype) for x in (d_k, d_v))
-    return d_q, d_k, d_v
 
 
 def _banded_backward(

@@ -74,8 +74,8 @@ def kernels_of(reference: Any, wrong: str, by: float) -> SimpleNamespace:
     """The reference as if it were kernels; the first result of ``wrong`` is off by a factor in a few columns."""
 
     def broken(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            result = function(*args)
+        def run(*args: Any, **options: Any) -> Any:
+            result = function(*args, **options)
             first, *rest = [result] if isinstance(result, Tensor) else result
             first = first.clone()
             first[..., -1] *= by
@@ -87,7 +87,7 @@ def kernels_of(reference: Any, wrong: str, by: float) -> SimpleNamespace:
     found = {name: getattr(reference, name) for name in names if hasattr(reference, name)}
     if reference is linear_reference:
         plain = reference.chunkwise_backward
-        found["chunkwise_backward"] = lambda grad, state, o, *rest: plain(grad, state, *rest)
+        found["chunkwise_backward"] = lambda grad, state, o, *rest, **_: plain(grad, state, *rest)
     if reference is delta_reference:
         found = {"scan_forward": reference.LOOPS.forward, "scan_backward": reference.LOOPS.backward}
     found[wrong] = broken(found[wrong])
@@ -145,7 +145,7 @@ def test_wrong_kernels_are_found_and_not_used(name: str, monkeypatch: pytest.Mon
 def test_kernels_that_a_chip_has_no_room_for_are_not_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources
 
-    def refuse(*args: Any) -> None:
+    def refuse(*args: Any, **_: Any) -> None:
         raise OutOfResources(329728, 232448, "shared memory")
 
     call, module, reference, wrong = CASES[name]
@@ -169,7 +169,7 @@ def test_right_kernels_are_used(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     kernels = kernels_of(reference, wrong, 1.0)
     calls: list[Any] = []
     whole = getattr(kernels, wrong)
-    setattr(kernels, wrong, lambda *args: calls.append(args[0].shape) or whole(*args))
+    setattr(kernels, wrong, lambda *args, **options: calls.append(args[0].shape) or whole(*args, **options))
     monkeypatch.setattr(module, "backend", lambda *_: kernels)
     with warnings.catch_warnings(action="error"):
         got = results(call)

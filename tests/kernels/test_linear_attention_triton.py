@@ -125,7 +125,8 @@ def test_values_states_and_gradients(case: tuple[str, bool, bool, int, int, int]
     assert len(have) == len(want)
     for x, y in zip(have, want, strict=True):
         assert torch.isfinite(x).all()
-        assert (x - y).norm() <= 2e-5 * y.norm() + 1e-5
+        # Where decays leave nothing, a gradient is what is left of numbers around 1, to a few of float32's digits each.
+        assert (x - y).norm() <= 2e-5 * y.norm() + 4e-7 * max(y.numel() ** 0.5, 25)
 
 
 @needs_kernels

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lincompile.kernels import ops
-from lincompile.kernels.softmax_attention import reference
+from lincompile.kernels.softmax_attention import flash, reference
 
 KINDS = [("full", 0), ("causal", 0), ("sliding", 3)]
 
@@ -195,9 +195,11 @@ def test_the_gradient_is_registered_as_the_forward_promises() -> None:
 def test_where_flash_attentions_gradients_are_taken(monkeypatch, device, dtype, head_dim, value_dim, serves):
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    q, _, v = make(7, 7, head_dim=head_dim, value_dim=value_dim)
-    q, v = (MagicMock(is_cuda=device == "cuda", dtype=dtype, shape=x.shape, numel=x.numel) for x in (q, v))
-    assert reference._flash_serves(q, v) == serves
+    shapes = [x.shape for x in make(7, 7, head_dim=head_dim, value_dim=value_dim)]
+    q, k, v = (MagicMock(is_cuda=device == "cuda", dtype=dtype, shape=shape) for shape in shapes)
+    assert flash.supports(q, k, v, None, "causal", 0.0) == serves
+    for padding, kind, softcap in ((None, "sliding", 0.0), (None, "causal", 2.0), (q, "full", 0.0)):
+        assert not flash.supports(q, k, v, padding, kind, softcap)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -211,19 +213,31 @@ def test_flash_attentions_gradients_are_put_together_right(monkeypatch, causal):
     def backward(grad, q, k, v, out, sums, *rest, scale):
         assert rest == (0, 1, 2, 3, 0.0, causal, 4, 5)
         assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
         return plain._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, sums, 0.0, causal, scale=scale
         )
 
     fake = MagicMock(_scaled_dot_product_flash_attention=forward, _scaled_dot_product_flash_attention_backward=backward)
-    monkeypatch.setattr(reference, "aten", fake)
+    monkeypatch.setattr(flash, "aten", fake)
     q, k, v = make(7, 7, head_dim=8, value_dim=8)
     grad = torch.randn(2, 9, 7, 8, dtype=torch.float64)
-    have = reference._flash_backward(grad, q, k, v, causal, 0.3)
-    want = reference.backward(grad, q, k, v, None, "causal" if causal else "full", 0, 0.3, 0.0)
+    inputs = (grad, q, k, v, None, "causal" if causal else "full", 0, 0.3, 0.0)
+    have, want = flash.backward(*inputs), reference.backward(*inputs)
     for one, other in zip(have, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_gradients_of_flash_attention_that_differ_are_not_used(monkeypatch):
+    inputs = [torch.randn(1, 4, 9, 8) for _ in range(4)] + [None, "causal", 0, 0.3, 0.0]
+    want = reference.backward(*inputs)
+    monkeypatch.setattr(flash, "supports", lambda *_: True)
+    monkeypatch.setattr(flash, "backward", lambda *args: tuple(2 * x for x in reference.backward(*args)))
+    with pytest.warns(UserWarning, match="FlashAttention.* differ from the reference"):
+        have = torch.ops.lincompile.softmax_attention_backward(*inputs)
+    for one, other in zip(have, want, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,61 @@
+"""FlashAttention's backward pass (arXiv 2307.08691), as torch ships it, for sites that see all keys or all before them.
+
+The reference forms all weights of a block of rows in float32, which takes most of a training step's time where many
+sites stay softmax.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import unmasked
+
+aten = torch.ops.aten
+WIDEST = 256  # channels of a head
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, kind: str, softcap: float) -> bool:
+    """Whether FlashAttention takes a call: 16-bit inputs on a GPU that has it, no padding, window or soft cap, heads of
+    8, 16 … 256 channels, as many in v as in q.
+    """
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or not min(*q.shape, *k.shape):
+        return False
+    width = q.shape[3]
+    fits = width == v.shape[3] and width % 8 == 0 and width <= WIDEST
+    if not fits or not unmasked(q, k, v, key_padding, kind, softcap):
+        return False
+    known = torch.backends.cuda.is_flash_attention_available()
+    return known and torch.cuda.get_device_capability(q.device)[0] >= 8
+
+
+def backward(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    kind: str,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.backward``. Sums have a fixed order: torch's flag for that is set meanwhile.
+
+    Torch's ops are called as they are: autograd doesn't reach into an op's own code.
+    """
+    causal, groups = kind == "causal", q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    q, grad_o = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, grad_o.to(q.dtype)))
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)  # with warn_only FlashAttention warns and takes the other way
+    try:
+        out, sums, *rest = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+        cum_q, cum_k, most_q, most_k, seed, offset = rest[:6]
+        d_q, d_k, d_v = aten._scaled_dot_product_flash_attention_backward(
+            grad_o, q, k, v, out, sums, cum_q, cum_k, most_q, most_k, 0.0, causal, seed, offset, scale=scale
+        )
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    d_k, d_v = (torch.unflatten(x, 1, (-1, groups)).float().sum(2).to(q.dtype) for x in (d_k, d_v))
+    return d_q, d_k, d_v
