@@ -33,7 +33,7 @@ class Exported:
 
 
 def step_program(model: str, attn: str, quant: str | None = None, **options: Any) -> StepProgram:
-    """A rewritten model of the zoo (``options``: of ``LinearizeAttention``), a third of its features forgetting fast."""
+    """A rewritten model of the zoo (``options``: of ``LinearizeAttention``), a third of whose features forget fast."""
     module, example = zoo.build(model)
     linearize = LinearizeAttention(attn, **options)
     passes: list[Any] = [Canonicalize(), ProveAttention(), linearize]
