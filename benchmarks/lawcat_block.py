@@ -252,7 +252,7 @@ def check_gate(name: str, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     z = torch.randn(batch, length, GATE_RANK, device="cuda", dtype=dtype)
     weight = (torch.randn(heads * features, GATE_RANK, device="cuda") * 0.5).to(torch.bfloat16).float()
-    bias = torch.randn(heads * features, device="cuda") * 4
+    bias = torch.randn(heads * features, device="cuda") * 12  # a part of the log-decays at the floor
     mask = torch.rand(batch, length, device="cuda") > 0.2 if masked else None
     args = [z, weight, bias, mask, heads, GATE_TEMPERATURE, LOWEST]
     return compare(ops.decay_gate, gate_reference.forward, args, 1, seed)

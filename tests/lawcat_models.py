@@ -32,8 +32,9 @@ def site(
     window: int = 64,
     softcap: float = 0.0,
     rotated: int = 0,
+    lowest: float = 0.0,
 ) -> Site:
-    sizes = Sizes(heads, kv_heads, size, taps, rank, window, size**-0.5, softcap, 16.0, rotated)
+    sizes = Sizes(heads, kv_heads, size, taps, rank, window, size**-0.5, softcap, 16.0, rotated, lowest)
     width = 4 * size + 5
     shapes = {
         "conv": (taps, sizes.channels),
@@ -67,7 +68,7 @@ def model(case: Site) -> Any:
     ]
     s = case.sizes
     attributes = {"num_heads": s.heads, "kv_num_heads": s.kv_heads, "window": s.window, "scale": s.scale}
-    attributes |= {"softcap": s.softcap, "temperature": s.temperature, "rotated": s.rotated}
+    attributes |= {"softcap": s.softcap, "temperature": s.temperature, "rotated": s.rotated, "lowest": s.lowest}
     node = ir.node(LAWCAT_WINDOW, given, attributes, domain=DOMAIN, num_outputs=3)
     for output, name, rank in zip(node.outputs, OUTPUTS, (3, 3, 2), strict=True):
         output.name, output.type = name, ir.TensorType(ir.DataType.FLOAT)
@@ -120,7 +121,7 @@ def in_torch(case: Site, feed: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tenso
         *(q, k, v, x["hidden"], x["cos"], x["sin"], x["mask"] > 0, real > 0.5, conv_q, conv_k),
         *(state.reshape(batch, s.kv_heads, 2 * s.size, s.size + 1), keys, values, taps_q, taps_k, w["map_weight"]),
         *(w["map_bias"][:, None], down, w["gate_up"].T, w["gate_bias"], mix, w["mix_bias"]),
-        *(s.window, s.scale, s.softcap, s.temperature, bool(s.rotated)),
+        *(s.window, s.scale, s.softcap, s.temperature, bool(s.rotated), s.lowest or None),
     )
     flat = output.transpose(1, 2).flatten(2) * x["mask"][..., None]
     return flat, torch.cat([new_q, new_k], 1), new_state.flatten(1)

@@ -55,7 +55,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
     ("name", "parameters"),
     [
         ("capture", ["module", "example", "prefix", "dynamic_shapes"]),
-        ("linearize_", ["module", "attn", "example", "keep", "count", "sliding", "window", "seed", "rotary"]),
+        ("linearize_", ["module", "attn", "example", "keep", "count", "sliding", "window", "seed", "rotary", "lowest"]),
         ("make_stateful", ["program", "check"]),
         ("open", ["directory", "device", "verify"]),
     ],

@@ -18,7 +18,8 @@ from .triton_plan import CHUNK, LEVELS, Plan, in_pieces, prepare, strides, unit_
 
 # Largest |log decay| of half a chunk that the anchored factors are used for. Between the middles of two chunks lie two
 # halves, and exp(-2 · LIMIT), times a state and features that may be small themselves, must stay far above the smallest
-# float32 and bfloat16 (exp(-87)): what is lost there is lost for good, however large the next factor is.
+# float32 and bfloat16 (exp(-87)): what is lost there is lost for good, however large the next factor is. Half a chunk
+# of log-decays at the gates' floor, -1, comes to LIMIT and no rounded sum of them goes beyond it.
 LIMIT = 32.0
 
 Lengths = tuple[int, ...] | None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lincompile.kernels.linear_attention import reference
+from lincompile.passes.linearization.methods import LOWEST
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton isn't installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -161,6 +162,26 @@ def test_the_state_of_a_segment_alone() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decays_at_the_floor_take_the_fast_way(dtype: torch.dtype) -> None:
+    """All of them, and as many as may be among others, whose sums are rounded; one step below the floor is enough."""
+    from lincompile.kernels.linear_attention.triton_launch import _decays
+    from lincompile.kernels.linear_attention.triton_plan import prepare
+
+    def wide(g: Tensor) -> Tensor:
+        q, v = torch.ones_like(g), torch.ones_like(g)
+        return _decays(prepare(q, q, v, g, 1.0, True, None))[2]
+
+    floor = torch.full((1, 2, 200, 16), LOWEST, device=DEVICE, dtype=dtype)
+    assert not wide(floor).any()
+    noise = torch.rand_like(floor) * 2e-3 - 1
+    assert not wide(torch.where(torch.rand_like(floor) > 0.5, noise, floor)).any()
+    below = floor.clone()
+    below[:, 1, 70, 3] = -1.125
+    assert wide(below).tolist() == [0, 1]
+
+
+@needs_kernels
 def test_what_is_left_to_the_reference() -> None:
     from lincompile.kernels.linear_attention import triton as kernels
 
@@ -178,4 +199,4 @@ def test_under_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert f"{len(CASES) + len(LONG_CASES) + 4} passed" in done.stdout
+    assert f"{len(CASES) + len(LONG_CASES) + 6} passed" in done.stdout

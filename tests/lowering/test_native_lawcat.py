@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,13 +34,13 @@ def rotated(request: pytest.FixtureRequest) -> Any:
 
 
 class Runner:
-    def __init__(self, case: Site, threads: int = 1) -> None:
+    def __init__(self, case: Site, threads: int = 1, model: Any = None) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 4
         library.register(options)
         self.case = case
-        model = lawcat_models.model(case).SerializeToString()
-        self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        model = model or lawcat_models.model(case)
+        self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def __call__(self, feed: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         given = {name: value.numpy() for name, value in (feed | self.case.weights).items()}
@@ -134,6 +135,26 @@ def test_decays_of_any_strength(kernels: str, rotated: int) -> None:
     assert far(states["past_state"][:, : case.sizes.state[0]], state) < 5e-6
 
 
+def test_decays_have_a_floor_where_the_file_gives_one(kernels: str, rotated: int) -> None:
+    case = site(6, 3, 16, window=4, rotated=rotated, lowest=-1.0)
+    bias = case.weights["gate_bias"]
+    bias[::4], bias[2::4] = float("-inf"), -40.0
+    feed = tokens(case, 1, 50)
+    finite = {name: value.clamp(-1e4, 1e4) for name, value in case.weights.items()}
+    wanted, _, state = in_torch(Site(case.sizes, case.width, finite), feed | fresh(case, 1))
+    output, states = Runner(case)(feed | fresh(case, 1))
+    assert far(output, wanted) < 5e-6
+    assert far(states["past_state"][:, : case.sizes.state[0]], state) < 5e-6
+    without = Site(replace(case.sizes, lowest=0.0), case.width, case.weights)
+    plain, _ = Runner(without)(feed | fresh(case, 1))
+    assert far(plain, wanted) > 1e-3
+    old = lawcat_models.model(without)  # as it was written before there was a floor
+    attributes = old.graph.node[0].attribute
+    attributes.remove(next(item for item in attributes if item.name == "lowest"))
+    next(function for function in old.functions if "lowest" in function.attribute).attribute.remove("lowest")
+    assert torch.equal(Runner(without, model=old)(feed | fresh(case, 1))[0], plain)
+
+
 def test_what_is_not_a_number_shows_and_stays_in_its_future(kernels: str, rotated: int) -> None:
     case = site(6, 3, 16, rotated=rotated)
     feed = tokens(case, 2, 40)
@@ -191,10 +212,12 @@ def test_wrong_shapes_are_errors(kernels: str) -> None:
         ("kv_num_heads", 3, "4 query heads can't be divided among 3 key heads"),
         ("window", 0, "window and temperature must be positive, got 0 and 16"),
         ("rotated", 2, "rotated must be 0 or 1, got 2"),
+        ("lowest", 1, r"lowest must be negative \(0: none\), got 1"),
     ):
         broken = onnx.ModelProto()
         broken.CopyFrom(proto)
-        next(item for item in broken.graph.node[0].attribute if item.name == name).i = value
+        attribute = next(item for item in broken.graph.node[0].attribute if item.name == name)
+        setattr(attribute, "f" if attribute.type == onnx.AttributeProto.FLOAT else "i", value)
         with pytest.raises(Exception, match=message):
             ort.InferenceSession(broken.SerializeToString(), options)
 
@@ -265,6 +288,32 @@ def test_sites_of_other_families(tmp_path: Any, name: str, rotary: str) -> None:
     assert report.operators["lincompile.LawcatWindow"] >= 1 and report.verified["max_error"] < 1e-5
 
 
+def test_sites_without_a_floor(tmp_path: Any) -> None:
+    """Students made before gates had one: their files are as they were, but for an attribute that says so."""
+    from exported_models import step_program
+
+    from lincompile.lowering.onnx.export import export_onnx
+
+    step = step_program("llama-gqa", "lawcat", window=4, lowest=None)
+    report = export_onnx(step, tmp_path, layout="native")
+    assert report.operators["lincompile.LawcatWindow"] == 2 and report.verified["max_error"] < 1e-5
+    nodes = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node
+    floors = [item.f for node in nodes for item in node.attribute if item.name == "lowest"]
+    assert floors == [0.0, 0.0]
+
+
+def test_the_proof_refuses_another_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from exported_models import step_program
+
+    from lincompile.lowering.onnx import sites
+
+    step = step_program("llama-gqa", "lawcat", window=4)
+    right = sites.lawcat_window
+    monkeypatch.setattr(sites, "lawcat_window", lambda *args: right(*args[:-1], None))
+    same, count, reason = sites.fuse_sites(step)
+    assert same is step and count == 0 and "differs from the op by" in reason
+
+
 def test_a_site_that_is_spelled_otherwise_stays_in_stock_operators(tmp_path: Any) -> None:
     from exported_models import step_program
 
@@ -286,6 +335,6 @@ def test_the_proof_refuses_the_other_form(monkeypatch: pytest.MonkeyPatch, rotar
     step = step_program("llama-gqa", "lawcat", window=4, rotary=rotary)
     assert sites.fuse_sites(step)[1:] == (2, "")
     right = sites.lawcat_window
-    monkeypatch.setattr(sites, "lawcat_window", lambda *args: right(*args[:-1], not args[-1]))
+    monkeypatch.setattr(sites, "lawcat_window", lambda *args: right(*args[:-2], not args[-2], args[-1]))
     same, count, reason = sites.fuse_sites(step)
     assert same is step and count == 0 and "differs from the op by" in reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor
 
 import lincompile
 from lincompile.lowering import triton as lowering
+from lincompile.lowering.fusion import stages
 from lincompile.lowering.fusion.chains import evaluate_chain
 from lincompile.lowering.generate import Session, generate
 from lincompile.lowering.package import open_artefact
 from lincompile.passes.graph import aten
 from lincompile.passes.stateful import StepProgram
+
+GATED = (torch.ops.lincompile.decay_gate.default, torch.ops.lincompile.lawcat_inputs.default)
 
 
 def counts(step: StepProgram) -> dict[str, int]:
@@ -101,6 +105,62 @@ def test_a_chain_that_means_something_else_is_kept(compiled: lincompile.Compiled
     assert (report.features, report.gates) == (3, 1)
     assert any("the chain and the op differ by" in reason for reason in report.kept.values())
     assert len(report.kept) == 2 and "2 stay as they are" in report.summary()
+
+
+@pytest.mark.parametrize("attn", ["lawcat", "gla"])
+@pytest.mark.parametrize("lowest", [-1.0, None])
+def test_gates_with_and_without_a_floor(attn: str, lowest: float | None) -> None:
+    """Without one: as in artefacts that were saved before gates had a floor."""
+    module, example = zoo.build("nanogpt")
+    compiled = lincompile.compile(module, example=example, attn=attn, lowest=lowest)
+    with torch.no_grad():
+        for name, parameter in compiled.step.graph_module.named_parameters():
+            if name.endswith("gate.bias"):
+                parameter[::2] = -40.0
+    assert counts(compiled.step).get("aten.clamp.default", 0) == (0 if lowest is None else 2)
+    for decoding in (False, True):
+        lowered, report = lowering.lower(compiled.step, decoding=decoding)
+        assert report.gates == 2 and not report.kept
+        floors = [node.args[-1] for node in lowered.graph_module.graph.nodes if node.target in GATED]
+        assert floors == [lowest] * 2
+        a, b = (generate(Session(step), [[1, 2, 3, 4]], 4) for step in (compiled.step, lowered))
+        torch.testing.assert_close(a.state.logits, b.state.logits)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "reason"),
+    [
+        ((None, -1.0), "bounded by more than a floor"),
+        ((-1.0, -0.5), "bounded by more than a floor"),
+        (None, "isn't the gate's temperature"),
+        ((0.5,), "lowest must be below 0"),
+    ],
+)
+def test_what_is_no_floor_is_kept(bounds: tuple[Any, ...] | None, reason: str) -> None:
+    """Another bound, two of them, or a tensor (None) doesn't become a gate's floor."""
+    module, example = zoo.build("nanogpt")
+    compiled = lincompile.compile(module, example=example, attn="lawcat")
+    graph = compiled.step.graph_module.graph
+    for node in [node for node in graph.nodes if node.target is aten.clamp.default]:
+        if bounds is None:
+            with graph.inserting_before(node):
+                limit = graph.call_function(aten.full_like.default, (node.args[0], -1.0))
+            node.target, node.args = aten.clamp.Tensor, (node.args[0], limit)
+        else:
+            node.args = (node.args[0], *bounds)
+    for decoding in (False, True):
+        lowered, report = lowering.lower(compiled.step, decoding=decoding)
+        assert report.gates == report.inputs == 0
+        assert [found for found in report.kept.values() if reason in found]
+        assert not [node for node in lowered.graph_module.graph.nodes if node.target in GATED]
+
+
+def test_the_proof_reaches_the_floor(compiled: lincompile.Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that overlooked it would be found out by the random inputs."""
+    monkeypatch.setattr(stages, "_without_floor", lambda node: (node.args[0], None))
+    _, report = lowering.lower(compiled.step)
+    assert report.gates == 0
+    assert any("the chain and the op differ by" in reason for reason in report.kept.values())
 
 
 def test_a_quantized_gate_is_kept_with_the_reason() -> None:
