@@ -310,9 +310,12 @@ def time_shape(shape: tuple[int, int, int, int], names: list[str], budget: float
 
     def peer(variant: str) -> dict[str, Any]:
         run = lawcat_fla.block(module, variant)
-        with lawcat_fla.quick_tuning():
-            out = run(q, k, v, x)
-            torch.autograd.grad(out, leaves, torch.ones_like(out))
+        # One configuration after the other would be compiled while it is tuned.
+        for function, prepared in ((lawcat_fla.block(module, variant.replace(" compiled", "")), lawcat_fla.compiling),
+                                   (run, lawcat_fla.quick_tuning)):  # fmt: skip
+            with prepared():
+                out = function(q, k, v, x)
+                torch.autograd.grad(out, leaves, torch.ones_like(out))
         found = both(lambda: run(q, k, v, x), leaves, budget)
         with torch.no_grad():
             return found | {"differs": relative(run(q, k, v, x).transpose(1, 2), fused(module, q, k, v, x))}

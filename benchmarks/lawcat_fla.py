@@ -124,13 +124,16 @@ def quick_tuning(warmup: int = 3, rep: int = 15) -> Iterator[None]:
 def compiling() -> Iterator[None]:
     """What is called inside has all configurations of its autotuned Triton kernels compiled, by threads; none is timed.
 
-    For a process beside others that use the GPU, which compiles what another process then tunes on an idle chip. Set
-    FLA_CACHE_RESULTS=0, so that the first configuration isn't remembered as the best.
+    Tuned afterwards, in this process or, with Triton's files, in another, a kernel finds its configurations compiled.
+    Set FLA_CACHE_RESULTS=0, so that the first configuration isn't written down as the best.
     """
     import triton
     from triton.runtime.autotuner import Autotuner
 
+    reached: list[Any] = []
+
     def compile_one(self: Any, *args: Any, config: Any, **meta: Any) -> list[float]:
+        reached.append(self)
         self.fn.run(*args, **{**meta, **config.all_kwargs(), "warmup": True})
         return [1.0, 1.0, 1.0]
 
@@ -149,3 +152,5 @@ def compiling() -> Iterator[None]:
             yield
     finally:
         Autotuner._bench = bench
+        for tuner in reached:
+            tuner.cache.clear()

@@ -12,7 +12,7 @@ from triton_cases import needs_triton
 
 # What one block may have, in KiB.
 SHARED_MEMORY = {"sm_90": 227, "sm_80": 163, "sm_86": 99}
-ATTENTION = "chunk_decays chunk_depths output states normaliser value_gradients key_gradients"
+ATTENTION = "chunk_decays chunk_depths output states scan normaliser value_gradients key_gradients"
 SCRIPT = Path(__file__).with_name("compile_for_hopper.py")
 
 
