@@ -158,9 +158,7 @@ def _wide(x: Any) -> Any:
 def _difference(
     kernel: Function, reference: Function, layouts: Sequence[str], args: Sequence[Any], forms: Forms | None
 ) -> float | None:
-    """The largest difference of an output over its tolerance; None where the reference isn't finite, or there is nothing
-    to compare.
-    """
+    """The largest difference of an output over its tolerance; None where the reference isn't finite or is empty."""
     few = _few(layouts, args)
     found = [_worst(kernel, reference, compared) for compared in ([few] if forms is None else forms(few))]
     return max((worst for worst in found if worst is not None), default=None)
