@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +32,7 @@ from distil_control import train_control
 from distil_measure import Measures, Results, thin
 from distil_recipes import RECIPES, Recipe, Stage
 from distil_table import print_table
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from versions import versions
@@ -42,7 +44,7 @@ from lincompile.passes.distil.adapter import apply_adapter, save_adapter
 from lincompile.passes.distil.choose import choose
 from lincompile.passes.distil.data import Batches, TokenWindows
 from lincompile.passes.distil.echo import WithEchoes
-from lincompile.passes.distil.instrument import instead, unpadded
+from lincompile.passes.distil.instrument import instead, run_of, unpadded
 from lincompile.passes.distil.logits import LogitDistillation, distil_logits, own_parameters
 from lincompile.passes.distil.loop import LoopOptions, LoopReport
 from lincompile.passes.distil.recipe import with_branches_of
@@ -149,7 +151,7 @@ class Run:
             weights = {
                 name: value.detach().cpu().contiguous() for name, value in student.graph_module.named_parameters()
             }
-            save_file(weights, str(path))
+            save_file(weights, str(path), {"sites": _made(student)})
         else:
             record = {"options": self.results["options"], "versions": self.results["versions"], "tokens": self.tokens}
             save_adapter(path, self.teacher, student, source_hash=self.loaded.source_hash, record=record)
@@ -158,6 +160,14 @@ class Run:
     def load(self, path: Path, student: Program) -> dict[str, Any]:
         """Puts what ``save`` wrote into a fresh student; returns an adapter's record."""
         if self.recipe.train == "full" or self.recipe.attn == "softmax":
+            with safe_open(str(path), framework="pt") as file:
+                made = (file.metadata() or {}).get("sites")
+            # Files that don't say it were written before gates had a floor.
+            floored = any("lowest" in site.details for site in student.sites)
+            if floored if made is None else made != _made(student):
+                raise SystemExit(
+                    f"{path} was trained with other methods, windows or positions, or another floor of gates"
+                )
             own_parameters(student, self.teacher)
             weights = load_file(str(path), device=str(next(student.graph_module.parameters()).device))
             with torch.no_grad():
@@ -165,6 +175,11 @@ class Run:
                     parameter.copy_(weights[name])
             return {}
         return apply_adapter(path, self.teacher, student, source_hash=self.loaded.source_hash)
+
+
+def _made(student: Program) -> str:
+    """Of which sites a student's weights are, as their file says it."""
+    return json.dumps(run_of("weights", {}, student, None)["sites"])
 
 
 def train(run: Run, measures: Measures) -> Program:

@@ -158,7 +158,7 @@ def _wide(x: Any) -> Any:
 def _difference(
     kernel: Function, reference: Function, layouts: Sequence[str], args: Sequence[Any], forms: Forms | None
 ) -> float | None:
-    """The largest difference of an output over its tolerance; None where the reference isn't finite."""
+    """The largest difference of an output over its tolerance; None where the reference isn't finite or is empty."""
     few = _few(layouts, args)
     found = [_worst(kernel, reference, compared) for compared in ([few] if forms is None else forms(few))]
     return max((worst for worst in found if worst is not None), default=None)
@@ -169,7 +169,7 @@ def _worst(kernel: Function, reference: Function, few: Sequence[Any]) -> float |
         (x.dtype for x in few if isinstance(x, Tensor) and x.dtype in _TOLERANCE), key=_TOLERANCE.__getitem__
     )
     got, wanted = _tensors(kernel(*few)), _tensors(reference(*map(_wide, few)))
-    worst = 0.0
+    worst: float | None = None
     for a, b in zip(got, wanted, strict=True):
         if a is None or b is None or not b.numel():
             continue
@@ -177,7 +177,7 @@ def _worst(kernel: Function, reference: Function, few: Sequence[Any]) -> float |
             return None
         error, size = (a.double() - b).square().mean().sqrt(), b.square().mean().sqrt()
         ratio = float(error / (size * _TOLERANCE[narrowest] + 1e-9))
-        worst = max(worst, ratio if ratio == ratio else float("inf"))
+        worst = max(worst or 0.0, ratio if ratio == ratio else float("inf"))
     return worst
 
 

@@ -134,6 +134,19 @@ def test_a_row_is_made_cut_off_taken_up_and_measured(
     )
 
 
+def test_whole_weights_say_of_which_sites_they_are(distil: Callable[..., dict[str, Any]]) -> None:
+    """The floor of gates above all, which no weight shows; without a word they are of gates without one."""
+    from safetensors.torch import load_file, save_file
+
+    options = ["--mode", "full", "--measures", "", "--transfer-steps", "1", "--logits-steps", "1"]
+    distil("lawcat-full", *options)
+    path = "out/lawcat-full.safetensors"
+    assert distil("lawcat-full", *options, "--start", path)["logits"]["steps"] == 1
+    save_file(load_file(path), "old.safetensors")
+    with pytest.raises(SystemExit, match="another floor of gates"):
+        distil("lawcat-full", *options, "--start", "old.safetensors")
+
+
 def test_heads_are_chosen_and_the_adapter_names_them(distil: Callable[..., dict[str, Any]], model: Path) -> None:
     from lincompile.passes.distil.adapter import _opened
 

@@ -66,10 +66,7 @@ def int6_linear(
 ) -> Tensor:
     """As :func:`.reference.int6_linear`, for the calls that :func:`supports` accepts."""
     (hi, lo, scale, bias), early = _contiguous(weight_hi, weight_lo, weight_scale, bias)
-    launches = ways(x, (hi, lo, scale))
-    if not early:
-        launches = [functools.partial(w, around=LATE) if w in (narrow, vector) else w for w in launches]
-    plain = reference.int6_linear
+    launches, plain = ways(x, (hi, lo, scale), early), reference.int6_linear
     return _first_right("int6_linear", launches, plain, x, (hi, lo, scale), bias, group_size, activation)
 
 
@@ -115,10 +112,10 @@ def _contiguous(*stored: Tensor | None) -> tuple[list[Any], bool]:
 
 
 def _called(launch: Launch) -> str:
-    """What a way is called: its function, and for how many tokens its tile is."""
+    """What a way is called: its function and its tile, which decide what code runs."""
     if isinstance(launch, functools.partial):
-        tile = launch.keywords.get("config", {}).get("BM")
-        return launch.func.__name__ if tile is None else f"{launch.func.__name__} {tile}"
+        tile = launch.keywords.get("config", {})
+        return " ".join([launch.func.__name__, *(f"{name}={value}" for name, value in tile.items())])
     return launch.__name__
 
 
@@ -176,15 +173,18 @@ def int6_layer(
     return None
 
 
-def ways(x: Tensor, planes: Planes) -> list[Launch]:
-    """The launchers for a call, the fastest first."""
-    in_features, rows = x.shape[-1], planes[2].shape[0]
+def ways(x: Tensor, planes: Planes, early: bool) -> list[Launch]:
+    """The launchers for a call, the fastest first; ``early``: see :class:`Around`."""
+    in_features, (rows, groups) = x.shape[-1], planes[2].shape
     tokens = x.numel() // max(1, in_features)
     if tokens == 1:
-        return [narrow, vector] if in_features <= NARROW else [vector]
+        around = Around(early=early)
+        tile = narrow_config(groups, rows, hopper(x.device))
+        found = [functools.partial(narrow, config=tile, around=around)] if in_features <= NARROW else []
+        return [*found, functools.partial(vector, around=around)]
     if tokens > _SMALL_M:
         return [large]
-    found: list[Launch] = []
+    found = []
     if tokens <= FEW_TOKENS and in_features % _GROUP == 0 and in_features > _GROUP and hopper(x.device):
         found.append(functools.partial(few, config=few_config(tokens, rows, in_features)))
     return [*found, functools.partial(small, config=small_config(tokens, rows, in_features))]
@@ -212,7 +212,7 @@ class Around:
     early: bool = True
 
 
-ALONE, LATE = Around(), Around(early=False)
+ALONE = Around()
 
 
 def quantize_activation(

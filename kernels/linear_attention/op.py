@@ -21,6 +21,7 @@ _LINEAR_ARGS = (
 
 
 _LAYOUTS = ("b.t.", "b.t.", "b.t.", "b.t.", "b...")  # as ``first_use`` reads them
+_PROGRAMS = 512  # more than a GPU has multiprocessors
 
 
 def _layouts(causal: bool, *more: str) -> list[str]:
@@ -79,7 +80,7 @@ def linear_attention(
         functools.partial(_launch_backward, args) if any(x is not None and x.requires_grad for x in args[:5]) else None
     )
     run = serving(
-        "linear_attention", kernels, reference, "chunkwise", _layouts(causal), args, asked, later, forward_forms
+        "linear_attention", kernels, reference, "chunkwise", _layouts(causal), args, asked, later, _forward_forms
     )
     o, state = run.chunkwise(*args)
     return o, state
@@ -105,6 +106,19 @@ def forward_forms(args: Sequence[Any]) -> list[Sequence[Any]]:
         channels[:, :, 70::101] = -40.0
         forms.append(steep)
     return [(q, k, v, form, state, scale, causal, normalize) for form in forms]
+
+
+def _forward_forms(args: Sequence[Any]) -> list[Sequence[Any]]:
+    """``forward_forms``; those of one token as one row and as many: the step's tile depends on how many there are."""
+    forms, (_, k, v, *_, causal, _) = forward_forms(args), args
+    if not causal or k.shape[2] > 1 or not k.shape[0]:
+        return forms
+    many = -(-_PROGRAMS // (k.shape[1] * -(-v.shape[3] // 32)))
+    return [
+        [x[:1].expand(rows, -1, -1, -1) if isinstance(x, Tensor) else x for x in form]
+        for form in forms
+        for rows in (1, many)
+    ]
 
 
 def _backward_forms(args: Sequence[Any]) -> list[Sequence[Any]]:

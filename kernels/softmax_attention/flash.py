@@ -13,16 +13,17 @@ from .reference import unmasked
 
 aten = torch.ops.aten
 WIDEST = 256  # channels of a head
+REFUSED = range(193, 225)  # channels that torch raises an error for on all but a few chips
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, kind: str, softcap: float) -> bool:
     """Whether FlashAttention takes a call: 16-bit inputs on a GPU that has it, no padding, window or soft cap, heads of
-    8, 16 … 256 channels, as many in v as in q.
+    8, 16 … 192 or 232 … 256 channels, as many in v as in q.
     """
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or not min(*q.shape, *k.shape):
         return False
     width = q.shape[3]
-    fits = width == v.shape[3] and width % 8 == 0 and width <= WIDEST
+    fits = width == v.shape[3] and width % 8 == 0 and width <= WIDEST and width not in REFUSED
     if not fits or not unmasked(q, k, v, key_padding, kind, softcap):
         return False
     known = torch.backends.cuda.is_flash_attention_available()

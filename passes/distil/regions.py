@@ -24,6 +24,7 @@ from ..proof.match import CONTRACTIONS
 PREFIX = "lincompile_region_"
 LOSSES_AGREE, GRADIENTS_AGREE = 0.02, 0.1  # relative: products are rounded to bfloat16, and in another order
 ROUNDING = 2.0**-9  # of bfloat16, relative
+NORMS_MOVE = 0.35  # by rounding, at most: a gradient that is missing, halved or doubled is another one, however rough
 REDUCTIONS = frozenset(
     {
         aten.mean.dim,
@@ -66,7 +67,8 @@ def agrees(learn: Callable[[bool], Tensor], parameters: Sequence[nn.Parameter], 
     ``learn(compiled)`` returns losses and adds to the gradients of ``parameters``, which are left as they were.
     Compared are the losses and, so that nothing as large as the gradients is kept, each gradient's norm and its product
     with a random vector, which moves by about the size of the gradient's error. Where the limits are passed, plain code
-    runs again with parameters moved by as much as bfloat16 rounds: a gradient may differ by what it moves then, too.
+    runs again with parameters moved by as much as bfloat16 rounds: a gradient may differ by what it moves then, too,
+    its norm by ``NORMS_MOVE`` of that at most.
     """
     plain = _probed(learn, False, parameters)
     try:
@@ -77,11 +79,13 @@ def agrees(learn: Callable[[bool], Tensor], parameters: Sequence[nn.Parameter], 
         note(f"training runs without torch.compile, and slower: {type(error).__name__}: {str(error)[:300]}")
         return False
     wrong = ~((other.losses - plain.losses).abs() <= LOSSES_AGREE * plain.losses.abs() + 1e-4)
-    size = plain.norms + 0.01 * plain.norms.max()  # a gradient far smaller than the others is rounding
-    excess = _difference(other, plain) / size
+    norms, products = _apart(other, plain)
+    excess = torch.maximum(norms, products)
     if bool((excess > GRADIENTS_AGREE).any()):
         with _moved(parameters):
-            excess = (_difference(other, plain) - 3 * _difference(_probed(learn, False, parameters), plain)) / size
+            moved = 3 * torch.maximum(*_apart(_probed(learn, False, parameters), plain))
+        moved = moved.nan_to_num(0.0, posinf=0.0)  # what overflows then explains nothing
+        excess = torch.maximum(norms - moved.clamp(max=NORMS_MOVE), products - moved)
     far = ~(excess <= GRADIENTS_AGREE)  # NaN is far, too
     if bool(wrong.any()) or bool(far.any()):
         worst = int(excess.nan_to_num(float("inf")).argmax())
@@ -102,9 +106,11 @@ class _Probes(NamedTuple):
     products: Tensor
 
 
-def _difference(one: _Probes, other: _Probes) -> Tensor:
-    """How far gradients lie apart: by their norms, or by a quarter of their products with random vectors."""
-    return torch.maximum((one.norms - other.norms).abs(), (one.products - other.products).abs() / 4)
+def _apart(one: _Probes, plain: _Probes) -> tuple[Tensor, Tensor]:
+    """How far gradients lie apart, relative: by their norms, and by a quarter of their products with random vectors."""
+    size = plain.norms + 0.01 * plain.norms.max()  # a gradient far smaller than the others is rounding
+    size = size.clamp(min=torch.finfo(size.dtype).tiny)
+    return (one.norms - plain.norms).abs() / size, (one.products - plain.products).abs() / size / 4
 
 
 @contextmanager

@@ -194,6 +194,34 @@ def test_a_kernel_that_is_wrong_only_where_decays_are_strong_is_found(monkeypatc
         linear()
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_one_token_is_compared_with_few_and_with_many_programs(many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step's tile depends on how many rows there are, which a first use leaves out of account otherwise."""
+    kernels = kernels_of(linear_reference, "chunkwise", 1.0)
+    right = kernels.chunkwise
+
+    def run(q: Tensor, *args: Any) -> Any:
+        o, state = right(q, *args)
+        return (o * 1.5 if (q.shape[0] >= 200) == many else o), state
+
+    kernels.chunkwise = run
+    monkeypatch.setattr(linear_op, "backend", lambda *_: kernels)
+    q, k, v = random(3, 4, 1, 8), random(3, 2, 1, 8, seed=1), random(3, 2, 1, 6, seed=2)
+    state = random(3, 2, 8, 6, seed=3)
+    with pytest.warns(UserWarning, match="the kernels of linear_attention differ"):
+        ops.linear_attention(q, k, v, None, state, 1.0, True, False)
+
+
+def test_a_call_without_rows_says_nothing_about_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = kernels_of(linear_reference, "chunkwise", 1.5)
+    monkeypatch.setattr(linear_op, "backend", lambda *_: kernels)
+    q, k, v = random(2, 4, 1, 8), random(2, 2, 1, 8, seed=1), random(2, 2, 1, 6, seed=2)
+    with warnings.catch_warnings(action="error"):
+        ops.linear_attention(q[:0], k[:0], v[:0], None, None, 1.0, True, False)
+    with pytest.warns(UserWarning, match="the kernels of linear_attention differ"):
+        ops.linear_attention(q, k, v, None, None, 1.0, True, False)
+
+
 def test_a_normaliser_near_zero_is_not_held_against_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (random(2, 4, 150, 32, seed=seed).detach() for seed in range(3))
     kernels = kernels_of(linear_reference, "chunkwise", 1.0)

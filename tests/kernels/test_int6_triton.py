@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lincompile.kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompile)
 from lincompile.kernels.int6_linear import codes as q
@@ -110,6 +112,31 @@ def test_interpreted_kernels_equal_the_definition(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "interpreted kernels agree" in done.stdout
+
+
+def test_every_tile_of_one_token_is_compared_on_its_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison takes some of the rows, with the tile of all of them; layers of other tiles don't speak for it."""
+    pytest.importorskip("triton", reason="Triton isn't installed")
+    from lincompile.kernels import first_use
+    from lincompile.kernels.int6_linear import triton as kernels
+
+    ran: list[tuple[int, int]] = []
+
+    def narrow(
+        x: Tensor, planes: Any, bias: Any, y: Tensor, activation: str, config: dict[str, Any], around: Any
+    ) -> None:
+        ran.append((y.shape[1], config["BN"]))
+        y.copy_(reference.int6_linear(x, *planes, bias, 128, activation))
+
+    monkeypatch.delenv("LINCOMPILE_KERNEL_CHECK", raising=False)
+    monkeypatch.setattr(first_use, "_KNOWN", {})
+    monkeypatch.setattr(kernels, "narrow", narrow)
+    for rows in (600, 9000, 9001, 700):
+        codes = torch.randint(-32, 32, (rows, 128), dtype=torch.int8)
+        planes = (*pack.pack(codes), torch.ones(rows, 1, dtype=torch.float16))
+        kernels.int6_linear(torch.randn(1, 128), *planes, None, 128, "a8")
+    cut = first_use.TOKENS
+    assert ran == [(cut, 4), (600, 4), (cut, 32), (9000, 32), (9001, 32), (cut, 8), (700, 8)]
 
 
 @pytest.mark.gpu

@@ -189,7 +189,10 @@ def test_the_gradient_is_registered_as_the_forward_promises() -> None:
         ("cuda", torch.float32, 64, 64, False),
         ("cuda", torch.bfloat16, 64, 32, False),
         ("cuda", torch.bfloat16, 60, 60, False),
+        ("cuda", torch.bfloat16, 208, 208, False),
+        ("cuda", torch.bfloat16, 264, 264, False),
         ("cuda", torch.bfloat16, 64, 64, True),
+        ("cuda", torch.bfloat16, 256, 256, True),
     ],
 )
 def test_where_flash_attentions_gradients_are_taken(monkeypatch, device, dtype, head_dim, value_dim, serves):

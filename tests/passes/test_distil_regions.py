@@ -132,6 +132,53 @@ def test_a_gradient_may_differ_by_what_rounding_moves(factor: float) -> None:
     assert torch.equal(rough, before) and torch.equal(steady, torch.ones(40)), "parameters are put back"
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("overflows", [False, True])
+def test_a_gradient_of_another_size_is_never_rounding(factor: float, overflows: bool) -> None:
+    """However far rounding moves a gradient's direction; and a moved one that overflows excuses nothing."""
+    torch.manual_seed(0)
+    rough = nn.Parameter(1 + torch.rand(40))
+    before, notes, calls = rough.detach().clone(), [], []
+
+    def learn(compiled: bool) -> Tensor:
+        calls.append(compiled)
+        (torch.sin(rough * 1500).sum() / 1500).backward()  # type: ignore[no-untyped-call]
+        assert rough.grad is not None
+        if compiled:
+            rough.grad *= factor
+        if overflows and len(calls) == 3:
+            rough.grad[0] = float("inf")
+        return torch.ones(())
+
+    assert not regions.agrees(learn, [rough], notes.append)
+    assert calls == [False, True, False] and "1 of 1 gradients" in notes[0]
+    assert torch.equal(rough, before)
+
+
+def test_no_gradient_at_all_is_the_same_for_both() -> None:
+    unused = nn.Parameter(torch.ones(3))
+    assert regions.agrees(lambda compiled: torch.ones(()), [unused], lambda note: pytest.fail(note))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_parameters_are_put_back_where_the_moved_run_fails(shared: bool) -> None:
+    one = nn.Parameter(torch.rand(7))
+    parameters = [one, nn.Parameter(one.detach() if shared else torch.rand(7))]
+    before, calls = [parameter.detach().clone() for parameter in parameters], []
+
+    def learn(compiled: bool) -> Tensor:
+        calls.append(compiled)
+        if len(calls) == 3:
+            assert not torch.equal(one, before[0])
+            raise torch.OutOfMemoryError
+        (one.square().sum() * (2 if compiled else 1)).backward()  # type: ignore[no-untyped-call]
+        return torch.ones(())
+
+    with pytest.raises(torch.OutOfMemoryError):
+        regions.agrees(learn, parameters, lambda note: None)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+
+
 def test_memory_errors_pass_through() -> None:
     def learn(compiled: bool) -> Tensor:
         if compiled:
