@@ -44,7 +44,7 @@ from lincompile.passes.distil.adapter import apply_adapter, save_adapter
 from lincompile.passes.distil.choose import choose
 from lincompile.passes.distil.data import Batches, TokenWindows
 from lincompile.passes.distil.echo import WithEchoes
-from lincompile.passes.distil.instrument import instead, run_of, unpadded
+from lincompile.passes.distil.instrument import instead, sites_of, unpadded
 from lincompile.passes.distil.logits import LogitDistillation, distil_logits, own_parameters
 from lincompile.passes.distil.loop import LoopOptions, LoopReport
 from lincompile.passes.distil.recipe import with_branches_of
@@ -151,7 +151,7 @@ class Run:
             weights = {
                 name: value.detach().cpu().contiguous() for name, value in student.graph_module.named_parameters()
             }
-            save_file(weights, str(path), {"sites": _made(student)})
+            save_file(weights, str(path), {"sites": json.dumps(sites_of(student))})
         else:
             record = {"options": self.results["options"], "versions": self.results["versions"], "tokens": self.tokens}
             save_adapter(path, self.teacher, student, source_hash=self.loaded.source_hash, record=record)
@@ -164,7 +164,7 @@ class Run:
                 made = (file.metadata() or {}).get("sites")
             # Files that don't say it were written before gates had a floor.
             floored = any("lowest" in site.details for site in student.sites)
-            if floored if made is None else made != _made(student):
+            if floored if made is None else json.loads(made) != sites_of(student):
                 raise SystemExit(
                     f"{path} was trained with other methods, windows or positions, or another floor of gates"
                 )
@@ -175,11 +175,6 @@ class Run:
                     parameter.copy_(weights[name])
             return {}
         return apply_adapter(path, self.teacher, student, source_hash=self.loaded.source_hash)
-
-
-def _made(student: Program) -> str:
-    """Of which sites a student's weights are, as their file says it."""
-    return json.dumps(run_of("weights", {}, student, None)["sites"])
 
 
 def train(run: Run, measures: Measures) -> Program:

@@ -289,6 +289,12 @@ CHECKS: dict[str, Callable[[str, int], dict[str, Any]]] = {
 # ---- times
 
 
+def both_ways(run: Callable[..., Tensor], inputs: list[Tensor], leaves: list[Tensor]) -> None:
+    """Reaches a block's kernels, those of its gradients too."""
+    out = run(*inputs)
+    torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
 def time_shape(shape: tuple[int, int, int, int], names: list[str], budget: float, copy: float, save: Any) -> Any:
     batch, length, heads, dim = shape
     torch.manual_seed(0)
@@ -310,12 +316,10 @@ def time_shape(shape: tuple[int, int, int, int], names: list[str], budget: float
 
     def peer(variant: str) -> dict[str, Any]:
         run = lawcat_fla.block(module, variant)
-        # One configuration after the other would be compiled while it is tuned.
-        for function, prepared in ((lawcat_fla.block(module, variant.replace(" compiled", "")), lawcat_fla.compiling),
-                                   (run, lawcat_fla.quick_tuning)):  # fmt: skip
-            with prepared():
-                out = function(q, k, v, x)
-                torch.autograd.grad(out, leaves, torch.ones_like(out))
+        with lawcat_fla.compiling():  # one configuration after the other would be, while it is tuned
+            both_ways(lawcat_fla.block(module, variant.replace(" compiled", "")), [q, k, v, x], leaves)
+        with lawcat_fla.quick_tuning():
+            both_ways(run, [q, k, v, x], leaves)
         found = both(lambda: run(q, k, v, x), leaves, budget)
         with torch.no_grad():
             return found | {"differs": relative(run(q, k, v, x).transpose(1, 2), fused(module, q, k, v, x))}
@@ -349,8 +353,7 @@ def warm(shape: tuple[int, int, int, int]) -> dict[str, Any]:
     def once(variant: str) -> dict[str, Any]:
         started = time.perf_counter()
         with lawcat_fla.compiling():
-            out = lawcat_fla.block(module, variant)(q, k, v, x)
-            torch.autograd.grad(out, leaves, torch.ones_like(out))
+            both_ways(lawcat_fla.block(module, variant), [q, k, v, x], leaves)
         torch.cuda.synchronize()
         return {"s": round(time.perf_counter() - started, 1)}
 

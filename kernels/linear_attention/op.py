@@ -80,7 +80,7 @@ def linear_attention(
         functools.partial(_launch_backward, args) if any(x is not None and x.requires_grad for x in args[:5]) else None
     )
     run = serving(
-        "linear_attention", kernels, reference, "chunkwise", _layouts(causal), args, asked, later, _forward_forms
+        "linear_attention", kernels, reference, "chunkwise", _layouts(causal), args, asked, later, _tiled_forms
     )
     o, state = run.chunkwise(*args)
     return o, state
@@ -108,7 +108,7 @@ def forward_forms(args: Sequence[Any]) -> list[Sequence[Any]]:
     return [(q, k, v, form, state, scale, causal, normalize) for form in forms]
 
 
-def _forward_forms(args: Sequence[Any]) -> list[Sequence[Any]]:
+def _tiled_forms(args: Sequence[Any]) -> list[Sequence[Any]]:
     """``forward_forms``; those of one token as one row and as many: the step's tile depends on how many there are."""
     forms, (_, k, v, *_, causal, _) = forward_forms(args), args
     if not causal or k.shape[2] > 1 or not k.shape[0]:

@@ -58,5 +58,5 @@ def backward(
         )
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    d_k, d_v = (torch.unflatten(x, 1, (-1, groups)).float().sum(2).to(q.dtype) for x in (d_k, d_v))
+    d_k, d_v = (torch.unflatten(x, 1, (-1, groups)).sum(2, dtype=torch.float32).to(q.dtype) for x in (d_k, d_v))
     return d_q, d_k, d_v

@@ -273,9 +273,14 @@ def run_of(stage: str, data: dict[str, Any], student: Program, teacher: Program 
 
     ``teacher`` is None where nothing is to be resumed: reading all weights takes seconds.
     """
+    model = teacher and weights_checksum(teacher)
+    return {"stage": stage, "data": data, "sites": sites_of(student), "model": model}
+
+
+def sites_of(student: Program) -> list[list[Any]]:
+    """What its sites became: ``[path, method, window, rotary, lowest]`` each, None where there is none. JSON-able."""
     made = ("window", "rotary", "lowest")
-    sites = [[site.path, site.method, *map(site.details.get, made)] for site in student.sites]
-    return {"stage": stage, "data": data, "sites": sites, "model": teacher and weights_checksum(teacher)}
+    return [[site.path, site.method, *map(site.details.get, made)] for site in student.sites]
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
