@@ -38,8 +38,10 @@ from torch import Tensor
 from versions import versions
 
 from lincompile.lowering.compiler import capture_loaded, prove, rewrite
+from lincompile.lowering.evaluation.passkey import Prompts
 from lincompile.lowering.options import Options
 from lincompile.lowering.text import Corpus, read_corpus, read_tokens, retrieval_needles
+from lincompile.lowering.tokenizer import codec_of
 from lincompile.passes.distil.adapter import apply_adapter, save_adapter
 from lincompile.passes.distil.choose import choose
 from lincompile.passes.distil.data import Batches, TokenWindows
@@ -58,6 +60,16 @@ from lincompile.passes.program import Program
 HELD_OUT = 0.005  # of the training text, for the divergences before and after
 RESERVE = 30.0  # seconds kept for writing and evaluating at the end of --until
 BEGAN = time.monotonic()
+STAGE_OPTIONS = {
+    "seconds": float,
+    "length": int,
+    "batch": int,
+    "steps": int,
+    "retrieval": float,
+    "emphasis": float,
+    "echoes": float,
+    "rates": float,
+}
 
 
 def say(text: str) -> None:
@@ -118,13 +130,16 @@ class Run:
         windows: Batches = WithEchoes(plain, stage.echoes, seed) if stage.echoes else plain
         if not stage.retrieval:
             return windows
+        return WithRetrieval(windows, self.needles(seed), stage.retrieval, seed)
+
+    def needles(self, seed: int) -> Needles:
+        """What the recipe's retrieval examples are made of."""
         tokenizer = self.loaded.tokenizer
-        needles = (
-            Needles.from_spans(self.corpus.ids, seed)
-            if tokenizer is None
-            else retrieval_needles(tokenizer, self.corpus.ids, seed)
-        )
-        return WithRetrieval(windows, needles, stage.retrieval, seed)
+        if tokenizer is None:
+            return Needles.from_spans(self.corpus.ids, seed)
+        if self.recipe.needles == "facts":
+            return retrieval_needles(tokenizer, self.corpus.ids, seed)
+        return Prompts(codec_of(tokenizer), "any").needles(seed)
 
     def options(self, stage: Stage, options: LoopOptions) -> Any:
         """The stage's options: its budget, cut to what ``--until`` leaves."""
@@ -213,7 +228,7 @@ def train(run: Run, measures: Measures) -> Program:
             run.teacher,
             student,
             run.data(stage, seed + 1 + index),
-            run.options(stage, LogitDistillation(train=recipe.train)),
+            run.options(stage, LogitDistillation(train=recipe.train, emphasis=stage.emphasis)),
             checkpoint=run.file(f".{name}.ckpt"),
             progress=progress(name),
             **told,
@@ -261,7 +276,7 @@ def recipe_of(asked: argparse.Namespace) -> Recipe:
     recipe = replace(recipe, **given)
     changes: dict[str, dict[str, Any]] = {"transfer": {}, "logits": {}, "extension": {}}
     for stage in changes:
-        for name, kind in (("seconds", float), ("length", int), ("batch", int), ("steps", int), ("echoes", float)):
+        for name, kind in STAGE_OPTIONS.items():
             value = getattr(asked, f"{stage}_{name}")
             if value is not None:
                 changes[stage][name] = kind(value)
@@ -321,8 +336,8 @@ def parsed() -> argparse.Namespace:
     recipe.add_argument("--passkey", type=as_numbers, metavar="N,N", help="tokens of the passkey prompts")
     recipe.add_argument("--measures", type=lambda text: tuple(text.split(",")) if text else ())
     for stage in ("transfer", "logits", "extension"):
-        for name in ("seconds", "length", "batch", "steps", "echoes"):
-            recipe.add_argument(f"--{stage}-{name}", type=float if name in ("seconds", "echoes") else int)
+        for name in STAGE_OPTIONS:
+            recipe.add_argument(f"--{stage}-{name}", type=STAGE_OPTIONS[name])
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--limit", type=int, default=None, help="evaluate on so many tokens of each text")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")

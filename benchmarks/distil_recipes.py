@@ -17,6 +17,7 @@ class Stage:
         steps: at most; for runs that must repeat exactly, without a clock.
         length, batch: tokens per window and windows per step.
         retrieval: share of the windows that are retrieval examples (of the extension).
+        emphasis: weight of the answers of retrieval examples (``LogitDistillation.emphasis``).
         echoes: share of the windows that repeat spans of themselves (``passes/distil/echo.py``).
         rates: the learning rates of the stage, times this.
     """
@@ -26,6 +27,7 @@ class Stage:
     batch: int
     steps: int = 1 << 30
     retrieval: float = 0.0
+    emphasis: float = 1.0
     echoes: float = 0.0
     rates: float = 1.0
 
@@ -44,6 +46,8 @@ class Recipe:
         measures: beside perplexity: ``ablations``, ``generation``, ``int6``, ``passkey``, ``zero-shot`` (the last one
             where a folder of tasks is given).
         passkey: tokens of the passkey prompts.
+        needles: what retrieval examples are: ``facts`` made from the text's words, or ``passkeys``, prompts of the form
+            that retrieval is measured by, with other keys and haystacks.
         longest: half-life of the slowest features at the start, in tokens.
         steps_of: the row whose number of logit steps the control takes, where that row has been run.
     """
@@ -59,6 +63,7 @@ class Recipe:
     extension: Stage | None = None
     measures: tuple[str, ...] = ("generation", "int6", "zero-shot")
     passkey: tuple[int, ...] = ()
+    needles: str = "facts"
     longest: float = 4096.0
     steps_of: str | None = None
 
@@ -69,8 +74,9 @@ HYBRID = replace(WINDOW, keep="auto:6")
 # Nothing is trained on more than 1,024 tokens; 8 and 22 times as many are asked for.
 SHORT = Recipe(
     transfer=Stage(100, 512, 32),
-    logits=Stage(300, 512, 32, retrieval=0.3),
-    extension=Stage(180, 1024, 16, retrieval=0.5, rates=0.5),
+    logits=Stage(300, 512, 32, retrieval=0.7, emphasis=10),
+    extension=Stage(180, 1024, 16, retrieval=0.7, emphasis=10, rates=0.5),
+    needles="passkeys",
     measures=("passkey", "generation"),
     passkey=(1024, 2048, 4096, 8192, 22528),
     longest=131072.0,

@@ -13,6 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
+from ...passes.distil.retrieval import Needles
 from ...passes.errors import LincompileError
 from ..generate import NO_STEP_FORM, generate
 from ..tokenizer import TextCodec
@@ -133,6 +136,25 @@ class Prompts:
         """Tokens of a prompt without haystack, for the longest of a few keys."""
         keys = [str(digit) * self.digits for digit in range(1, 10)]
         return max(len(self._head) + len(self._needle(key)) + len(self._tail) for key in keys)
+
+    def needles(self, seed: int, count: int = 8192) -> Needles:
+        """Prompts of this form as retrieval examples to train on, with ``count`` random keys.
+
+        A window is one prompt, two or four: two thirds of the prompts are short ones, in which looking back is learned
+        before it is at greater distances. Of an answer only the key itself has to be found.
+        """
+        draw = random.Random(f"{seed}/training")
+        keys = [str(draw.randrange(10 ** (self.digits - 1), 10**self.digits)) for _ in range(count)]
+        facts = self.codec.encode_all([NEEDLE.format(key=key) for key in keys], special=False)
+        answers = self.codec.encode_all([ANSWER.format(key=key) for key in keys], special=False)
+        return Needles(
+            [torch.tensor(fact) for fact in facts],
+            [torch.tensor([*self._tail, *answer]) for answer in answers],
+            [len(answer) for answer in answers],
+            self._head,
+            most=1,
+            parts=(1, 2, 4),
+        )
 
     def _needle(self, key: str) -> list[int]:
         return self.codec.encode(NEEDLE.format(key=key), special=False)

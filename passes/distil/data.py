@@ -33,6 +33,9 @@ class Batches(Protocol):
     def step(self, index: int) -> Tensor:
         """Tokens ``[B, T]`` of a step; the same for the same index, whatever was asked before."""
 
+    def asked(self, index: int) -> Tensor | None:
+        """Which of a step's tokens have to be found in their windows, bool ``[B, T]`` (None: it is plain text)."""
+
     def measure(self, count: int) -> Tensor:
         """Up to ``count`` held-out windows ``[n, T]``."""
 
@@ -193,6 +196,9 @@ class TokenWindows:
                 return self._tokens(windows.training[rows], windows.size)
             position -= windows.batches
         raise AssertionError("a step of an epoch lies in one of its sizes")  # pragma: no cover
+
+    def asked(self, index: int) -> None:
+        """Nothing: this is text."""
 
     def measure(self, count: int) -> Tensor:
         """Up to ``count`` held-out windows ``[n, size]``, of the size that most windows to train on have tokens in."""

@@ -49,6 +49,8 @@ class LogitDistillation(LoopOptions):
         train: "full", or "lora:R" for low-rank additions of rank R to every linear layer; vectors (norms, biases)
             and the attention modules learn whole either way.
         recompute: keep no activations of the attention modules, compute them again in the backward pass.
+        emphasis: weight of tokens that have to be found in their windows (the answers of retrieval examples), where
+            others have 1. A handful among hundreds, they would hardly be heard.
     """
 
     rate: float = 3e-4
@@ -56,10 +58,13 @@ class LogitDistillation(LoopOptions):
     attention_rate: float = 1e-3
     train: str = "full"
     recompute: bool = False
+    emphasis: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         lora_rank(self.train)
+        if not (self.emphasis > 0 and math.isfinite(self.emphasis)):
+            raise LincompileError(f"LogitDistillation(emphasis={self.emphasis}): the weight of answers is above 0")
 
     def rate_of(self, name: str) -> float:
         """Peak rate of a parameter, by its name in the training graph."""
@@ -90,13 +95,16 @@ class LogitReport(LoopReport):
     after: float = 0.0
 
 
-def _rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of KL(teacher ‖ student) over rows ``[R, V]``, and its gradient for the student's logits (float32)."""
+def _rows(student: Tensor, teacher: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weighted sum of KL(teacher ‖ student) over rows ``[R, V]``, and its gradient for the student's logits.
+
+    ``weights``: one for each row, float32 ``[R, 1]`` (None: 1 each). The results are float32.
+    """
     log_student = functional.log_softmax(student.float(), -1)
     log_teacher = functional.log_softmax(teacher.float(), -1)
     probabilities = log_teacher.exp()
-    total = (probabilities * (log_teacher - log_student)).sum()
-    return total, log_student.exp() - probabilities
+    each, slope = probabilities * (log_teacher - log_student), log_student.exp() - probabilities
+    return (each.sum(), slope) if weights is None else ((each * weights).sum(), slope * weights)
 
 
 @functools.cache
@@ -112,14 +120,16 @@ class _Divergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, want_gradient: bool, compiled: bool) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor | None, want_gradient: bool, compiled: bool
+    ) -> Tensor:
         flat, wanted = student.flatten(0, -2), teacher.flatten(0, -2)
         gradient = torch.empty_like(flat) if want_gradient else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         rows_of = compiled_rows() if compiled else _rows
         for start in range(0, flat.shape[0], ROWS):
             rows = slice(start, start + ROWS)
-            part, slope = rows_of(flat[rows], wanted[rows])
+            part, slope = rows_of(flat[rows], wanted[rows], None if weights is None else weights.reshape(-1, 1)[rows])
             total += part.double()
             if gradient is not None:
                 gradient[rows] = slope / flat.shape[0]
@@ -128,18 +138,33 @@ class _Divergence(torch.autograd.Function):
         return (total / flat.shape[0]).float()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None
+        return gradient * grads[0].to(gradient.dtype), None, None, None, None
 
 
-def divergence(student: Tensor, teacher: Tensor, compiled: bool = False) -> Tensor:
+def divergence(student: Tensor, teacher: Tensor, compiled: bool = False, weights: Tensor | None = None) -> Tensor:
     """Mean KL(teacher ‖ student) in nats per token, of logits ``[..., V]``; differentiable in the student's.
 
-    Inside ``spread`` this rank's share of the window's mean.
+    ``weights``, float32 ``[...]``, multiply the tokens' divergences before their mean is taken (None: 1 each). Inside
+    ``spread`` this rank's share of the window's mean.
     """
-    mean: Tensor = _Divergence.apply(student, teacher, student.requires_grad, compiled)  # type: ignore[no-untyped-call]
+    mean: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
+        student, teacher, weights, student.requires_grad, compiled
+    )
     return share_of_mean(mean)
+
+
+def marked(tokens: Tensor, asked: Tensor | None) -> Tensor:
+    """Tokens ``[B, T]`` in which those asked for are below zero: one tensor, as recorded steps and pieces take it."""
+    return tokens if asked is None else torch.where(asked, -1 - tokens, tokens)
+
+
+def unmarked(tokens: Tensor, emphasis: float) -> tuple[Tensor, Tensor]:
+    """The tokens again, and the weights of the logits at each, which predict the next one (float32 ``[B, T]``)."""
+    asked = tokens < 0
+    following = functional.pad(asked[:, 1:], (0, 1)).float()
+    return torch.where(asked, -1 - tokens, tokens), 1 + (emphasis - 1) * following
 
 
 def logits_of(graph: TrainingGraph, tokens: Tensor, compiled: bool = False) -> Tensor:
@@ -164,6 +189,7 @@ class Distiller:
 
         self.teacher = unpadded(teacher)
         self.student = instead(teacher, student, wrap)
+        self.emphasis = options.emphasis
 
     @torch.no_grad()
     def measure(self, windows: Tensor) -> float:
@@ -176,11 +202,14 @@ class Distiller:
         return sum(values) / len(values)
 
     def learn(self, tokens: Tensor, share: float, compiled: bool = False) -> Tensor:
-        """Adds ``share`` times the KL's gradient; returns the KL."""
-        tokens = tokens.to(self.teacher.device)
+        """Adds ``share`` times the gradient of the KL, weighted where ``tokens`` are ``marked``; returns that KL."""
+        tokens, weights = tokens.to(self.teacher.device), None
+        if self.emphasis != 1:
+            tokens, weights = unmarked(tokens, self.emphasis)
+            weights = cut(weights)
         with torch.no_grad():
             wanted = logits_of(self.teacher, tokens, compiled)
-        loss = divergence(logits_of(self.student, tokens, compiled), wanted, compiled)
+        loss = divergence(logits_of(self.student, tokens, compiled), wanted, compiled, weights)
         del wanted
         (loss * share).backward()  # type: ignore[no-untyped-call]
         return total(loss.detach())
@@ -276,7 +305,8 @@ def _distil(
 
     def losses_of(step: int) -> tuple[Tensor, int]:
         tokens = data.step(step)
-        return pieces(tokens, step)[None], tokens.numel()
+        asked = data.asked(step) if options.emphasis != 1 else None
+        return pieces(marked(tokens, asked), step)[None], tokens.numel()
 
     parts = [Part("the logits", trained, rates)]
 
