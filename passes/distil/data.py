@@ -8,10 +8,11 @@ ends and so may begin inside the one before. Every size is a shape of its own fo
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ SIZES = 3  # different sizes at most
 RARE = 0.05  # a size that covers less of the text than this isn't worth a shape of its own
 
 
+Made = TypeVar("Made")
+
+
 class Batches(Protocol):
     """What the stages train on: batches by step number, and windows that no step sees."""
 
@@ -32,9 +36,6 @@ class Batches(Protocol):
 
     def step(self, index: int) -> Tensor:
         """Tokens ``[B, T]`` of a step; the same for the same index, whatever was asked before."""
-
-    def asked(self, index: int) -> Tensor | None:
-        """Which of a step's tokens have to be found in their windows, bool ``[B, T]`` (None: it is plain text)."""
 
     def measure(self, count: int) -> Tensor:
         """Up to ``count`` held-out windows ``[n, T]``."""
@@ -197,9 +198,6 @@ class TokenWindows:
             position -= windows.batches
         raise AssertionError("a step of an epoch lies in one of its sizes")  # pragma: no cover
 
-    def asked(self, index: int) -> None:
-        """Nothing: this is text."""
-
     def measure(self, count: int) -> Tensor:
         """Up to ``count`` held-out windows ``[n, size]``, of the size that most windows to train on have tokens in."""
         windows = max(self.sizes, key=lambda windows: len(windows.training) * windows.size)
@@ -221,3 +219,27 @@ def _covered(lengths: Tensor, sizes: Sequence[int]) -> list[int]:
         tokens.append(int(lengths[_served(lengths, size, above)].sum()))
         above = size
     return tokens
+
+
+class Ahead(Generic[Made]):
+    """``make(index)``, of which the next index's result is made in a thread while this one's is used.
+
+    Retrieval examples are some thousand small tensors a step, as long as a GPU takes for the step itself.
+    """
+
+    def __init__(self, make: Callable[[int], Made]) -> None:
+        self.make = make
+        self._thread = ThreadPoolExecutor(1, "batches")
+        self._waiting: tuple[int, Future[Made]] | None = None
+
+    def __call__(self, index: int) -> Made:
+        """What ``make(index)`` gives, and its exception."""
+        if self._waiting is None or self._waiting[0] != index:
+            self._waiting = index, self._thread.submit(self.make, index)
+        made = self._waiting[1].result()
+        self._waiting = index + 1, self._thread.submit(self.make, index + 1)
+        return made
+
+    def close(self) -> None:
+        """Ends the thread; what it makes is dropped."""
+        self._thread.shutdown(wait=True, cancel_futures=True)

@@ -60,9 +60,6 @@ class WithEchoes:
         """The base's held-out windows: plain text."""
         return self.base.measure(count)
 
-    def asked(self, index: int) -> None:
-        """Nothing: that echoes can be found is for the student to learn, not all of their tokens have to be."""
-
     def step(self, index: int) -> Tensor:
         """Tokens ``[B, T]`` of a step."""
         windows = self.base.step(index)

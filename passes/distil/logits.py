@@ -26,13 +26,14 @@ from ..graph import finish, get_attribute, set_tensor
 from ..linearization.methods import LinearMethod
 from ..linearize import MODULE_PREFIX
 from ..program import Program
-from .data import Batches
+from .data import Ahead, Batches
 from .instrument import TrainingGraph, first_nonfinite, instead, run_of, unpadded
 from .loop import LoopOptions, LoopReport, Part, Progress, train
 from .lora import PREFIX as LORA_PREFIX
 from .lora import Addition, add_lora, merge_lora
 from .pieces import Pieces
 from .regions import Compiled
+from .retrieval import WithRetrieval
 from .spread import current, cut, exchanging, share_of_mean, total
 
 ROWS = 2048
@@ -155,9 +156,9 @@ def divergence(student: Tensor, teacher: Tensor, compiled: bool = False, weights
     return share_of_mean(mean)
 
 
-def marked(tokens: Tensor, asked: Tensor | None) -> Tensor:
+def marked(tokens: Tensor, asked: Tensor) -> Tensor:
     """Tokens ``[B, T]`` in which those asked for are below zero: one tensor, as recorded steps and pieces take it."""
-    return tokens if asked is None else torch.where(asked, -1 - tokens, tokens)
+    return torch.where(asked, -1 - tokens, tokens)
 
 
 def unmarked(tokens: Tensor, emphasis: float) -> tuple[Tensor, Tensor]:
@@ -303,10 +304,16 @@ def _distil(
     learning = list(trained.values())
     pieces = Pieces(distiller.learn, learning, compile=compile, replay=options.replays, report=report, note=note)
 
+    def windows_of(step: int) -> Tensor:
+        if options.emphasis != 1 and isinstance(data, WithRetrieval):
+            return marked(*data.made(step))
+        return data.step(step)
+
+    ahead = Ahead(windows_of)
+
     def losses_of(step: int) -> tuple[Tensor, int]:
-        tokens = data.step(step)
-        asked = data.asked(step) if options.emphasis != 1 else None
-        return pieces(marked(tokens, asked), step)[None], tokens.numel()
+        tokens = ahead(step)
+        return pieces(tokens, step)[None], tokens.numel()
 
     parts = [Part("the logits", trained, rates)]
 
@@ -330,6 +337,7 @@ def _distil(
         if not math.isfinite(report.after):
             raise LincompileError("the divergence isn't finite after training: lower the learning rate")
     finally:
+        ahead.close()
         merge_lora(student, additions)
         student.metadata["low_rank"] = additions
     return report

@@ -98,13 +98,10 @@ class WithRetrieval:
 
     def step(self, index: int) -> Tensor:
         """Tokens ``[B, T]`` of a step."""
-        return self._made(index)[0]
+        return self.made(index)[0]
 
-    def asked(self, index: int) -> Tensor:
-        """Which of a step's tokens have to be found in their windows, bool ``[B, T]``."""
-        return self._made(index)[1]
-
-    def _made(self, index: int) -> tuple[Tensor, Tensor]:
+    def made(self, index: int) -> tuple[Tensor, Tensor]:
+        """Tokens ``[B, T]`` of a step, and which of them have to be found in their windows (bool)."""
         windows = self.base.step(index)
         asked = torch.zeros_like(windows, dtype=torch.bool)
         generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + index)
