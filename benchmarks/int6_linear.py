@@ -99,7 +99,7 @@ def few_options(tokens: int, rows: int, width: int, tile: tuple[int, ...]) -> di
     per_warp, warps, stages = tile
     programs = -(-rows // (16 * per_warp * warps))
     changed = {"ROWS": per_warp, "WARPS": warps, "STAGES": stages, "SHARES": max(1, 264 // programs)}
-    return kernels.few_config(tokens, rows, width) | changed
+    return {**kernels.few_config(tokens, rows, width), **changed}
 
 
 def check_variants() -> dict[str, Any]:
@@ -421,7 +421,7 @@ def sweep_narrow() -> dict[str, Any]:
         attempt(found, f"cublas {name}", lambda r=rows, w=width: cublas_us(r, w, 1))  # type: ignore[misc]
         timed: dict[str, list[tuple[float, dict[str, Any]]]] = {}
         for form, (block, warps) in ((form, tile) for form, tiles in NARROW_TILES.items() for tile in tiles):
-            config = kernels.narrow_config(pack.group_count(width, 128), rows, form == "gluon")
+            config = dict(kernels.narrow_config(pack.group_count(width, 128), rows, form == "gluon"))
             config |= {"BN": block, "num_warps": warps}
             if warps > config["GB"]:  # warps without a group
                 continue
