@@ -248,7 +248,7 @@ def quantize_activation(
     return codes, scale
 
 
-# Tiles by rule, from sweeps on one H200 (benchmarks/int6_linear.py); no autotuning, so a first call is quick. They are
+# Tiles by rule, from sweeps on one H200 (benchmarks/int6_tiles.py); no autotuning, so a first call is quick. They are
 # kept: a layer of one token that isn't recorded is bound by what Python does for its launch.
 @functools.cache
 def vector_config(in_features: int) -> Tile:
