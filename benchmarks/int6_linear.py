@@ -1,10 +1,10 @@
 """int6_linear on one NVIDIA GPU: exactness first, then speed against cuBLAS bf16, torch._int_mm, torchao and humming.
 
-    python benchmarks/int6_linear.py --out benchmarks/results/int6_linear.json [--variants] [--sweep] [--peers]
+    python benchmarks/int6_linear.py --out benchmarks/results/int6_linear.json [--variants] [--peers]
 
-``--variants`` times the Gluon kernel's tiles, ``--sweep`` those of the others, ``--peers`` other libraries (humming's
-kernels are compiled beside the checks). The file is written after each part; the table comes last and counts, for each
-shape, the fastest of what was timed.
+``--variants`` times the tiles of the Gluon kernel for a few tokens (``int6_tiles.py`` those of the others), ``--peers``
+other libraries (humming's kernels are compiled beside the checks). The file is written after each part; the table comes
+last and counts, for each shape, the fastest of what was timed.
 
 Times are medians over replays of a CUDA graph that walks through copies of the weights, together larger than any cache,
 so every weight comes from device memory. Activation quantization is part of the int6 and int8 times, except for
@@ -14,7 +14,6 @@ so every weight comes from device memory. Activation quantization is part of the
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import statistics
@@ -31,30 +30,12 @@ from torch import Tensor
 
 from lincompile.kernels import ops  # noqa: F401  registers torch.ops.lincompile
 from lincompile.kernels.int6_linear import codes as q
-from lincompile.kernels.int6_linear import layer, pack, reference
+from lincompile.kernels.int6_linear import pack, reference
 from lincompile.kernels.int6_linear import triton as kernels
 
 DECODE = [(28672, 8192), (8192, 28672), (4096, 4096)]
 MUST = {(28672, 8192, 1): 2.0, (8192, 28672, 1): 2.0, (28672, 8192, 16): 1.8, (28672, 8192, 32): 1.8,
         (8192, 28672, 16): 1.8, (8192, 28672, 32): 1.8, (4096, 4096, 1): 1.4, (28672, 8192, 4096): 1.15}  # fmt: skip
-# SmolLM2-135M's packed layers: rows, channels, norm before, gated product before, sum after.
-NARROW = [(960, 576, True, False, False), (576, 576, False, False, True), (3072, 576, True, False, False),
-          (576, 1536, False, True, True)]  # fmt: skip
-NARROW_LAYERS = 30
-# Rows of a program and warps, in Triton and in Gluon.
-NARROW_TILES = {"triton": [(1, 1), (4, 4), (8, 4), (8, 8)], "gluon": [(n, w) for n in (4, 8, 16) for w in (4, 8, 16)]}
-VECTOR = [(1, 64, 2), (1, 128, 4), (2, 64, 2), (2, 64, 4), (2, 128, 4), (4, 64, 2), (4, 64, 4), (4, 128, 4), (8, 64, 4)]
-SMALL = [
-    (32, 1, 4, 1),
-    (32, 2, 3, 1),
-    (32, 2, 4, 1),
-    (32, 2, 4, 2),
-    (32, 2, 4, 4),
-    (64, 2, 3, 2),
-    (64, 4, 3, 4),
-    (128, 4, 3, 2),
-]
-LARGE = [(128, 64, 4, 3), (128, 64, 4, 4), (64, 128, 4, 3), (64, 64, 4, 4), (128, 128, 8, 3), (128, 32, 4, 4)]
 # Tiles of the Gluon kernel for a few tokens: (ROWS, WARPS, STAGES).
 TILES = [(2, 4, 3), (1, 8, 3), (1, 4, 4), (2, 4, 2)]
 PAST_L2 = 320 << 20  # bytes of weights in one replay, at least
@@ -99,7 +80,7 @@ def few_options(tokens: int, rows: int, width: int, tile: tuple[int, ...]) -> di
     per_warp, warps, stages = tile
     programs = -(-rows // (16 * per_warp * warps))
     changed = {"ROWS": per_warp, "WARPS": warps, "STAGES": stages, "SHARES": max(1, 264 // programs)}
-    return kernels.few_config(tokens, rows, width) | changed
+    return {**kernels.few_config(tokens, rows, width), **changed}
 
 
 def check_variants() -> dict[str, Any]:
@@ -344,121 +325,6 @@ def warm_peer(name: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-Site = tuple[int, int, bool, bool, bool]  # as in NARROW
-Planes = tuple[Tensor, Tensor, Tensor]
-
-
-def narrow_call(site: Site, planes: Planes, x: Tensor, y: Tensor, stream: Tensor, config: dict[str, Any]) -> None:
-    """One of SmolLM2-135M's layers; ``stream`` is what its output is added to."""
-    _, width, norm, gated, residual = site
-    around = kernels.Around(norm_weight(width) if norm else None, 1e-5, gated, stream if residual else None)
-    kernels.narrow(x, planes, None, y, "a8", config, around)
-
-
-@functools.cache
-def norm_weight(width: int) -> Tensor:
-    """Made once: what is made in a call is timed with it."""
-    return torch.rand(width, device="cuda", dtype=torch.bfloat16) + 0.5
-
-
-def check_narrow(site: Site, config: dict[str, Any]) -> None:
-    """A tile over poisoned memory: the integer part bit for bit, the whole layer against float64; NaN comes through."""
-    rows, width, norm, gated, residual = site
-    codes = torch.randint(-32, 32, (rows, width), dtype=torch.int8)
-    planes = (*(plane.cuda() for plane in pack.pack(codes)),
-              torch.ones(rows, pack.group_count(width, 128), dtype=torch.float16, device="cuda"))  # fmt: skip
-    x = torch.randint(-127, 128, (1, width)).float()
-    x[:, ::16] = 127
-    y, bias = poisoned(1, rows), torch.randint(-9, 9, (rows,)).float()
-    kernels.narrow(x.cuda(), planes, bias.cuda(), y, "a8", config)
-    assert torch.equal(y.cpu().double(), x.double() @ codes.double().t() + bias.double()), "the integer part differs"
-    planes = random_planes(rows, width)
-    x, stream = (torch.randn(1, n, device="cuda", dtype=torch.bfloat16) for n in (width * (1 + gated), rows))
-    y = poisoned(1, rows).to(torch.bfloat16)
-    narrow_call(site, planes, x, y, stream, config)
-    weight = norm_weight(width).double() if norm else None
-    more = stream.double() if residual else None
-    expected = layer.plain(x.double(), weight, 1e-5, gated, more, *planes, None, 128, "a8")
-    error = float((y.double() - expected).norm() / expected.norm())
-    assert error < 2e-2, f"the error is {error:.2g}"
-    x[0, 3] = float("nan")
-    narrow_call(site, planes, x, y, stream, config)
-    assert bool(y.isnan().all()), "NaN is lost"
-
-
-def narrow_us(site: Site, config: dict[str, Any]) -> float:
-    """One layer after another of the same shape, checked first."""
-    check_narrow(site, config)
-    rows, width, _, gated, _ = site
-    copies = [random_planes(rows, width) for _ in range(copies_for(rows * width * 3 // 4))]
-    x, y = (torch.randn(1, n, device="cuda", dtype=torch.bfloat16) for n in (width * (1 + gated), rows))
-    stream = torch.zeros_like(y)
-    return median_us([lambda p=p: narrow_call(site, p, x, y, stream, config) for p in copies])  # type: ignore[misc]
-
-
-def chain_us(configs: list[dict[str, Any]]) -> float:
-    """Microseconds a call of a whole model's packed layers, each reading what the one before it wrote."""
-    layers = [[random_planes(rows, width) for rows, width, *_ in NARROW] for _ in range(NARROW_LAYERS)]
-    stream, middle = (torch.randn(1, 576, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    heads, wide = (torch.empty(1, n, device="cuda", dtype=torch.bfloat16) for n in (960, 3072))
-    # q takes attention's place; every second sum goes to the other buffer, since a call may not read what it writes.
-    flow = [(stream, heads, stream), (heads[:, :576], middle, stream), (middle, wide, middle), (wide, stream, middle)]
-    calls = [
-        functools.partial(narrow_call, site, planes, *buffers, config)
-        for packed in layers
-        for site, planes, buffers, config in zip(NARROW, packed, flow, configs, strict=True)
-    ]
-    return median_us(calls)
-
-
-def sweep_narrow() -> dict[str, Any]:
-    """Each kernel for few channels by shape, then the fastest tiles of each kernel through a whole model."""
-    found: dict[str, Any] = {}
-    best: dict[str, list[dict[str, Any]]] = {}
-    for site in NARROW:
-        rows, width, *_ = site
-        name = f"{rows}x{width}"
-        attempt(found, f"cublas {name}", lambda r=rows, w=width: cublas_us(r, w, 1))  # type: ignore[misc]
-        timed: dict[str, list[tuple[float, dict[str, Any]]]] = {}
-        for form, (block, warps) in ((form, tile) for form, tiles in NARROW_TILES.items() for tile in tiles):
-            config = kernels.narrow_config(pack.group_count(width, 128), rows, form == "gluon")
-            config |= {"BN": block, "num_warps": warps}
-            if warps > config["GB"]:  # warps without a group
-                continue
-            label = f"narrow {name} {form} {block}/{warps}"
-            attempt(found, label, lambda c=config, s=site: narrow_us(s, c))  # type: ignore[misc]
-            if isinstance(found[label], float):
-                timed.setdefault(form, []).append((found[label], config))
-        for form, results in timed.items():
-            best.setdefault(form, []).append(min(results, key=lambda result: result[0])[1])
-    today = [kernels.narrow_config(pack.group_count(width, 128), rows, True) for rows, width, *_ in NARROW]
-    for form, configs in {"today": today, **best}.items():
-        tiles = " ".join(f"{config['BN']}/{config['num_warps']}" for config in configs)
-        attempt(found, f"chain {form} {tiles}", lambda c=configs: chain_us(c))  # type: ignore[misc]
-    return found
-
-
-def sweep(paths: list[str]) -> dict[str, Any]:
-    """Other tile shapes of these paths: ``vector``, ``narrow``, ``small``, ``large``."""
-    found: dict[str, Any] = {}
-    for (rows, width), (block, halves, warps) in itertools.product(DECODE if "vector" in paths else (), VECTOR):
-        config = {"BN": block, "HALVES": halves, "num_warps": warps}
-        attempt(found, f"vector {rows}x{width} {block}/{halves}/{warps}",
-                lambda c=config, r=rows, w=width: int6_us(r, w, 1, "vector", c))  # type: ignore[misc]  # fmt: skip
-    if "narrow" in paths:
-        found |= sweep_narrow()
-    few = DECODE[:2] if "small" in paths else ()
-    for (rows, width), tokens, (block, warps, stages, split) in itertools.product(few, (16, 32), SMALL):
-        config = {"BM": tokens, "BN": block, "STAGES": stages, "SPLIT": split, "num_warps": warps}
-        attempt(found, f"small {rows}x{width} M={tokens} {block}/{warps}/{stages}/{split}",
-                lambda c=config, r=rows, w=width, t=tokens: int6_us(r, w, t, "small", c))  # type: ignore[misc]  # fmt: skip
-    for block_m, block_n, warps, stages in LARGE if "large" in paths else ():
-        config = {"BM": block_m, "BN": block_n, "STAGES": stages, "BAND": 8, "num_warps": warps}
-        attempt(found, f"large {block_m}x{block_n}/{warps}/{stages}",
-                lambda c=config: int6_us(28672, 8192, 4096, "large", c))  # type: ignore[misc]  # fmt: skip
-    return found
-
-
 def table() -> list[dict[str, Any]]:
     """The op as it dispatches today beside cuBLAS and the bare integer product."""
     rows_out = []
@@ -491,8 +357,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("int6_linear.json"))
     parser.add_argument("--variants", action="store_true", help="also time the Gluon kernel's tiles")
-    parser.add_argument("--sweep", nargs="?", const="vector,narrow,small,large", help="also time other tiles, of these")
-    parser.add_argument("--only-sweep", action="store_true", help="no table")
     parser.add_argument("--peers", action="store_true", help="also time torchao and humming-kernels")
     parser.add_argument("--seconds", type=float, default=240, help="time for everything; the peers get what is left")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
@@ -531,10 +395,7 @@ def main() -> int:
         except subprocess.TimeoutExpired:
             process.kill()
             result.setdefault("ended_early", {})["warming a peer"] = "stopped after 90 s"
-    part("table", [] if arguments.only_sweep else table())
-    if arguments.sweep:
-        part("sweep", sweep(arguments.sweep.split(",")))
-        print(json.dumps(result["sweep"], indent=0), flush=True)
+    part("table", table())
     todo = [("variants", ["--variant"], 80.0)] if arguments.variants else []
     todo += [("peers", ["--peer", name], 70.0) for name in PEERS if arguments.peers]
     for index, (name, options, most) in enumerate(todo):

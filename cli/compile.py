@@ -156,7 +156,9 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @click.option(
     "--adapter",
     type=click.Path(path_type=Path),
-    help="Trained parts to apply instead of distilling; --window, --rotary and --keep-softmax are as it was trained.",
+    help="File of trained parts to apply instead of distilling; with --distil and a budget, to train on from. Brings "
+    "--window, --rotary, --keep-softmax, --rewrite-sliding and --alibi along, and is refused unless MODEL has the "
+    "weights or is the file that it was trained for (told by hash), with the same method and sites.",
 )
 @common.shard_option("Share the tokens of --distil's windows")
 @click.option("--target", type=click.Choice(["eager", "triton", "onnx", "aot"]), default="eager", show_default=True)

@@ -20,10 +20,9 @@ from ..kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompile
 from ..passes.errors import LincompileError
 from ..passes.stateful import StateSpec, StepProgram
 from ..passes.stepping.last_token import last_token_only
+from .chunks import GPU_CHUNK, PREFILL_CHUNK, gpu_chunk
 from .recorded import Recorded, places_of, recordable
 
-PREFILL_CHUNK = 256
-GPU_CHUNK = 2048  # on a GPU a chunk costs launches
 # Where the arguments of a look-up hold the table (of a packed one, the plane that has its rows) and the ids.
 TABLE_AND_IDS = {
     torch.ops.aten.embedding.default: (0, 1),
@@ -85,8 +84,14 @@ class Session:
 
     @property
     def chunk(self) -> int:
-        """Tokens of a prompt to read at a time."""
-        return GPU_CHUNK if self.device.type == "cuda" else PREFILL_CHUNK
+        """Tokens of a prompt to read at a time, by :meth:`step_last`."""
+        return self._gpu_chunk if self.device.type == "cuda" else PREFILL_CHUNK
+
+    @cached_property
+    def _gpu_chunk(self) -> int:
+        # Where all logits are computed they are the largest tensor by far. Lowering joins layers, and by that tensors:
+        # what counts is the model's width, so the graph before it is asked.
+        return GPU_CHUNK if self._last is None else gpu_chunk(self.plain)
 
     @property
     def states(self) -> list[StateSpec]:
@@ -175,7 +180,7 @@ class Session:
 
 
 def chunk_of(session: StepSession) -> int:
-    """Tokens of a prompt to read at a time: what suits a session's device, where it says so (other runtimes don't)."""
+    """Tokens of a prompt to read at a time: what suits a session, where it says so (other runtimes don't)."""
     return getattr(session, "chunk", PREFILL_CHUNK)
 
 
@@ -210,7 +215,7 @@ def prefill(
     Args:
         mask: bool ``[B, T]``, True = real token. Padding must be on the left of each row.
         after: what an earlier call returned, to continue its sequences.
-        chunk: tokens to read at a time (None: what suits the session's device).
+        chunk: tokens to read at a time (None: what suits the session's device and model).
         on_chunk: called with (tokens read, tokens in all) after each chunk.
         on_state: called after each chunk with what an interrupted prefill would be resumed from.
         collect: called with (index of the chunk's first token, logits ``[B, t, V]``): all logits, for perplexity.
@@ -248,7 +253,7 @@ def prefill(
             raise LincompileError("the artefact runs whole sequences, without states: it can't continue one")
         chunk = length
     if chunk is None:
-        chunk = chunk_of(session)
+        chunk = min(chunk_of(session), GPU_CHUNK) if collect else chunk_of(session)
     states = session.initial_states(batch) if after is None else after.states
     positions = positions_of(mask) + before[:, None]
     step = session.step if collect else getattr(session, "step_last", session.step)  # a runtime may have no shortcut
@@ -425,7 +430,7 @@ def generate(
         max_new_tokens: stop after that many (0 reads the prompt and returns no token).
         temperature, top_k, top_p, seed: see :class:`Sampling`; row i is seeded with ``seed + i``.
         eos_ids: a row stops after any of these.
-        chunk: prompt tokens per step of the prefill (None: what suits the session's device).
+        chunk: prompt tokens per step of the prefill (None: what suits the session's device and model).
         after: the states of an earlier call (``Generation.state``, or a state file's): the prompts are what comes next.
             Where nothing does, ``[[]]`` continues from its logits.
         stream: called with (row, token) as each token is chosen; True ends the row (a stop sequence, for example).

@@ -31,6 +31,7 @@ from torch.fx import GraphModule
 
 from ..passes.errors import ArtefactError, LincompileError
 from ..passes.stateful import StateSpec, StepProgram
+from ..passes.writing import unwritable
 from .artefact.files import MANIFEST, OTHER_RUNTIMES, records, replace_text, sha256
 from .artefact.graph_file import read_graph, weights_of, write_graph
 from .artefact.report import render_report
@@ -145,8 +146,10 @@ def save(
             (folder / REPORT).write_text(render_report(document), encoding="utf-8")
             (folder / MANIFEST).write_text(json.dumps(jsonable(document), indent=2) + "\n", encoding="utf-8")
             _put_in_place(folder, directory)
-        except OSError as error:
-            raise ArtefactError(f"the output {directory} can't be written: {error.strerror or error}") from error
+        except Exception as error:
+            if (why := unwritable(error)) is None:
+                raise
+            raise ArtefactError(f"the output {directory} can't be written ({why[0]}): {why[1]}") from error
     return directory
 
 

@@ -23,7 +23,6 @@ from .graph import (
     order_of,
     same_dim,
     source_line,
-    target_of,
     tensor_of,
     value_inputs,
     walk_up,
@@ -38,6 +37,7 @@ from .proof.match import Candidate, find_candidates
 from .proof.operands import Unsupported, canonical_operands, fold_groups, int_dim
 from .proof.probe import Probe
 from .proof.region import RegionKeys
+from .proof.twins import of_twin, signature
 
 TOLERANCE = 1e-5
 
@@ -92,7 +92,7 @@ class Cache:
     regions: RegionKeys
     written: set[Node] = field(default_factory=set)
     alibi: bool = False
-    findings: dict[Any, Findings] = field(default_factory=dict)
+    findings: dict[Any, tuple[Candidate, Findings]] = field(default_factory=dict)  # and whose they are
     errors: dict[Any, float] = field(default_factory=dict)
 
 
@@ -119,11 +119,11 @@ def examine(program: Program, candidate: Candidate, site: AttentionSite, toleran
         return None
     key = signature(candidate)
     if key not in cache.findings:
-        cache.findings[key] = classify(program, candidate, cache.alibi)
-    findings = cache.findings[key]
+        cache.findings[key] = candidate, classify(program, candidate, cache.alibi)
+    first, findings = cache.findings[key]
     _fill(site, findings)
     if not findings.supported:
-        site.reason = findings.reason
+        site.reason = of_twin(findings.reason, first, candidate)
         return None
     try:
         with _Attempt(program.graph_module) as attempt:
@@ -158,34 +158,6 @@ def _fill(site: AttentionSite, findings: Findings) -> None:
     if findings.probed:
         site.scale, site.softcap = findings.scale, findings.softcap or None
         site.bias, site.slopes = findings.bias, findings.slopes
-
-
-def signature(candidate: Candidate) -> Any:
-    """Key under which two candidates have one score chain, masks and way to v (the layers of one model, usually)."""
-    if candidate.softmax is None:
-        shapes = (
-            tuple(str(d) for d in tensor_of(candidate.q).shape),
-            tuple(str(d) for d in tensor_of(candidate.k).shape),
-        )
-        return (candidate.form, candidate.mask, candidate.is_causal, candidate.scale, shapes)
-    assert candidate.scores is not None
-    chain = {candidate.scores, *candidate.chain}
-    known: dict[Node, Any] = {candidate.scores: ("scores", tuple(str(d) for d in tensor_of(candidate.scores).shape))}
-
-    def visit(item: Any) -> Any:
-        if isinstance(item, (list, tuple)):
-            return tuple(visit(part) for part in item)
-        if not isinstance(item, Node):
-            return str(item)
-        if item not in known:
-            known[item] = (
-                (str(item.target), visit(item.args), visit(tuple(item.kwargs.values()))) if item in chain else item.name
-            )
-        return known[item]
-
-    bias = candidate.scores.args[0] if target_of(candidate.scores) is aten.baddbmm.default else None
-    known[candidate.softmax] = "softmax"
-    return (visit(candidate.softmax.args[0]), visit(bias), str(candidate.scores.kwargs), visit(candidate.weights))
 
 
 @dataclass

@@ -138,7 +138,7 @@ class Quantize:
             raise LincompileError(
                 "quantize: the calibration set is empty: give at least one batch of the model's inputs, or None"
             )
-        tuning = self._tuning()
+        tuning, strength = self._tuning(), self._strength(spec)
         module = program.graph_module
         module.graph.eliminate_dead_code()  # an unused layer is no layer
         lookups = token_lookups(program) if self.embeddings else []
@@ -156,7 +156,6 @@ class Quantize:
         given = self.schemes or self.plan_file is not None
         alike = spec.kind != "auto" and not given  # all layers of ``todo`` will have six bits, or all eight
         codes_of = WeightRounder(program, todo, self.method, self.calibration, self.group_size, compensate=alike)
-        strength = self._strength(spec)
         smoothed = codes_of.smooth(layers, strength) if strength and self.calibration and todo else {}
         chosen, choice = self._choose(program, spec, todo, codes_of)
         teacher = program.clone() if tuning else None  # still in float
@@ -202,8 +201,10 @@ class Quantize:
     def _tuning(self) -> TuneOptions | None:
         """The options of tuning, checked before anything is changed; None where it isn't asked for."""
         if self.tune is None:
-            names = ("tune_steps", "tune_time", "tune_checkpoint", "tune_data")
-            unused = [name for name in names if getattr(self, name) is not None]
+            names = ("tune_steps", "tune_time", "tune_batch", "tune_rate", "tune_checkpoint", "tune_data")
+            unused = [
+                item.name for item in fields(self) if item.name in names and getattr(self, item.name) != item.default
+            ]
             if unused:
                 raise LincompileError(f"quantize: {unused[0]} is about tuning: give tune='scales' or tune='codes', too")
             return None
@@ -239,6 +240,10 @@ class Quantize:
         if self.smooth is not None:
             if not 0 <= self.smooth <= 1:
                 raise LincompileError(f"quantize: smooth {self.smooth:g}: give a strength from 0 (off) to 1")
+            if self.smooth and self.calibration is None:
+                raise LincompileError(
+                    "quantize: smooth goes by the inputs that calibration shows: give batches of it or leave smooth out"
+                )
             return self.smooth
         bits = self.activation_bits if spec.scheme is None else spec.scheme.activation_bits
         return 1.0 if bits is not None and bits <= 7 else 0.5

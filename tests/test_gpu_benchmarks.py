@@ -236,6 +236,41 @@ def dry(*command: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
+def test_the_fastest_tiles_of_each_kernel_run_through_a_whole_model(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton isn't installed")
+    tiles = script("int6_tiles")
+    chains: list[list[tuple[int, int]]] = []
+
+    def narrow_us(site: Any, config: dict[str, Any]) -> float:
+        if config["BN"] == 16:
+            raise RuntimeError("no room")
+        return float(config["BN"] + config["num_warps"] + (100 if config["GLUON"] else 0))
+
+    def chain_us(configs: list[dict[str, Any]]) -> float:
+        chains.append([(config["BN"], config["num_warps"]) for config in configs])
+        return 1.0
+
+    monkeypatch.setattr(tiles, "narrow_us", narrow_us)
+    monkeypatch.setattr(tiles, "chain_us", chain_us)
+    monkeypatch.setattr(tiles, "cublas_us", lambda *shape: 3.0)
+    today = [dict(tiles.kernels.narrow_config(-(-width // 128), rows, True)) for rows, width, *_ in tiles.NARROW]
+    out = tmp_path / "tiles.json"
+    monkeypatch.setattr(sys, "argv", ["int6_tiles.py", "--paths", "narrow", "--out", str(out)])
+    assert tiles.main() == 0
+    found = json.loads(out.read_text())
+    assert found["command"] == "int6_tiles.py --paths narrow" and "torch" in found["versions"]
+    assert found["sweep"]["narrow 960x576 gluon 16/4"] == "RuntimeError: no room"
+    assert found["sweep"]["cublas 576x1536"] == 3.0 and not any(name.startswith("large") for name in found["sweep"])
+    assert chains == [[(tile["BN"], tile["num_warps"]) for tile in today], [(1, 1)] * 4, [(4, 4)] * 4]
+    kept = [dict(tiles.kernels.narrow_config(-(-width // 128), rows, True)) for rows, width, *_ in tiles.NARROW]
+    assert kept == today, "the kernels' own tiles were changed"
+    monkeypatch.setattr(sys, "argv", ["int6_tiles.py", "--paths", "narow"])
+    with pytest.raises(SystemExit):
+        tiles.main()
+
+
 def test_rows_of_linear_attention_in_a_dry_run(tmp_path: Path) -> None:
     file = tmp_path / "times.json"
     dry("linear_attention.py", "--time", "--growth", "--peers", "fla,sdpa flash", "--json", str(file))

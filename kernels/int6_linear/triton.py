@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,8 @@ _SMALL_M = 256
 NARROW = 2048
 _GROUP = 128
 Planes = tuple[Tensor, Tensor, Tensor]
+Tile = Mapping[str, Any]  # shared by all calls of a shape: not to be changed
+Config = Tile | None
 
 
 def supports(x: Tensor, group_size: int, activation: str) -> bool:
@@ -154,9 +156,7 @@ def int6_layer(
         hi, lo, scale = planes
         return layer.plain(x, norm_weight, eps, gated, residual, hi, lo, scale, bias, _GROUP, activation)
 
-    for launch in (narrow, vector):
-        if launch is narrow and x.shape[-1] // (1 + gated) > NARROW:
-            continue
+    for launch in one_token(x.shape[-1] // (1 + gated), y.shape[-1], x.device):
 
         def run(
             x: Tensor, norm_weight: Tensor | None, residual: Tensor | None, bias: Tensor | None, *planes: Tensor,
@@ -166,22 +166,30 @@ def int6_layer(
             launch(x, planes, bias, out, activation, around=Around(norm_weight, eps, gated, residual, early))
             return out
 
-        name = f"int6_layer ({launch.__name__}, {activation}{', gated' if gated else ''})"
+        name = f"int6_layer ({_called(launch)}, {activation}{', gated' if gated else ''})"
         if trusted(name, run, expected, ("t.", ".", "t."), args, together=False):
             run(*args, into=y)
             return y
     return None
 
 
+def one_token(in_features: int, rows: int, device: torch.device) -> list[Launch]:
+    """The launchers of one token, the fastest first: where the Gluon kernel isn't right, Triton's of the same work is
+    tried before the one that has its token quantized for it.
+    """
+    forms = () if in_features > NARROW else (True, False) if hopper(device) else (False,)
+    tiles = [narrow_config(group_count(in_features, _GROUP), rows, gluon) for gluon in forms]
+    found = [functools.partial(narrow, config=tile) for tile in tiles]
+    return [*found, functools.partial(vector, config=vector_config(in_features))]
+
+
 def ways(x: Tensor, planes: Planes, early: bool) -> list[Launch]:
     """The launchers for a call, the fastest first; ``early``: see :class:`Around`."""
-    in_features, (rows, groups) = x.shape[-1], planes[2].shape
+    in_features, rows = x.shape[-1], planes[2].shape[0]
     tokens = x.numel() // max(1, in_features)
     if tokens == 1:
         around = Around(early=early)
-        tile = narrow_config(groups, rows, hopper(x.device))
-        found = [functools.partial(narrow, config=tile, around=around)] if in_features <= NARROW else []
-        return [*found, functools.partial(vector, around=around)]
+        return [functools.partial(launch, around=around) for launch in one_token(in_features, rows, x.device)]
     if tokens > _SMALL_M:
         return [large]
     found = []
@@ -240,13 +248,16 @@ def quantize_activation(
     return codes, scale
 
 
-# Tiles by rule, from sweeps on one H200 (benchmarks/int6_linear.py); no autotuning, so a first call is quick.
-def vector_config(in_features: int) -> dict[str, int]:
+# Tiles by rule, from sweeps on one H200 (benchmarks/int6_tiles.py); no autotuning, so a first call is quick. They are
+# kept: a layer of one token that isn't recorded is bound by what Python does for its launch.
+@functools.cache
+def vector_config(in_features: int) -> Tile:
     """Tile of the one-token kernel."""
     return {"BN": 2, "HALVES": 64, "num_warps": 4 if in_features >= 8192 else 2}
 
 
-def narrow_config(groups: int, rows: int, gluon: bool) -> dict[str, Any]:
+@functools.cache
+def narrow_config(groups: int, rows: int, gluon: bool) -> Tile:
     """Tile of the one-token kernel for few channels, and whether it is Gluon's (:func:`hopper`) or plain Triton's.
 
     More rows in a program wait longer, fewer read the token more often; on an H200, ``int6_narrow_h200.json``.
@@ -256,7 +267,8 @@ def narrow_config(groups: int, rows: int, gluon: bool) -> dict[str, Any]:
     return {"GLUON": gluon, "BN": block, "GB": few, "num_warps": 4 if few <= 8 else 8}
 
 
-def few_config(tokens: int, rows: int, in_features: int) -> dict[str, int]:
+@functools.cache
+def few_config(tokens: int, rows: int, in_features: int) -> Tile:
     """Tile of the few-token Gluon kernel; groups are shared out until each multiprocessor has two programs."""
     block_m, groups = (16 if tokens <= 16 else 32), group_count(in_features, _GROUP)
     programs = triton.cdiv(rows, 128) * triton.cdiv(tokens, block_m)
@@ -264,7 +276,8 @@ def few_config(tokens: int, rows: int, in_features: int) -> dict[str, int]:
     return {"BM": block_m, "ROWS": 2, "WARPS": 4, "STAGES": 3, "SHARES": shares}
 
 
-def small_config(tokens: int, rows: int, in_features: int) -> dict[str, int]:
+@functools.cache
+def small_config(tokens: int, rows: int, in_features: int) -> Tile:
     """Tile of the few-token kernel; the groups are split until there are a few programs for every multiprocessor."""
     block_m = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     programs = triton.cdiv(rows, 64) * triton.cdiv(tokens, block_m)
@@ -274,19 +287,17 @@ def small_config(tokens: int, rows: int, in_features: int) -> dict[str, int]:
     return {"BM": block_m, "BN": 64, "STAGES": 3, "SPLIT": split, "num_warps": 4}
 
 
-def large_config() -> dict[str, int]:
+@functools.cache
+def large_config() -> Tile:
     """Tile of the many-token kernel."""
     return {"BM": 64, "BN": 128, "STAGES": 3, "BAND": 8, "num_warps": 4}
 
 
-def int8_config(tokens: int) -> dict[str, int]:
+def int8_config(tokens: int) -> Tile:
     """Tile of eight-bit weights: few rows per program for few tokens, which are bound by memory."""
     if tokens > 64:
         return large_config()
     return {"BM": 16 if tokens <= 16 else 64, "BN": 32, "STAGES": 5, "BAND": 8, "num_warps": 4}
-
-
-Config = dict[str, Any] | None
 
 
 def vector(
@@ -297,7 +308,7 @@ def vector(
     hi, lo, weight_scale = planes
     codes, scale = quantize_activation(x, activation, around=around)
     rows, in_features = hi.shape[0], x.shape[1] // (1 + around.gated)
-    options: dict[str, Any] = config or vector_config(in_features)
+    options: Tile = config or vector_config(in_features)
     # The assembly reads 16 bytes at a time: every row of both planes must start on such a boundary.
     aligned = in_features % 64 == 0 and not INTERPRET and hi.data_ptr() % 16 == lo.data_ptr() % 16 == 0
     one.vector_kernel[(triton.cdiv(rows, options["BN"]),)](
@@ -333,7 +344,7 @@ def vector_bytes(x: Tensor, weights: Weights, bias: Tensor | None, y: Tensor, ac
     weight, weight_scale = weights
     codes, scale = quantize_activation(x, activation)
     rows, in_features = weight.shape
-    options: dict[str, Any] = vector_config(in_features)
+    options: Tile = vector_config(in_features)
     one.vector_bytes_kernel[(triton.cdiv(rows, options["BN"]),)](
         codes.view(torch.int32), scale, weight.view(torch.int32), weight_scale, bias, y, rows, in_features // 4,
         weight_scale.shape[1], in_features // 64, BIAS=bias is not None, ASM=not INTERPRET, **options,
@@ -374,7 +385,7 @@ def small(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation:
     hi, lo, weight_scale = planes
     codes, scale = quantize_activation(x, activation)
     (tokens, in_features), rows = x.shape, hi.shape[0]
-    options: dict[str, Any] = config or small_config(tokens, rows, in_features)
+    options: Tile = config or small_config(tokens, rows, in_features)
     split = options["SPLIT"]
     out = y if split == 1 else torch.empty(split, tokens, rows, dtype=torch.float32, device=y.device)
     kernels.small_kernel[(triton.cdiv(rows, options["BN"]), triton.cdiv(tokens, options["BM"]), split)](
@@ -422,7 +433,7 @@ def large_bytes(x: Tensor, weights: Weights, bias: Tensor | None, y: Tensor, act
 
 def _bytes(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor, factor: float,
-    options: dict[str, Any],
+    options: Tile,
 ) -> None:  # fmt: skip
     """``factor`` times the product of int8 operands ``[M, K]`` and ``[N, K]``; scales ``[G, M]`` and ``[G, N]``."""
     (tokens, width), (groups, rows), in_features = codes.shape, weight_scale.shape, weight.shape[1]

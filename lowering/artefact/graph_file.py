@@ -7,6 +7,7 @@ torch and lincompile's ops. :func:`read_graph` puts the weights back as paramete
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,10 @@ def write_graph(graph_module: GraphModule, states: Sequence[StateSpec], path: Pa
     exported._example_inputs = None
     for node in exported.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of the machine that compiled, of no use to the one that runs
-    torch.export.save(exported, path)
+    # In memory first: where the disk is full, torch's writer of files ends the process.
+    archive = io.BytesIO()
+    torch.export.save(exported, archive)
+    path.write_bytes(archive.getbuffer())
 
 
 def _lift(graph_module: GraphModule, names: Sequence[str]) -> GraphModule:

@@ -8,13 +8,8 @@ grow.)
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import hashlib
 import json
-import os
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +20,10 @@ from torch import Tensor
 
 from ...passes.errors import ArtefactError, LincompileError
 from ...passes.stateful import StateSpec
+from ...passes.writing import beside
 from ..generate import Prefilled
 
 STATE_VERSION = 1
-REMAINS_AFTER = 600.0  # seconds after which a file that was being written counts as left behind
 _KEY = "lincompile_state"
 _LOGITS, _LENGTHS = "logits", "lengths"
 
@@ -101,30 +96,11 @@ def save_state(path: Path | str, saved: SavedState, specs: Sequence[StateSpec]) 
         "complete": saved.complete,
     }
     check_destination(path)
-    _remove_remains(path)
-    temporary: str | None = None
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        os.close(handle)
+    with beside(path, "the state file") as file:
         plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         header["content"] = _content(plain)
-        save_file(plain, temporary, metadata={_KEY: json.dumps(header)})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise LincompileError(f"the state file {path} can't be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        save_file(plain, file, metadata={_KEY: json.dumps(header)})
     return path
-
-
-def _remove_remains(path: Path) -> None:
-    """Removes what writers of this file that were killed have left; one at work writes all the time."""
-    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - partial.stat().st_mtime > REMAINS_AFTER:
-                partial.unlink()
 
 
 def check_destination(path: Path) -> None:

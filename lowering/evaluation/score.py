@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...passes.errors import LincompileError
-from ..generate import PREFILL_CHUNK, Prefilled, StepSession, left_pad, prefill
+from ..chunks import GPU_CHUNK, PREFILL_CHUNK
+from ..generate import Prefilled, StepSession, left_pad, prefill
 
 Request = tuple[list[int], list[int]]
 """Token ids of a context and of what follows it."""
@@ -121,7 +122,7 @@ class Scorer:
             if start + logits.shape[1] > first:
                 parts.append(logits[:, max(0, first - start) :])
 
-        prefill(self.session, tokens, mask, chunk=self.chunk, collect=keep)
+        prefill(self.session, tokens, mask, chunk=min(self.chunk, GPU_CHUNK), collect=keep)  # all logits
         return torch.cat(parts, 1)
 
 

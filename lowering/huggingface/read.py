@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...passes.errors import LincompileError
-from ..generate import PREFILL_CHUNK, Session, check_vocabulary
+from ..chunks import PREFILL_CHUNK
+from ..generate import Session, check_vocabulary
 from .cache import PADDING, StateCache
 
 REREAD = 32  # dropped tokens that are read again together with what follows them; more are read on their own, once

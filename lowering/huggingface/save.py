@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...passes.errors import ArtefactError, LincompileError
 from ...passes.graph import set_tensor
 from ...passes.program import share_tensors
+from ...passes.writing import unwritable
 from ..artefact.files import MANIFEST, OTHER_RUNTIMES
 from ..package import CONFIG, PROGRAM, REPORT, WEIGHTS, Artefact, save
 
@@ -52,7 +53,8 @@ def save_copy(artefact: Artefact, weights: Mapping[str, Tensor], target: Path) -
             for file in sorted(made.iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
                 os.replace(file, target / file.name)
     except OSError as error:
-        raise ArtefactError(f"{target} can't be written: {error.strerror or error}") from error
+        why, way_out = unwritable(error) or (str(error), "choose another place")
+        raise ArtefactError(f"{target} can't be written ({why}): {way_out}") from error
 
 
 def _check_target(target: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import LincompileError, RefusedError
 from ..program import Program
+from ..writing import beside
 from .allocate import Frontier, Option
 from .latency import Latencies, load_latencies, measure_latencies, shape_of
 from .linear_layers import LinearLayer
@@ -219,7 +220,8 @@ def _latencies(
     weight = layers[0].matrix(program.graph_module)
     table = measure_latencies(layers, names, options.group_size, weight.device, weight.dtype)
     if options.latencies is not None:
-        Path(options.latencies).write_text(json.dumps(table, indent=1) + "\n")
+        with beside(Path(options.latencies), "the latencies") as file:
+            file.write_text(json.dumps(table, indent=1) + "\n")
     return table
 
 
@@ -245,9 +247,14 @@ def _per_layer(scores: Scores) -> dict[str, dict[str, float]]:
 
 
 def save_plan(path: str | os.PathLike[str], plan: Mapping[str, Scheme]) -> None:
-    """Write ``{"layers": {name: scheme}}`` as JSON, to be edited and given back."""
+    """Write ``{"layers": {name: scheme}}`` as JSON, to be edited and given back.
+
+    Raises:
+        LincompileError: the file can't be written.
+    """
     record = {"format": _PLAN_FORMAT, "layers": {name: scheme.name for name, scheme in plan.items()}}
-    Path(path).write_text(json.dumps(record, indent=1) + "\n")
+    with beside(Path(path), "the plan") as file:
+        file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def load_plan(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -27,6 +27,7 @@ from ...kernels.int6_linear.codes import dequantize, fake_quantize_activation, q
 from ..distil.instrument import checksum
 from ..errors import LincompileError
 from ..program import Program
+from ..writing import beside
 from .linear_layers import LinearLayer, token_tables
 from .schemes import Scheme
 
@@ -57,11 +58,13 @@ class Scores:
         per_scheme[scheme] = per_scheme.get(scheme, 0.0) + value
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON, through a temporary file so that an interrupted run leaves the last whole one."""
-        target = Path(path)
-        temporary = target.with_name(target.name + ".part")
-        temporary.write_text(json.dumps({"format": _FORMAT} | asdict(self), indent=1))
-        temporary.replace(target)
+        """Write as JSON, through a temporary file so that an interrupted run leaves the last whole one.
+
+        Raises:
+            LincompileError: the file can't be written.
+        """
+        with beside(Path(path), "the scores") as file:
+            file.write_text(json.dumps({"format": _FORMAT} | asdict(self), indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:

@@ -7,13 +7,15 @@ token's row, too: most of a layer. States are computed from all tokens, as befor
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
+import sympy
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..graph import INT_MAX, argument, aten, finish, is_symbolic, same_dim, target_of, value_of
+from ..graph import INT_MAX, argument, aten, expression, finish, is_symbolic, same_dim, target_of, tensor_of, value_of
 from ..op_kinds import CASTS, POINTWISE, SAME, is_pointwise
 from ..program import share_tensors
 from ..stateful import StepProgram
@@ -49,6 +51,38 @@ def last_token_only(step: StepProgram) -> StepProgram | None:
         node.meta.pop("val", None)  # its shape is another now
     finish(module)
     return replace(step, graph_module=module)
+
+
+def widest(step: StepProgram) -> int | None:
+    """How many numbers for each token the largest tensor of a step holds, logits aside.
+
+    Tensors that don't grow with the tokens of a step alone aren't counted: states, caches and their masks. None where
+    nothing is known: no graph, or another end than :func:`last_token_only` takes.
+    """
+    module = step.graph_module
+    end = _projection(module) if isinstance(module, GraphModule) else None
+    if end is None:
+        return None
+    tokens = next(node for node in module.graph.nodes if node.op == "placeholder")
+    rows = _size(tensor_of(tokens))
+    most, beyond = 0, {end}
+    for node in module.graph.nodes:
+        if node.op != "call_function" or node in beyond:
+            continue
+        if not beyond.isdisjoint(node.all_input_nodes):
+            beyond.add(node)
+            continue
+        value = value_of(node)
+        for tensor in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(tensor, Tensor) and (numbers := _size(tensor) / rows).is_Integer:
+                most = max(most, int(numbers))
+    return most or None
+
+
+def _size(value: Tensor) -> sympy.Expr:
+    """How many numbers a tensor holds."""
+    fixed = math.prod(size for size in value.shape if not is_symbolic(size))
+    return math.prod((expression(size) for size in value.shape if is_symbolic(size)), start=sympy.Integer(fixed))
 
 
 def _projection(module: GraphModule) -> Node | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lincompile.kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompile)
 from lincompile.kernels.int6_linear import codes as q
-from lincompile.kernels.int6_linear import pack, reference
+from lincompile.kernels.int6_linear import layer, pack, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,6 +138,74 @@ def test_every_tile_of_one_token_is_compared_on_its_first_use(monkeypatch: pytes
         kernels.int6_linear(torch.randn(1, 128), *planes, None, 128, "a8")
     cut = first_use.TOKENS
     assert ran == [(cut, 4), (600, 4), (cut, 32), (9000, 32), (9001, 32), (cut, 8), (700, 8)]
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2, 3])
+@pytest.mark.parametrize("form", ["int6_linear", "int6_layer"])
+def test_one_tokens_ways_are_tried_in_turn(form: str, broken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gluon's kernel, Triton's of the same work, the one that has its token quantized for it, the definition."""
+    pytest.importorskip("triton", reason="Triton isn't installed")
+    from lincompile.kernels import first_use
+    from lincompile.kernels.int6_linear import triton as kernels
+
+    ran: list[str] = []
+
+    def launcher(name: str) -> Any:
+        def launch(
+            x: Tensor, planes: Any, bias: Any, y: Tensor, activation: str, config: Any, around: Any = kernels.ALONE
+        ) -> None:
+            way = name if name == "vector" else {True: "gluon", False: "triton"}[config["GLUON"]]
+            ran.append(way)
+            more, norm = around.residual, around.norm_weight
+            want = layer.plain(x, norm, around.epsilon, around.gated, more, *planes, bias, 128, activation)
+            y.copy_(want + 1000 * (["gluon", "triton", "vector"].index(way) < broken))
+
+        launch.__name__ = name
+        return launch
+
+    monkeypatch.delenv("LINCOMPILE_KERNEL_CHECK", raising=False)
+    monkeypatch.setattr(first_use, "_KNOWN", {})
+    monkeypatch.setattr(kernels, "hopper", lambda device: True)
+    monkeypatch.setattr(kernels, "narrow", launcher("narrow"))
+    monkeypatch.setattr(kernels, "vector", launcher("vector"))
+    planes = (*pack.pack(torch.randint(-32, 32, (40, 128), dtype=torch.int8)), torch.ones(40, 1, dtype=torch.float16))
+    x, norm, more = torch.randn(1, 128), torch.rand(128), torch.randn(1, 40)
+
+    def call() -> Tensor | None:
+        if form == "int6_linear":
+            return kernels.int6_linear(x, *planes, None, 128, "a8")
+        return kernels.int6_layer(x, norm, 1e-6, False, more, *planes, None, "a8")
+
+    wanted = (None, 0.0, False, None) if form == "int6_linear" else (norm, 1e-6, False, more)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        y = call()
+    expected = None if form == "int6_layer" and broken == 3 else layer.plain(x, *wanted, *planes, None, 128, "a8")
+    torch.testing.assert_close(y, expected)
+    assert [str(warning.message).split("(")[1].split(",")[0].split(" num")[0] for warning in said] == [
+        "narrow GLUON=True BN=4 GB=2", "narrow GLUON=False BN=4 GB=2", "vector BN=2 HALVES=64",
+    ][:broken]  # fmt: skip
+    assert list(dict.fromkeys(ran)) == ["gluon", "triton", "vector"][: broken + 1]
+    ran.clear()
+    torch.testing.assert_close(call(), expected)
+    assert ran == ["gluon", "triton", "vector"][broken : broken + 1], "what was wrong once isn't tried again"
+
+
+def test_which_kernels_take_one_token_and_with_which_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton isn't installed")
+    from lincompile.kernels.int6_linear import triton as kernels
+
+    def found(width: int, rows: int) -> list[tuple[str, Any]]:
+        launchers: list[Any] = kernels.one_token(width, rows, torch.device("cpu"))
+        return [(each.func.__name__, each.keywords["config"]) for each in launchers]
+
+    narrow, vector = kernels.narrow_config, kernels.vector_config
+    assert found(2064, 9) == [("vector", vector(2064))]
+    assert found(2048, 9) == [("narrow", narrow(16, 9, False)), ("vector", vector(2048))]
+    assert found(2048, 9)[0][1] is found(2048, 9)[0][1], "tiles are made once"
+    monkeypatch.setattr(kernels, "hopper", lambda device: True)
+    assert [config.get("GLUON") for _, config in found(2048, 9)] == [True, False, None]
+    assert [config.get("GLUON") for _, config in found(2064, 9)] == [None]
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from full_disk import full_disk
 from safetensors.torch import load_file
 
 import lincompile
@@ -183,6 +184,23 @@ def test_the_current_folder_and_those_above_are_refused(
 def test_an_unwritable_place_is_one_clear_error(toy: SimpleNamespace) -> None:
     with pytest.raises(ArtefactError, match="can't be written"):
         write(toy, Path("/proc/lincompile/out"))
+
+
+@pytest.mark.parametrize("full_at", ["model.safetensors", "program.pt2"])
+def test_a_full_disk_is_one_line_and_keeps_the_earlier_artefact(
+    toy: SimpleNamespace, tmp_path: Path, full_at: str
+) -> None:
+    """At the graph, too, where torch's own writer of files would end the process."""
+    out = tmp_path / "out"
+    write(toy, out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert len(before["model.safetensors"]) < len(before["program.pt2"])
+    with full_disk(len(before[full_at]) - 1), pytest.raises(ArtefactError) as caught:
+        write(toy, out)
+    message = f"the output {out} can't be written (File too large): make room there, or choose another place"
+    assert str(caught.value) == message
+    assert [item.name for item in tmp_path.iterdir()] == ["out"]
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])

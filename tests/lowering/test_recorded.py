@@ -126,6 +126,21 @@ def test_chunks_are_recorded_where_one_tokens_logits_come_of_them(imitation: Imi
     torch.testing.assert_close(got.state.states, wanted.state.states)
 
 
+def test_the_rest_of_a_prompt_is_recorded_when_its_length_has_come_often(imitation: Imitation) -> None:
+    session = Session(stepped())
+
+    def read(length: int) -> None:
+        generate(session, [[index % 20 for index in range(length)]], 1, chunk=10)
+
+    read(30)  # three chunks
+    assert imitation.recorded == 1
+    for rest in (2, 3, 4, 5, 2, 3, 4, 5):
+        read(20 + rest)
+    assert imitation.recorded == 1, "rests of lengths that have come less often are run"
+    read(22)
+    assert imitation.recorded == 2
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

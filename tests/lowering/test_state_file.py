@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from full_disk import full_disk
 from safetensors.torch import load_file, save_file
 
 from lincompile.lowering import package
@@ -114,6 +115,18 @@ def test_other_files_are_not_overwritten(artefact: package.Artefact) -> None:
     with pytest.raises(LincompileError, match="exists and is no state file"):
         artefact.save_state(weights, read(artefact, PROMPT), [PROMPT])
     assert weights.read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_earlier_state(artefact: package.Artefact, tmp_path: Path) -> None:
+    state = read(artefact, PROMPT)
+    file = artefact.save_state(tmp_path / "s", state, [PROMPT])
+    before = file.read_bytes()
+    with (
+        full_disk(100),
+        pytest.raises(LincompileError, match=r"state file .*s can't be written \(.*\): make room there"),
+    ):
+        artefact.save_state(file, state, [PROMPT])
+    assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_states_of_something_else(artefact: package.Artefact, tmp_path: Path) -> None:

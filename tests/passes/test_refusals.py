@@ -521,3 +521,45 @@ def test_a_mask_for_0_and_1_alone_is_padding() -> None:
     pad[0, 25:], pad[1, 10:] = 0, 0
     real = pad.bool()[:, None, :, None]
     torch.testing.assert_close(program(x, pad).where(real, 0.0), module(x, pad).where(real, 0.0), rtol=1e-4, atol=1e-5)
+
+
+class Layers(nn.Module):
+    """Three sites of one structure, refused for one reason."""
+
+    def __init__(self, scores: Callable[[Tensor], Tensor], probabilities: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(HEADS * DIM, 3 * HEADS * DIM) for _ in range(3))
+        self.scores, self.probabilities = scores, probabilities
+
+    def forward(self, x: Tensor) -> Tensor:
+        for qkv in self.qkv:
+            q, k, v = (part.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for part in qkv(x).chunk(3, -1))
+            scores = self.scores(q @ k.transpose(-1, -2)) * DIM**-0.5
+            x = x + (self.probabilities(scores.softmax(-1)) @ v).transpose(1, 2).flatten(2)
+        return x
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+@pytest.mark.parametrize(
+    ("scores", "probabilities", "node"),
+    [
+        (torch.relu, same, "relu"),
+        (lambda x: (x * 2).sigmoid() + 1, same, "sigmoid"),
+        (same, lambda x: x.square().to(x.dtype), "square"),
+        (lambda x: x + torch.rand_like(x), same, "rand_like"),  # beside the chain: looked at one by one
+    ],
+)
+def test_each_refusal_names_its_own_node(
+    scores: Callable[[Tensor], Tensor], probabilities: Callable[[Tensor], Tensor], node: str
+) -> None:
+    """Chains of one structure are looked at once, and what was found used to be told of the first one's nodes."""
+    program = capture(Layers(scores, probabilities).eval(), torch.randn(2, 6, HEADS * DIM))
+    Pipeline([Canonicalize(), ProveAttention()])(program)
+    names = [node, f"{node}_1", f"{node}_2"]
+    assert {*names} <= {item.name for item in program.graph_module.graph.nodes}
+    assert [site.verdict for site in program.sites] == ["refuse"] * 3
+    assert [re.findall(r"'(\w+)'", site.reason) for site in program.sites] == [[name] for name in names]
+    assert len({site.reason.replace(name, node) for site, name in zip(program.sites, names, strict=True)}) == 1

@@ -134,3 +134,12 @@ def test_the_strength_is_checked() -> None:
     program = capture(nn.Sequential(nn.Linear(64, 64)).eval(), torch.randn(2, 5, 64))
     with pytest.raises(LincompileError, match="smooth 2: give a strength from 0 \\(off\\) to 1"):
         Quantize("w6a8", smooth=2).run(program)
+
+
+def test_without_calibration_there_is_nothing_to_smooth_by() -> None:
+    program = capture(nn.Sequential(nn.Linear(64, 64)).eval(), torch.randn(2, 5, 64))
+    before = str(program.graph_module.graph)
+    with pytest.raises(LincompileError, match="smooth goes by the inputs that calibration shows: give batches of it"):
+        Quantize("w6a8", smooth=0.5).run(program)
+    assert str(program.graph_module.graph) == before, "refused before anything happened"
+    assert Quantize("w6a8", smooth=0.0).run(program).modified, "none was asked for, and none is done"

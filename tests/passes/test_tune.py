@@ -335,6 +335,8 @@ def test_a_seed_gives_one_result_and_an_interrupted_run_goes_on(tmp_path: Path) 
     [
         ({"tune": "everything"}, "unknown tuning 'everything'; the choices are scales, codes"),
         ({"tune_steps": 5}, "tune_steps is about tuning: give tune='scales' or tune='codes', too"),
+        ({"tune_batch": 4}, "tune_batch is about tuning: give tune='scales' or tune='codes', too"),
+        ({"tune_rate": 0.5}, "tune_rate is about tuning: give tune='scales' or tune='codes', too"),
         ({"tune": "codes", "calibration": None}, "tuning needs text"),
         ({"tune": "codes", "tune_batch": 0}, "at least one batch per step"),
         ({"tune": "codes", "tune_rate": 0.0}, "a rate above 0"),

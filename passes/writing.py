@@ -1,0 +1,80 @@
+"""Files that are there whole or not at all, and one line about those that can't be written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import LincompileError
+
+REMAINS_AFTER = 600.0  # seconds after which a file that was being written counts as left behind
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def beside(path: Path, what: str) -> Iterator[Path]:
+    """A new file beside ``path`` to write to. It takes that place when the block ends well and is gone otherwise.
+
+    Args:
+        what: what is written, for the message: ``"the state file"``.
+
+    Raises:
+        LincompileError: it can't be written.
+    """
+    temporary: str | None = None
+    target = Path(os.path.realpath(path))  # a link stays one
+    try:
+        if target.exists() and not target.is_file():  # a device or pipe is written to; a folder is an error
+            yield target
+            return
+        _remove_remains(target)
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+        os.close(handle)
+        yield Path(temporary)
+        os.chmod(temporary, 0o644)  # mkstemp's files are their owner's alone
+        os.replace(temporary, target)
+    except Exception as error:
+        if (why := unwritable(error)) is None:
+            raise
+        raise LincompileError(f"{what} {path} can't be written ({why[0]}): {why[1]}") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def unwritable(error: BaseException) -> tuple[str, str] | None:
+    """Why a file couldn't be written, and what to do; None for an error that is about something else."""
+    number = _number(error)
+    if number is None:
+        return None
+    why = os.strerror(number) if number else str(error) or type(error).__name__
+    return why, "make room there, or choose another place" if number in _FULL else "choose another place"
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's number of an error in writing, 0 where it says none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    if type(error).__name__ == "SafetensorError":  # without importing safetensors: it says only this of the system
+        found = re.search(r"os error (\d+)|code: (\d+)", str(error))
+        return int(found[1] or found[2]) if found else None
+    if isinstance(error, RuntimeError) and "inline_container.cc" in str(error):
+        # torch's archives: writing to a file of Python's, that file's error is what they came upon.
+        return getattr(error.__context__, "errno", None) or errno.ENOSPC
+    return None
+
+
+def _remove_remains(path: Path) -> None:
+    """Removes what writers of this file that were killed have left; one at work writes all the time."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime > REMAINS_AFTER:
+                partial.unlink()

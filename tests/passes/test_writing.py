@@ -1,0 +1,100 @@
+"""Files are whole or not at all: a disk that is full ends in one line, and leaves what was there before."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from full_disk import full_disk
+from safetensors.torch import save_file
+
+from lincompile.passes.errors import LincompileError
+from lincompile.passes.quantization.plan import save_plan
+from lincompile.passes.quantization.schemes import SCHEMES
+from lincompile.passes.quantization.sensitivity import Scores
+from lincompile.passes.writing import beside, unwritable
+
+TENSORS = {"a": torch.zeros(50_000)}
+
+
+def by_torch(path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(TENSORS, file)
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "text": lambda path: path.write_text("a" * 50_000),
+    "safetensors": lambda path: save_file(TENSORS, path),
+    "torch, by name": lambda path: torch.save(TENSORS, path),
+    "torch": by_torch,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(writer: str, tmp_path: Path) -> None:
+    file = tmp_path / "adapter.safetensors"
+    file.write_text("the one before")
+    with full_disk(), pytest.raises(LincompileError) as caught, beside(file, "the adapter") as new:
+        WRITERS[writer](new)
+    message = str(caught.value)
+    assert message.startswith(f"the adapter {file} can't be written (") and "\n" not in message
+    assert message.endswith("): make room there, or choose another place")
+    assert file.read_text() == "the one before" and os.listdir(tmp_path) == [file.name]
+    with beside(file, "the adapter") as new:
+        WRITERS[writer](new)
+    assert file.stat().st_size > 50_000 - 1 and os.listdir(tmp_path) == [file.name]
+
+
+def test_another_place_is_all_that_helps_elsewhere(tmp_path: Path) -> None:
+    for file in (tmp_path / "no" / "folder", tmp_path):
+        with pytest.raises(LincompileError, match=r"\): choose another place$"), beside(file, "the plan") as new:
+            new.write_text("x")
+    assert not os.listdir(tmp_path)
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    for error in (KeyError("x"), LincompileError("no adapter"), RuntimeError("no kernel"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught, beside(tmp_path / "file", "the plan") as new:
+            new.write_text("half")
+            raise error
+        assert caught.value is error
+        assert not os.listdir(tmp_path)
+    assert unwritable(RuntimeError("no kernel")) is None
+    assert unwritable(OSError(errno.ENOSPC, "")) == (
+        "No space left on device", "make room there, or choose another place",
+    )  # fmt: skip
+    assert unwritable(OSError("of no number")) == ("of no number", "choose another place")
+
+
+def test_links_stay_and_devices_are_written_to(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "there" / "file")
+    with beside(link, "the plan") as new:
+        new.write_text("x")
+    assert link.is_symlink() and (tmp_path / "there" / "file").read_text() == "x"
+    device = tmp_path / "device"
+    device.symlink_to(os.devnull)
+    with beside(device, "the plan") as new:
+        new.write_text("x")
+    assert Path(os.devnull).is_char_device()
+
+
+def test_scores_and_plans_are_whole_or_not_at_all(tmp_path: Path) -> None:
+    scheme = next(iter(SCHEMES))
+    plan, scores = tmp_path / "plan.json", tmp_path / "scores.json"
+    made = Scores("kl", "a model")
+    made.save(scores)
+    before = scores.read_text()
+    for index in range(1000):
+        made.add(f"layer {index}", scheme, 1.0)
+    with full_disk(), pytest.raises(LincompileError, match=r"the scores .*scores.json can't be written \(File too"):
+        made.save(scores)
+    assert scores.read_text() == before
+    with full_disk(), pytest.raises(LincompileError, match=r"the plan .*plan.json can't be written \(File too large"):
+        save_plan(plan, {f"layer {index}": SCHEMES[scheme] for index in range(1000)})
+    assert os.listdir(tmp_path) == [scores.name]
