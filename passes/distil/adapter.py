@@ -25,6 +25,7 @@ from ..linearization.methods import method_class
 from ..linearize import MODULE_PREFIX
 from ..program import AttentionSite, Program
 from ..split_heads import heads_text
+from ..writing import beside
 from .logits import own_parameters
 from .lora import PREFIX, Addition, merge_lora
 
@@ -132,7 +133,7 @@ def save_adapter(
 
     Raises:
         LincompileError: a matrix was trained whole (``--train full``), which no small file can hold, or a value
-            doesn't fit ``dtype``.
+            doesn't fit ``dtype``, or the file can't be written.
     """
     additions: list[Addition] = student.metadata.get("low_rank", [])
     own = dict(teacher.graph_module.named_parameters(remove_duplicate=False))
@@ -157,7 +158,8 @@ def save_adapter(
         "source": source_hash or "",
         "record": json.dumps(record or {}),
     }
-    save_file(stored, str(path), metadata)
+    with beside(path, "the adapter") as file:
+        save_file(stored, file, metadata)
 
 
 def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash: str | None = None) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import time
 import zipfile
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LincompileError
+from ..writing import beside
 from .spread import add_gradients, agreed, current, start_alike, writes
 
 Progress = Callable[[int, int, float, float], None]
@@ -309,12 +309,9 @@ def train(
 
 def _save(path: Path, fingerprint: str, masters: Masters, report: LoopReport) -> None:
     """Writes a checkpoint beside its place and renames it, so that a killed run leaves the last whole one."""
-    temporary = path.with_suffix(path.suffix + ".partial")
-    try:
-        torch.save({"fingerprint": fingerprint, "report": asdict(report), **masters.state()}, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        raise LincompileError(f"the checkpoint {path} can't be written: {error}") from error
+    # Through a file of Python's: torch's own says nothing of a full disk.
+    with beside(path, "the checkpoint") as name, name.open("wb") as file:
+        torch.save({"fingerprint": fingerprint, "report": asdict(report), **masters.state()}, file)
 
 
 def _restore(path: Path, fingerprint: str, masters: Masters, report: LoopReport) -> None:
