@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from lincompile.lowering.evaluation.agreement import Writing, compare
 from lincompile.lowering.evaluation.passkey import Passkey, PasskeyResult, retrieve
 from lincompile.lowering.evaluation.subject import Subject, of_program
 from lincompile.lowering.options import Options
+from lincompile.passes.distil.echo import from_afar
 from lincompile.passes.distil.instrument import TrainingGraph, instead
 from lincompile.passes.distil.logits import logits_of
 from lincompile.passes.formats.loaded import LoadedModel
@@ -30,7 +30,6 @@ from lincompile.passes.linearization.methods import Shares
 from lincompile.passes.program import Program
 
 ABLATION_TOKENS = 40_960  # of each text
-FAR = 64  # tokens: what came again from farther back, no window of the recipes holds
 CALIBRATION_TOKENS = 1 << 16  # of the training text, for int6
 STAGES = ("transfer", "after_transfer", "choice", "logits", "extension")
 BEFORE_TRAINING = ("options", "versions", "command", "heads", "teacher", "start", "seconds")
@@ -93,7 +92,7 @@ class Results:
 def perplexity(graph: TrainingGraph, ids: Tensor, context: int, limit: int | None) -> dict[str, float]:
     """Non-overlapping windows, each predicting its tokens but the first; the last may be shorter.
 
-    ``recalled`` is the same (nats per token) over tokens that followed the same token before, last more than ``FAR``
+    ``recalled`` is the same (nats per token) over tokens that followed the same token before, last more than 64
     tokens ago: what a model must look up (the associative recall of arXiv 2312.04927).
     """
     total, count, recalled, found = 0.0, 0, 0.0, 0
@@ -104,21 +103,11 @@ def perplexity(graph: TrainingGraph, ids: Tensor, context: int, limit: int | Non
             break
         logits = logits_of(graph, window)[0, :-1].float()
         losses = torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="none").double().cpu()
-        far = from_afar(window[0].tolist())
+        far = from_afar(window[0].tolist())[1:]
         total, count = total + float(losses.sum()), count + len(losses)
         recalled, found = recalled + float(losses[far].sum()), found + int(far.sum())
     figures = {"perplexity": math.exp(total / count), "nll": total / count, "tokens": count}
     return figures | ({"recalled": recalled / found, "recalled_tokens": found} if found else {})
-
-
-def from_afar(tokens: list[int]) -> Tensor:
-    """Which tokens but the first followed the same token before, last over ``FAR`` tokens ago: bool ``[T - 1]``."""
-    last: dict[tuple[int, int], int] = {}
-    far = []
-    for place, pair in enumerate(itertools.pairwise(tokens)):
-        far.append(pair in last and place - last[pair] > FAR)
-        last[pair] = place
-    return torch.tensor(far, dtype=torch.bool)
 
 
 class Measures:

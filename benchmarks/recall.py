@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distil_measure import FAR, perplexity
+from distil_measure import perplexity
 from torch import Tensor, nn
 from versions import versions
 
@@ -29,6 +29,7 @@ from lincompile.lowering.compiler import capture_loaded, prove, rewrite
 from lincompile.lowering.options import Options
 from lincompile.lowering.text import read_tokens
 from lincompile.passes.distil.adapter import apply_adapter
+from lincompile.passes.distil.echo import FAR
 from lincompile.passes.distil.instrument import TrainingGraph, beside, instead, unpadded
 from lincompile.passes.distil.weights import check_weights, mean_weights, teacher_weights
 from lincompile.passes.errors import LincompileError

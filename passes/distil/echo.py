@@ -9,6 +9,7 @@ some the student's loss says what it lacks.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from .data import Batches
 SPACING = 96  # tokens of a window for each echo
 SHORTEST, LONGEST = 2, 64  # tokens of an echo
 NEAREST = 16  # tokens from where a span begins to where it begins again
+FAR = 64  # tokens: what came again from farther back, no window of the recipes holds
 
 
 @dataclass(frozen=True)
@@ -95,3 +97,16 @@ def echoed(length: int, draw: random.Random) -> list[int]:
 
 def _log_uniform(draw: random.Random, low: int, high: int) -> float:
     return math.exp(draw.uniform(math.log(low), math.log(high)))
+
+
+def from_afar(tokens: list[int]) -> Tensor:
+    """Which tokens followed the same token before, last over ``FAR`` tokens ago: bool ``[T]``, the first False.
+
+    What a model must look up (the associative recall of arXiv 2312.04927).
+    """
+    last: dict[tuple[int, int], int] = {}
+    far = [False]
+    for place, pair in enumerate(itertools.pairwise(tokens)):
+        far.append(pair in last and place - last[pair] > FAR)
+        last[pair] = place
+    return torch.tensor(far, dtype=torch.bool)

@@ -27,6 +27,7 @@ from ..linearization.methods import LinearMethod
 from ..linearize import MODULE_PREFIX
 from ..program import Program
 from .data import Ahead, Batches
+from .echo import from_afar
 from .instrument import TrainingGraph, first_nonfinite, instead, run_of, unpadded
 from .loop import LoopOptions, LoopReport, Part, Progress, train
 from .lora import PREFIX as LORA_PREFIX
@@ -50,8 +51,9 @@ class LogitDistillation(LoopOptions):
         train: "full", or "lora:R" for low-rank additions of rank R to every linear layer; vectors (norms, biases)
             and the attention modules learn whole either way.
         recompute: keep no activations of the attention modules, compute them again in the backward pass.
-        emphasis: weight of tokens that have to be found in their windows (the answers of retrieval examples), where
-            others have 1. A handful among hundreds, they would hardly be heard.
+        emphasis: weight of tokens that have to be looked up, where others have 1: the answers of retrieval examples,
+            and in text what followed the same token before (``echo.from_afar``). A handful among hundreds, they would
+            hardly be heard.
     """
 
     rate: float = 3e-4
@@ -305,9 +307,12 @@ def _distil(
     pieces = Pieces(distiller.learn, learning, compile=compile, replay=options.replays, report=report, note=note)
 
     def windows_of(step: int) -> Tensor:
-        if options.emphasis != 1 and isinstance(data, WithRetrieval):
+        if options.emphasis == 1:
+            return data.step(step)
+        if isinstance(data, WithRetrieval):
             return marked(*data.made(step))
-        return data.step(step)
+        tokens = data.step(step)
+        return marked(tokens, torch.stack([from_afar(row) for row in tokens.tolist()]))
 
     ahead = Ahead(windows_of)
 
