@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from distil_models import LENGTH, windows
 from torch import Tensor
 
-from lincompile.passes.distil.data import TokenWindows
+from lincompile.passes.distil.data import Ahead, TokenWindows
 from lincompile.passes.distil.echo import NEAREST, WithEchoes
 from lincompile.passes.distil.retrieval import Needles, WithRetrieval
 from lincompile.passes.errors import LincompileError
@@ -143,7 +144,53 @@ def test_retrieval_examples_hold_their_facts_and_ask_for_each_at_the_end() -> No
 def test_windows_too_short_for_facts_stay_text() -> None:
     base = TokenWindows(torch.arange(100), 8, 2)
     data = WithRetrieval(base, needles(), share=1.0)
-    assert torch.equal(data.step(0), base.step(0))
+    assert torch.equal(data.step(0), base.step(0)) and not data.made(0)[1].any()
+
+
+def test_what_has_to_be_found_is_the_end_of_each_answer() -> None:
+    base = TokenWindows(torch.arange(800).repeat(10), 512, 4)
+    whole = WithRetrieval(base, needles(), share=1.0)
+    some = WithRetrieval(base, replace(needles(), asked=[1] * 20), share=1.0)
+    for index in range(3):
+        tokens, asked = whole.made(index)
+        assert torch.equal(tokens, whole.step(index)) and torch.equal(tokens, some.step(index))
+        ends = tokens == 999
+        assert torch.equal(some.made(index)[1], ends) and ends.any(1).all()
+        assert asked.sum() == 3 * ends.sum() and torch.equal(asked.flip(1).cummin(1).values, asked.flip(1))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_a_window_of_several_examples(parts: int) -> None:
+    """Each begins with the opening, holds its own facts, and ends in its answers."""
+    base = TokenWindows(torch.arange(800).repeat(10), 510, 4)
+    made = replace(needles(), opening=[990, 991], most=1, parts=(parts,), asked=[1] * 20)
+    for window in WithRetrieval(base, made, share=1.0).step(0):
+        assert len(window) == 510
+        sizes = [len(piece) for piece in torch.tensor_split(window, parts)]
+        for piece in torch.split(window, sizes):
+            assert piece[:2].tolist() == [990, 991] and int(piece[-1]) == 999
+            cue, answer = piece[-3:-1].tolist()
+            (place,) = (piece[:-3] == cue).nonzero().flatten().tolist()
+            assert piece[place + 1] == answer == cue + 50
+
+
+def test_the_next_batch_is_made_ahead_and_errors_come_when_asked_for() -> None:
+    made: list[int] = []
+
+    def make(index: int) -> int:
+        made.append(index)
+        if index == 3:
+            raise LincompileError("no third batch")
+        return 10 * index
+
+    ahead = Ahead(make)
+    assert [ahead(0), ahead(1), ahead(2)] == [0, 10, 20]
+    assert ahead(0) == 0, "a resumed run begins elsewhere"
+    assert ahead(2) == 20
+    with pytest.raises(LincompileError, match="no third batch"):
+        ahead(3)
+    ahead.close()
+    assert made[:3] == [0, 1, 2]
 
 
 def test_facts_from_token_ids_alone() -> None:

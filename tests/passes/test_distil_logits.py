@@ -14,12 +14,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from lincompile.passes.capture import capture
+from lincompile.passes.distil import echo
 from lincompile.passes.distil.adapter import Settings, apply_adapter, save_adapter
 from lincompile.passes.distil.choose import choose
+from lincompile.passes.distil.echo import from_afar
 from lincompile.passes.distil.instrument import either, instead
-from lincompile.passes.distil.logits import ROWS, Distiller, LogitDistillation, distil_logits, divergence, lora_rank
+from lincompile.passes.distil.logits import (
+    ROWS,
+    Distiller,
+    LogitDistillation,
+    distil_logits,
+    divergence,
+    lora_rank,
+    marked,
+    unmarked,
+)
 from lincompile.passes.distil.lora import add_lora
 from lincompile.passes.distil.recipe import Recipe, run_recipe, with_branches_of
+from lincompile.passes.distil.retrieval import Needles, WithRetrieval
 from lincompile.passes.distil.transfer import Transfer
 from lincompile.passes.errors import LincompileError
 from lincompile.passes.program import Program
@@ -59,6 +71,61 @@ def test_divergence_and_its_gradient_are_those_of_torch(rows: int) -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(student.grad, twin.grad.float(), atol=1e-6, rtol=1e-4)
     assert float(divergence(teacher, teacher)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_weights_multiply_divergences_and_their_gradients() -> None:
+    student = torch.randn(2, ROWS // 2 + 3, 11).requires_grad_()
+    teacher, each = torch.randn(2, ROWS // 2 + 3, 11), torch.rand(2, ROWS // 2 + 3)
+    loss = divergence(student, teacher, weights=each)
+    loss.backward()
+    twin = student.detach().double().requires_grad_()
+    rows = functional.kl_div(twin.log_softmax(-1), teacher.double().log_softmax(-1), reduction="none", log_target=True)
+    expected = (rows.sum(-1) * each.double()).mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(student.grad, twin.grad.float(), atol=1e-6, rtol=1e-4)
+
+
+def test_marks_survive_and_weigh_the_logits_before_them() -> None:
+    tokens = torch.tensor([[0, 5, 0, 7], [3, 2, 1, 0]])
+    asked = torch.tensor([[False, True, True, False], [True, False, False, False]])
+    found, weight = unmarked(marked(tokens, asked), 4.0)
+    assert torch.equal(found, tokens)
+    assert weight.tolist() == [[4.0, 4.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]], "nothing predicts a window's first token"
+
+
+@torch.no_grad()
+def by_hand(student: Program, teacher: Program, tokens: Tensor, weight: Tensor) -> float:
+    got, wanted = (program(tokens).double().log_softmax(-1) for program in (student, teacher))
+    rows = functional.kl_div(got, wanted, reduction="none", log_target=True).sum(-1)
+    return float((rows * weight).mean())
+
+
+def test_answers_weigh_more_in_retrieval_examples_and_recurring_pairs_in_text(
+    teacher: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step's loss, before any weight has moved, in one piece."""
+    monkeypatch.setattr(echo, "FAR", 8)
+    student, plain = linear(teacher), windows(ids=text() % 6, length=2 * LENGTH, batch=2)
+    needles = Needles([torch.tensor([1, 2]), torch.tensor([3, 4])], [torch.tensor([1, 2])] * 2, [1, 1])
+    asking = WithRetrieval(plain, needles, 1.0)
+    recurring = torch.stack([from_afar(row) for row in plain.step(0).tolist()])
+    assert recurring.any() and asking.made(0)[1].any()
+    for data, tokens, asked in (
+        (asking, *asking.made(0)),
+        (plain, plain.step(0), recurring),
+    ):
+        weight = 1 + 4 * functional.pad(asked[:, 1:], (0, 1)).double()
+        expected = by_hand(student, teacher, tokens, weight)
+        fresh = linear(teacher)
+        report = distil_logits(teacher, fresh, data, LogitDistillation(steps=1, emphasis=5.0))
+        assert report.losses[0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("emphasis", [0.0, -1.0, math.inf, math.nan])
+def test_an_emphasis_that_is_none(emphasis: float) -> None:
+    with pytest.raises(LincompileError, match="the weight of answers is above 0"):
+        LogitDistillation(emphasis=emphasis)
 
 
 # ---- training
