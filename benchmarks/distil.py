@@ -38,10 +38,8 @@ from torch import Tensor
 from versions import versions
 
 from lincompile.lowering.compiler import capture_loaded, prove, rewrite
-from lincompile.lowering.evaluation.passkey import Prompts
 from lincompile.lowering.options import Options
-from lincompile.lowering.text import Corpus, read_corpus, read_tokens, retrieval_needles
-from lincompile.lowering.tokenizer import codec_of
+from lincompile.lowering.text import Corpus, needles_of, read_corpus, read_tokens
 from lincompile.passes.distil.adapter import apply_adapter, save_adapter
 from lincompile.passes.distil.choose import choose
 from lincompile.passes.distil.data import Batches, TokenWindows
@@ -50,7 +48,7 @@ from lincompile.passes.distil.instrument import instead, sites_of, unpadded
 from lincompile.passes.distil.logits import LogitDistillation, distil_logits, own_parameters
 from lincompile.passes.distil.loop import LoopOptions, LoopReport
 from lincompile.passes.distil.recipe import with_branches_of
-from lincompile.passes.distil.retrieval import Needles, WithRetrieval
+from lincompile.passes.distil.retrieval import WithRetrieval
 from lincompile.passes.distil.transfer import Transfer, transfer
 from lincompile.passes.errors import LincompileError
 from lincompile.passes.formats.load import load_model
@@ -130,16 +128,8 @@ class Run:
         windows: Batches = WithEchoes(plain, stage.echoes, seed) if stage.echoes else plain
         if not stage.retrieval:
             return windows
-        return WithRetrieval(windows, self.needles(seed), stage.retrieval, seed)
-
-    def needles(self, seed: int) -> Needles:
-        """What the recipe's retrieval examples are made of."""
-        tokenizer = self.loaded.tokenizer
-        if tokenizer is None:
-            return Needles.from_spans(self.corpus.ids, seed)
-        if self.recipe.needles == "facts":
-            return retrieval_needles(tokenizer, self.corpus.ids, seed)
-        return Prompts(codec_of(tokenizer), "any").needles(seed)
+        needles = needles_of(self.loaded.tokenizer, self.recipe.needles, self.corpus.ids, seed)
+        return WithRetrieval(windows, needles, stage.retrieval, seed)
 
     def options(self, stage: Stage, options: LoopOptions) -> Any:
         """The stage's options: its budget, cut to what ``--until`` leaves."""

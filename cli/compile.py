@@ -145,6 +145,12 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
     help="Share of --extend's windows that ask for facts in them.",
 )
 @click.option(
+    "--needles",
+    type=click.Choice(("facts", "passkeys")),
+    default="facts",
+    help="What those windows hold: numbers given to words, or pass keys, asked for as by 'lincompile eval --passkey'.",
+)
+@click.option(
     "--echoes",
     type=click.FloatRange(0, 1),
     default=0.0,

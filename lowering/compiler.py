@@ -20,7 +20,6 @@ from ..passes.distil.adapter import apply_adapter
 from ..passes.distil.instrument import batch_of
 from ..passes.distil.logits import LogitDistillation
 from ..passes.distil.recipe import Distilled, Extension, Listener, Recipe, run_recipe
-from ..passes.distil.retrieval import Needles
 from ..passes.distil.spread import spread
 from ..passes.distil.transfer import Transfer, TransferReport
 from ..passes.errors import LincompileError, RefusedError
@@ -41,7 +40,7 @@ from ..passes.stepping.offsets import position_limit
 from .generate import Session
 from .options import Options, Reporter, plan_for
 from .package import Artefact, open_artefact, save
-from .text import Corpus, read_corpus, read_tokens, retrieval_needles
+from .text import Corpus, needles_of, read_corpus, read_tokens
 from .triton import lower
 
 CALIBRATION_TOKENS, CALIBRATION_LENGTH = 8192, 512
@@ -183,8 +182,8 @@ def compile(
         checkpoint: file that distillation saves itself to and resumes from.
         options: ``attn``, ``quant``, ``keep_softmax``, ``rewrite_sliding``, ``alibi``, ``window``, ``rotary``,
             ``distil`` (a text file, token ids, or ``hf:name``), ``tokens``, ``time`` (seconds), ``train``,
-            ``transfer_loss``, ``extend``, ``retrieval``, ``echoes``, ``adapter``, ``length``, ``batch``, ``target``,
-            ``device``, ``dtype``, ``seed``, ``shard`` (under torchrun, after ``init_process_group``): as in the CLI.
+            ``transfer_loss``, ``extend``, ``retrieval``, ``needles``, ``echoes``, ``adapter``, ``length``, ``batch``,
+            ``target``, ``device``, ``dtype``, ``seed``, ``shard`` (under torchrun, after ``init_process_group``): as in the CLI.
             ``lowest``, the gates' floor, as in ``LinearizeAttention`` (an adapter's own is always followed).
             With an adapter and no budget, ``distil`` only calibrates quantization.
 
@@ -409,10 +408,7 @@ def extension_for(asked: Options, loaded: LoadedModel, corpus: Corpus, limit: in
         raise LincompileError(f"--extend {asked.extend}: the model has {limit} positions; write at most that")
     if not asked.retrieval:
         return Extension(asked.extend)
-    if loaded.tokenizer is None:
-        needles = Needles.from_spans(corpus.ids, asked.seed)
-    else:
-        needles = retrieval_needles(loaded.tokenizer, corpus.ids, asked.seed)
+    needles = needles_of(loaded.tokenizer, asked.needles, corpus.ids, asked.seed)
     return Extension(asked.extend, retrieval=asked.retrieval, needles=needles)
 
 

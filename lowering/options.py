@@ -20,6 +20,7 @@ from ..passes.quantize import parse_plan
 from ..passes.split_heads import parse_head_count
 
 TARGETS = ("eager", "triton", "onnx", "aot")
+NEEDLES = ("facts", "passkeys")
 
 
 class Reporter:
@@ -67,6 +68,7 @@ class Options:
     transfer_loss: str | None = None
     extend: int | None = None
     retrieval: float = 0.0
+    needles: str = "facts"
     echoes: float = 0.0
     target: str = "eager"
     device: str = "cpu"
@@ -95,6 +97,12 @@ class Options:
         if self.retrieval and not (self.extend and 0 < self.retrieval <= 1):
             raise LincompileError(
                 "--retrieval is a share, above 0 and up to 1, of --extend's windows: add --extend LENGTH"
+            )
+        if self.needles not in NEEDLES:
+            raise LincompileError(f"--needles {self.needles}: the choice is {', '.join(NEEDLES)}")
+        if self.needles != "facts" and not self.retrieval:
+            raise LincompileError(
+                f"--needles {self.needles} says what retrieval examples are: add --extend LENGTH --retrieval SHARE"
             )
         if self.shard not in (None, "sp"):
             raise LincompileError(f"--shard {self.shard}: the choice is sp (sequence parallelism)")

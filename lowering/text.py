@@ -69,6 +69,24 @@ def read_corpus(source: Any, tokenizer: Callable[[Path], None] | None) -> Corpus
     return Corpus(flat, lengths.cumsum(0) - lengths, empty)
 
 
+def needles_of(tokenizer: Callable[[Path], None] | None, kind: str, ids: Tensor, seed: int) -> Needles:
+    """What retrieval examples are made of.
+
+    Args:
+        kind: ``facts``, numbers given to the text's words (spans of its tokens where there is no tokenizer), or
+            ``passkeys``, the prompts of ``lincompile eval --passkey`` with keys of their own.
+        ids: tokens of the training text.
+
+    Raises:
+        LincompileError: pass keys without a tokenizer, or for one without digits.
+    """
+    if kind == "passkeys":
+        from .evaluation.passkey import Prompts
+
+        return Prompts(_codec(tokenizer), "any text").needles(seed)
+    return Needles.from_spans(ids, seed) if tokenizer is None else retrieval_needles(tokenizer, ids, seed)
+
+
 def retrieval_needles(tokenizer: Callable[[Path], None], ids: Tensor, seed: int) -> Needles:
     """Sentences that give a word of the text a number, and the same sentences again to be completed.
 
@@ -82,9 +100,14 @@ def retrieval_needles(tokenizer: Callable[[Path], None], ids: Tensor, seed: int)
     if len(words) < 16:
         return Needles.from_spans(ids, seed)
     chosen = generator.sample(words, min(NEEDLES, len(words)))
-    facts = [f"\nFor {word}, note down {generator.randrange(1000, 1_000_000)}.\n" for word in chosen]
-    sentences = [torch.tensor(tokens) for tokens in codec.encode_all(facts, special=False)]
-    return Needles(sentences, sentences)
+    cues = codec.encode_all([f"\nFor {word}, note down" for word in chosen], special=False)
+    facts = codec.encode_all(
+        [f"\nFor {word}, note down {generator.randrange(1000, 1_000_000)}.\n" for word in chosen], special=False
+    )
+    # Where the tokenizer joins the cue's end to the number, all of the sentence counts.
+    asked = [len(fact) - (len(cue) if fact[: len(cue)] == cue else 0) for cue, fact in zip(cues, facts, strict=True)]
+    sentences = [torch.tensor(fact) for fact in facts]
+    return Needles(sentences, sentences, asked)
 
 
 def existing(source: str | Path) -> Path:

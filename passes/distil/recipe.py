@@ -41,6 +41,7 @@ class Extension:
         share: of the whole budget.
         retrieval: share of the windows that are retrieval examples (needs ``needles``).
         needles: what those are made of.
+        emphasis: weight of what those ask for (``LogitDistillation.emphasis``).
         rates: of the stage before, times this.
         steps: where no budget is given.
     """
@@ -49,6 +50,7 @@ class Extension:
     share: float = 0.15
     retrieval: float = 0.0
     needles: Needles | None = None
+    emphasis: float = 10.0
     rates: float = 0.3
     steps: int = 20
 
@@ -220,6 +222,7 @@ def run_recipe(
         if extension.retrieval:
             assert extension.needles is not None
             longer = WithRetrieval(longer, extension.needles, extension.retrieval, recipe.seed)
+            options = dataclasses.replace(options, emphasis=extension.emphasis)
         result.extension = later("extension", longer, options, shares[2], shares[2], extension.length)
     return result
 

@@ -254,6 +254,8 @@ def test_what_only_the_model_can_refuse_is_refused_before_training() -> None:
         ({"echoes": 1.5, "distil": "t"}, "--echoes 1.5: the share of windows that repeat spans is from 0 to 1"),
         ({"retrieval": 0.1, "distil": "t"}, "--retrieval is a share, .* of --extend's windows: add --extend LENGTH"),
         ({"retrieval": 3.0, "extend": 9, "distil": "t"}, "--retrieval is a share, above 0 and up to 1"),
+        ({"needles": "keys", "distil": "t"}, "--needles keys: the choice is facts, passkeys"),
+        ({"needles": "passkeys", "distil": "t"}, "--needles passkeys says what .*: add --extend LENGTH --retrieval"),
         ({"tokens": 1000}, "--tokens is about distillation: add --distil FILE"),
         ({"length": 64}, "--length is about distillation: add --distil FILE"),
         ({"batch": 0, "distil": "t"}, "--batch 0: give a number above 0"),

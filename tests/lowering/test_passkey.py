@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lincompile.lowering.evaluation.agreement import Writing, compare, distinct
 from lincompile.lowering.evaluation.passkey import (
+    ANSWER,
     INTRODUCTION,
     NEEDLE,
     QUESTION,
@@ -25,6 +26,7 @@ from lincompile.lowering.evaluation.passkey import (
 )
 from lincompile.lowering.evaluation.subject import Subject
 from lincompile.lowering.generate import Session
+from lincompile.lowering.text import needles_of
 from lincompile.lowering.tokenizer import TextCodec
 from lincompile.passes.errors import LincompileError
 from lincompile.passes.stateful import StateSpec
@@ -88,6 +90,32 @@ def test_prompts_are_exact(codec: TextCodec) -> None:
     assert again == prompts.build(400, 0.5, random.Random("400/0.5"))[0]
     with pytest.raises(LincompileError, match=r"a prompt of 100 tokens has no room: introduction, key and question"):
         prompts.build(100, 0.5, random.Random(0))
+
+
+def test_training_examples_are_prompts_with_keys_of_their_own(codec: TextCodec) -> None:
+    """Opening, haystack with the key in it, question and answer; only the answer has to be found."""
+    made = Prompts(codec, HAY).needles(seed=3, count=40)
+    assert len(made) == len(made.asked) == 40 and made.most == 1
+    keys = set()
+    for index in range(40):
+        assert codec.decode(made.opening) == INTRODUCTION
+        asked = made.answers[index][made.to_find(index)].tolist()
+        key = codec.decode(asked).strip()
+        assert same_key(key, key) and len(key) == 5
+        assert codec.decode(made.facts[index].tolist()) == NEEDLE.format(key=key)
+        assert codec.decode(made.answers[index].tolist()) == QUESTION + ANSWER.format(key=key)
+        keys.add(key)
+    assert len(keys) > 35
+    again, other = (Prompts(codec, HAY).needles(seed, count=40) for seed in (3, 4))
+    assert again.fingerprint() == made.fingerprint() != other.fingerprint()
+
+
+def test_needles_of_either_kind(codec: TextCodec) -> None:
+    ids = torch.arange(3, 203)
+    spans = needles_of(None, "facts", ids, seed=1)
+    assert spans.most == 0 and spans.asked[0] == 8
+    with pytest.raises(LincompileError, match="came without a tokenizer"):
+        needles_of(None, "passkeys", ids, seed=1)
 
 
 def test_a_model_that_remembers_hits_every_key(codec: TextCodec) -> None:

@@ -134,5 +134,6 @@ def test_needles_give_words_of_the_text_numbers() -> None:
     assert len(made.facts) == 26 and all(map(torch.equal, made.facts, again.facts))
     fact = made.facts[0].tolist()
     assert 0 not in fact and 1 not in fact, "no first token, and nothing unknown"
+    assert all(0 < asked < len(whole) for asked, whole in zip(made.asked, made.answers, strict=True))
     words = {tuple(found.tolist()[2:3]) for found in made.facts}
     assert len(words) == len(made.facts), "no word has two numbers"
