@@ -33,7 +33,7 @@ SITES = [
 # rows, channels, dtype
 LAYERS = [
     (5, 176, torch.float32),
-    (19, 576, torch.bfloat16),
+    (7, 576, torch.bfloat16),
     (3, 2064, torch.float32),
 ]
 # norm before, gated product before, sum after
