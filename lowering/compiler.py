@@ -184,7 +184,8 @@ def compile(
             ``distil`` (a text file, token ids, or ``hf:name``), ``tokens``, ``time`` (seconds), ``train``,
             ``transfer_loss``, ``extend``, ``retrieval``, ``needles``, ``echoes``, ``adapter``, ``length``, ``batch``,
             ``target``, ``device``, ``dtype``, ``seed``, ``shard`` (under torchrun, after ``init_process_group``): as
-            in the CLI. ``lowest``, the gates' floor, as in ``LinearizeAttention`` (an adapter's own is always followed).
+            in the CLI. ``lowest``, the gates' floor, as in ``LinearizeAttention`` (an adapter's own is always
+            followed).
             With an adapter and no budget, ``distil`` only calibrates quantization.
 
     Raises:
