@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_map_only
 
 from ...passes.errors import ArtefactError, LincompileError
 from ...passes.graph import on_device
@@ -141,10 +143,21 @@ def _lift(graph_module: GraphModule, names: Sequence[str]) -> GraphModule:
 def move_constants(graph: Graph, device: torch.device) -> None:
     """Makes the tensors that the graph creates itself (``arange``, ``full``) come into being on ``device``.
 
-    Tracing wrote down the device it ran on; a program runs on one device, wherever its weights are.
+    Tracing wrote down the device it ran on; a program runs on one device, wherever its weights are. What passes know of
+    the nodes' values moves too: they compute with it, beside weights.
     """
     for node in graph.nodes:
         node.args, node.kwargs = on_device((node.args, node.kwargs), device)
+        if "val" in node.meta:
+            node.meta["val"] = tree_map_only(Tensor, lambda value: _moved(value, device), node.meta["val"])
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    """A node's fake value on another device."""
+    if value.device.type == device.type:
+        return value
+    with getattr(value, "fake_mode", nullcontext()):
+        return value.to(device)
 
 
 def read_graph(path: Path, weights: Mapping[str, Tensor], parameters: set[str]) -> GraphModule:

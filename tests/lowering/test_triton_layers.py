@@ -11,13 +11,16 @@ import pytest
 import torch
 import zoo
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import lincompile
+from lincompile.lowering.artefact.graph_file import read_graph, weights_of
+from lincompile.lowering.fusion import layers
 from lincompile.lowering.fusion.chains import Lowered
 from lincompile.lowering.fusion.layers import fuse_norms, join_layers, merge_masks
 from lincompile.lowering.fusion.one_token import fuse_packed
 from lincompile.lowering.generate import Session
-from lincompile.lowering.package import open_artefact
+from lincompile.lowering.package import PROGRAM, open_artefact
 from lincompile.lowering.triton import lower
 from lincompile.passes.stateful import StepProgram
 from lincompile.passes.stepping.last_token import last_token_only
@@ -350,3 +353,23 @@ def test_a_session_made_in_inference_mode_leaves_the_module_trainable() -> None:
     with torch.inference_mode():
         lower(step, decoding=True, own=True)
     assert not any(parameter.is_inference() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("model", ["llama-gqa", "nanogpt"])
+@pytest.mark.parametrize("quant", ["none", "w6a8"])
+def test_an_artefact_is_lowered_where_it_was_not_traced(
+    model: str, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced on a CPU, opened on a GPU, for which the meta device stands here: float layers are joined there too."""
+    monkeypatch.setattr(layers, "_apart", lambda *args: True)  # it tells tensors by their addresses, which are 0 there
+    module, example = zoo.build(model)
+    compiled = lincompile.compile(module, example=example, attn="lawcat", quant=quant)
+    artefact = open_artefact(compiled.save(tmp_path / "out"))
+    away = {name: tensor.to("meta") for name, tensor in weights_of(artefact.step.graph_module).items()}
+    graph = read_graph(artefact.directory / PROGRAM, away, set(artefact.manifest["parameter_names"]))
+    step, report = lower(artefact.around(graph), decoding=True, own=True)
+    assert report.joined or model == "nanogpt"
+    for node in step.graph_module.graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            assert not isinstance(value, Tensor) or value.device.type == "meta", node.format_node()
+    assert [n.name for n in artefact.step.graph_module.graph.nodes] == [n.name for n in graph.graph.nodes]
