@@ -65,6 +65,7 @@ STAGE_OPTIONS = {
     "steps": int,
     "retrieval": float,
     "emphasis": float,
+    "cross_entropy": float,
     "echoes": float,
     "rates": float,
 }
@@ -218,7 +219,9 @@ def train(run: Run, measures: Measures) -> Program:
             run.teacher,
             student,
             run.data(stage, seed + 1 + index),
-            run.options(stage, LogitDistillation(train=recipe.train, emphasis=stage.emphasis)),
+            run.options(
+                stage, LogitDistillation(train=recipe.train, emphasis=stage.emphasis, cross_entropy=stage.cross_entropy)
+            ),
             checkpoint=run.file(f".{name}.ckpt"),
             progress=progress(name),
             **told,
@@ -327,7 +330,7 @@ def parsed() -> argparse.Namespace:
     recipe.add_argument("--measures", type=lambda text: tuple(text.split(",")) if text else ())
     for stage in ("transfer", "logits", "extension"):
         for name in STAGE_OPTIONS:
-            recipe.add_argument(f"--{stage}-{name}", type=STAGE_OPTIONS[name])
+            recipe.add_argument(f"--{stage}-{name.replace('_', '-')}", type=STAGE_OPTIONS[name])
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--limit", type=int, default=None, help="evaluate on so many tokens of each text")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")

@@ -18,6 +18,7 @@ class Stage:
         length, batch: tokens per window and windows per step.
         retrieval: share of the windows that are retrieval examples (of the extension).
         emphasis: weight of the answers of retrieval examples (``LogitDistillation.emphasis``).
+        cross_entropy: share of the text's own next token in what logit distillation learns.
         echoes: share of the windows that repeat spans of themselves (``passes/distil/echo.py``).
         rates: the learning rates of the stage, times this.
     """
@@ -28,6 +29,7 @@ class Stage:
     steps: int = 1 << 30
     retrieval: float = 0.0
     emphasis: float = 1.0
+    cross_entropy: float = 0.0
     echoes: float = 0.0
     rates: float = 1.0
 

@@ -40,8 +40,8 @@ from lincompile.lowering.options import Options
 from lincompile.lowering.text import read_tokens
 from lincompile.passes.capture import capture
 from lincompile.passes.distil.adapter import apply_adapter
+from lincompile.passes.distil.divergence import divergence
 from lincompile.passes.distil.instrument import batch_of
-from lincompile.passes.distil.logits import divergence
 from lincompile.passes.formats.load import load_model
 from lincompile.passes.program import Program
 from lincompile.passes.quantization import sensitivity

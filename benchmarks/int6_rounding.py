@@ -23,7 +23,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lincompile.passes.capture import capture
-from lincompile.passes.distil.logits import divergence
+from lincompile.passes.distil.divergence import divergence
 from lincompile.passes.program import Program
 from lincompile.passes.quantization import sensitivity
 from lincompile.passes.quantization.linear_layers import find_linears

@@ -133,6 +133,13 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
     help="What learns the teacher's logits after attention transfer. [default: full on a GPU, none on a CPU]",
 )
 @click.option(
+    "--cross-entropy",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    metavar="SHARE",
+    help="Share of the text's own next token in what --train learns, beside the teacher's logits.",
+)
+@click.option(
     "--transfer-loss",
     type=click.Choice(("mse", "weights", "both")),
     help="What attention transfer compares: outputs, attention weights (hedgehog, lawcat), or both. [default: mse]",

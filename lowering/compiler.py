@@ -182,10 +182,10 @@ def compile(
         checkpoint: file that distillation saves itself to and resumes from.
         options: ``attn``, ``quant``, ``keep_softmax``, ``rewrite_sliding``, ``alibi``, ``window``, ``rotary``,
             ``distil`` (a text file, token ids, or ``hf:name``), ``tokens``, ``time`` (seconds), ``train``,
-            ``transfer_loss``, ``extend``, ``retrieval``, ``needles``, ``echoes``, ``adapter``, ``length``, ``batch``,
-            ``target``, ``device``, ``dtype``, ``seed``, ``shard`` (under torchrun, after ``init_process_group``): as
-            in the CLI. ``lowest``, the gates' floor, as in ``LinearizeAttention`` (an adapter's own is always
-            followed).
+            ``cross_entropy``, ``transfer_loss``, ``extend``, ``retrieval``, ``needles``, ``echoes``, ``adapter``,
+            ``length``, ``batch``, ``target``, ``device``, ``dtype``, ``seed``, ``shard`` (under torchrun, after
+            ``init_process_group``): as in the CLI. ``lowest``, the gates' floor, as in ``LinearizeAttention`` (an
+            adapter's own is always followed).
             With an adapter and no budget, ``distil`` only calibrates quantization.
 
     Raises:
@@ -342,7 +342,7 @@ def distil(
     """
     corpus = None if asked.distil is None else read_corpus(asked.distil, loaded.tokenizer)
     ids = None if corpus is None else corpus.ids
-    logit_options = LogitDistillation()
+    logit_options = LogitDistillation(cross_entropy=asked.cross_entropy)
     if asked.adapter is not None:
         apply_adapter(Path(asked.adapter), teacher, student, source_hash=loaded.source_hash)
         if not (asked.tokens or asked.time or asked.train):

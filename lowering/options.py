@@ -9,6 +9,7 @@ from typing import Any
 
 from ..passes.distil.adapter import settings_of
 from ..passes.distil.echo import check_share
+from ..passes.distil.logits import LogitDistillation
 from ..passes.distil.recipe import Recipe
 from ..passes.distil.transfer import Transfer
 from ..passes.errors import LincompileError
@@ -65,6 +66,7 @@ class Options:
     batch: int | None = None
     adapter: str | None = None
     train: str | None = None
+    cross_entropy: float = 0.0
     transfer_loss: str | None = None
     extend: int | None = None
     retrieval: float = 0.0
@@ -89,6 +91,12 @@ class Options:
         self._check_rewriting()
         if self.train is not None:
             Recipe(train=self.train)
+        LogitDistillation(cross_entropy=self.cross_entropy)
+        trained = self.train or ("none" if self.device == "cpu" else "full")
+        if self.cross_entropy and (self.distil is None or trained == "none"):
+            raise LincompileError(
+                "--cross-entropy is a share of what --train learns: add --distil FILE and --train full or lora:R"
+            )
         if self.transfer_loss is not None:
             Transfer(loss=self.transfer_loss)
         check_floor(self.lowest)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..errors import LincompileError
 from ..program import Program
+from .divergence import divergence
 from .instrument import either, unpadded
-from .logits import divergence, logits_of
+from .logits import logits_of
 from .spread import total
 
 

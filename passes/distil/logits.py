@@ -1,14 +1,13 @@
 """Logit distillation: the whole student learns the teacher's next-token distribution.
 
-The loss is the forward KL divergence KL(teacher ‖ student) at temperature 1, averaged over tokens, on windows that both
-models run from the start. All of the student's parameters may learn, or low-rank additions to its linear layers
-(LoRA, arXiv 2106.09685) together with its attention modules. Weights and optimizer states stay float32; on a GPU the
-matrix products run in bfloat16.
+The loss (``divergence.py``) is the forward KL divergence KL(teacher ‖ student) at temperature 1, averaged over the
+tokens of windows that both models run from the start; the text's own next token may have a share in it. All of the
+student's parameters may learn, or low-rank additions to its linear layers (LoRA, arXiv 2106.09685) together with its
+attention modules. Weights and optimizer states stay float32; on a GPU the matrix products run in bfloat16.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +26,7 @@ from ..linearization.methods import LinearMethod
 from ..linearize import MODULE_PREFIX
 from ..program import Program
 from .data import Ahead, Batches
+from .divergence import divergence, marked, unmarked
 from .echo import from_afar
 from .instrument import TrainingGraph, first_nonfinite, instead, run_of, unpadded
 from .loop import LoopOptions, LoopReport, Part, Progress, train
@@ -35,9 +35,7 @@ from .lora import Addition, add_lora, merge_lora
 from .pieces import Pieces
 from .regions import Compiled
 from .retrieval import WithRetrieval
-from .spread import current, cut, exchanging, share_of_mean, total
-
-ROWS = 2048
+from .spread import current, cut, exchanging, total
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,10 @@ class LogitDistillation(LoopOptions):
         emphasis: weight of tokens that have to be looked up, where others have 1: the answers of retrieval examples,
             and in text what followed the same token before (``echo.from_afar``). A handful among hundreds, they would
             hardly be heard.
+        cross_entropy: share of the text's own next token in what is learned, beside the teacher's distribution (0: the
+            divergence alone; 1: the text alone). Learning from the text makes a student better at text like it than
+            its teacher is, which says nothing about its attention: compare it with a softmax model that learned the
+            same (the control of ``benchmarks/distil.py``).
     """
 
     rate: float = 3e-4
@@ -62,12 +64,15 @@ class LogitDistillation(LoopOptions):
     train: str = "full"
     recompute: bool = False
     emphasis: float = 1.0
+    cross_entropy: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         lora_rank(self.train)
         if not (self.emphasis > 0 and math.isfinite(self.emphasis)):
             raise LincompileError(f"LogitDistillation(emphasis={self.emphasis}): the weight of answers is above 0")
+        if not 0 <= self.cross_entropy <= 1:
+            raise LincompileError(f"--cross-entropy {self.cross_entropy:g}: the text's own share is from 0 to 1")
 
     def rate_of(self, name: str) -> float:
         """Peak rate of a parameter, by its name in the training graph."""
@@ -98,78 +103,6 @@ class LogitReport(LoopReport):
     after: float = 0.0
 
 
-def _rows(student: Tensor, teacher: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weighted sum of KL(teacher ‖ student) over rows ``[R, V]``, and its gradient for the student's logits.
-
-    ``weights``: one for each row, float32 ``[R, 1]`` (None: 1 each). The results are float32.
-    """
-    log_student = functional.log_softmax(student.float(), -1)
-    log_teacher = functional.log_softmax(teacher.float(), -1)
-    probabilities = log_teacher.exp()
-    each, slope = probabilities * (log_teacher - log_student), log_student.exp() - probabilities
-    return (each.sum(), slope) if weights is None else ((each * weights).sum(), slope * weights)
-
-
-@functools.cache
-def compiled_rows() -> Any:
-    """``_rows`` as two or three kernels."""
-    return torch.compile(_rows, dynamic=False)
-
-
-class _Divergence(torch.autograd.Function):
-    """Mean KL(teacher ‖ student) over tokens; the gradient is computed with it, a few rows at a time.
-
-    A vocabulary's worth of float32 per token is what fills a GPU: only blocks of ``ROWS`` tokens are ever held in it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor | None, want_gradient: bool, compiled: bool
-    ) -> Tensor:
-        flat, wanted = student.flatten(0, -2), teacher.flatten(0, -2)
-        gradient = torch.empty_like(flat) if want_gradient else None
-        total = torch.zeros((), dtype=torch.float64, device=student.device)
-        rows_of = compiled_rows() if compiled else _rows
-        for start in range(0, flat.shape[0], ROWS):
-            rows = slice(start, start + ROWS)
-            part, slope = rows_of(flat[rows], wanted[rows], None if weights is None else weights.reshape(-1, 1)[rows])
-            total += part.double()
-            if gradient is not None:
-                gradient[rows] = slope / flat.shape[0]
-        if gradient is not None:
-            ctx.save_for_backward(gradient.view_as(student))
-        return (total / flat.shape[0]).float()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None, None
-
-
-def divergence(student: Tensor, teacher: Tensor, compiled: bool = False, weights: Tensor | None = None) -> Tensor:
-    """Mean KL(teacher ‖ student) in nats per token, of logits ``[..., V]``; differentiable in the student's.
-
-    ``weights``, float32 ``[...]``, multiply the tokens' divergences before their mean is taken (None: 1 each). Inside
-    ``spread`` this rank's share of the window's mean.
-    """
-    mean: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
-        student, teacher, weights, student.requires_grad, compiled
-    )
-    return share_of_mean(mean)
-
-
-def marked(tokens: Tensor, asked: Tensor) -> Tensor:
-    """Tokens ``[B, T]`` in which those asked for are below zero: one tensor, as recorded steps and pieces take it."""
-    return torch.where(asked, -1 - tokens, tokens)
-
-
-def unmarked(tokens: Tensor, emphasis: float) -> tuple[Tensor, Tensor]:
-    """The tokens again, and the weights of the logits at each, which predict the next one (float32 ``[B, T]``)."""
-    asked = tokens < 0
-    following = functional.pad(asked[:, 1:], (0, 1)).float()
-    return torch.where(asked, -1 - tokens, tokens), 1 + (emphasis - 1) * following
-
-
 def logits_of(graph: TrainingGraph, tokens: Tensor, compiled: bool = False) -> Tensor:
     """The logits ``[B, T, V]`` of a graph.
 
@@ -192,7 +125,7 @@ class Distiller:
 
         self.teacher = unpadded(teacher)
         self.student = instead(teacher, student, wrap)
-        self.emphasis = options.emphasis
+        self.emphasis, self.cross_entropy = options.emphasis, options.cross_entropy
 
     @torch.no_grad()
     def measure(self, windows: Tensor) -> float:
@@ -205,15 +138,18 @@ class Distiller:
         return sum(values) / len(values)
 
     def learn(self, tokens: Tensor, share: float, compiled: bool = False) -> Tensor:
-        """Adds ``share`` times the gradient of the KL, weighted where ``tokens`` are ``marked``; returns that KL."""
-        tokens, weights = tokens.to(self.teacher.device), None
+        """Adds ``share`` times the loss's gradient, weighted where ``tokens`` are ``marked``; returns the loss."""
+        tokens, weights, following = tokens.to(self.teacher.device), None, None
         if self.emphasis != 1:
             tokens, weights = unmarked(tokens, self.emphasis)
             weights = cut(weights)
+        if self.cross_entropy:
+            following = cut(functional.pad(tokens[:, 1:], (0, 1), value=-1))
         with torch.no_grad():
             wanted = logits_of(self.teacher, tokens, compiled)
-        loss = divergence(logits_of(self.student, tokens, compiled), wanted, compiled, weights)
-        del wanted
+        found = logits_of(self.student, tokens, compiled)
+        loss = divergence(found, wanted, compiled, weights, following, self.cross_entropy)
+        del found, wanted
         (loss * share).backward()  # type: ignore[no-untyped-call]
         return total(loss.detach())
 

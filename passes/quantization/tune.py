@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distil.divergence import divergence
 from ..distil.instrument import TrainingGraph, batch_of, checksum, unpadded, weights_checksum
-from ..distil.logits import divergence
 from ..distil.loop import LoopOptions, LoopReport, Part, Progress, train
 from ..distil.pieces import Pieces
 from ..distil.recipe import UNLIMITED

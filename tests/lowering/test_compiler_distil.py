@@ -213,6 +213,7 @@ def test_all_stages_with_their_options_reach_the_manifest() -> None:
         extend=2 * LENGTH,
         retrieval=0.5,
         echoes=0.25,
+        cross_entropy=0.5,
         tokens=20 * 4 * LENGTH,
         length=LENGTH,
         batch=4,
@@ -221,7 +222,7 @@ def test_all_stages_with_their_options_reach_the_manifest() -> None:
     assert done["extension"]["tokens"] == 3 * 4 * LENGTH and done["logits"]["steps"] > 0 and done["steps"] > 0
     options = compiled.manifest()["options"]
     assert (options["transfer_loss"], options["extend"], options["retrieval"]) == ("both", 2 * LENGTH, 0.5)
-    assert options["echoes"] == 0.25
+    assert options["echoes"] == 0.25 and options["cross_entropy"] == 0.5
 
 
 def test_an_extension_beyond_the_positions_is_refused() -> None:
@@ -254,6 +255,9 @@ def test_what_only_the_model_can_refuse_is_refused_before_training() -> None:
         ({"echoes": 1.5, "distil": "t"}, "--echoes 1.5: the share of windows that repeat spans is from 0 to 1"),
         ({"retrieval": 0.1, "distil": "t"}, "--retrieval is a share, .* of --extend's windows: add --extend LENGTH"),
         ({"retrieval": 3.0, "extend": 9, "distil": "t"}, "--retrieval is a share, above 0 and up to 1"),
+        ({"cross_entropy": 1.5, "distil": "t", "train": "full"}, "--cross-entropy 1.5: the text's own share is from 0"),
+        ({"cross_entropy": 0.5, "train": "full"}, "--cross-entropy is a share of what --train learns: add --distil"),
+        ({"cross_entropy": 0.5, "distil": "t"}, "--cross-entropy is a share of what --train learns: add --distil"),
         ({"needles": "keys", "distil": "t"}, "--needles keys: the choice is facts, passkeys"),
         ({"needles": "passkeys", "distil": "t"}, "--needles passkeys says what .*: add --extend LENGTH --retrieval"),
         ({"tokens": 1000}, "--tokens is about distillation: add --distil FILE"),

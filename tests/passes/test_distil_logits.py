@@ -17,18 +17,10 @@ from lincompile.passes.capture import capture
 from lincompile.passes.distil import echo
 from lincompile.passes.distil.adapter import Settings, apply_adapter, save_adapter
 from lincompile.passes.distil.choose import choose
+from lincompile.passes.distil.divergence import ROWS, divergence, marked, unmarked
 from lincompile.passes.distil.echo import from_afar
 from lincompile.passes.distil.instrument import either, instead
-from lincompile.passes.distil.logits import (
-    ROWS,
-    Distiller,
-    LogitDistillation,
-    distil_logits,
-    divergence,
-    lora_rank,
-    marked,
-    unmarked,
-)
+from lincompile.passes.distil.logits import Distiller, LogitDistillation, distil_logits, lora_rank
 from lincompile.passes.distil.lora import add_lora
 from lincompile.passes.distil.recipe import Recipe, run_recipe, with_branches_of
 from lincompile.passes.distil.retrieval import Needles, WithRetrieval
@@ -86,6 +78,43 @@ def test_weights_multiply_divergences_and_their_gradients() -> None:
     torch.testing.assert_close(student.grad, twin.grad.float(), atol=1e-6, rtol=1e-4)
 
 
+def test_the_texts_own_next_tokens_have_their_share() -> None:
+    """And none where there is no next token; at a share of 1 the loss is torch's cross-entropy."""
+    student, teacher = torch.randn(2, 9, 11).requires_grad_(), torch.randn(2, 9, 11)
+    following = functional.pad(torch.randint(0, 11, (2, 8)), (0, 1), value=-1)
+    each = torch.rand(2, 9)
+    for share, weights in ((0.3, None), (0.3, each), (1.0, None)):
+        student.grad = None
+        loss = divergence(student, teacher, weights=weights, following=following, share=share)
+        loss.backward()
+        twin = student.detach().double().requires_grad_()
+        logs, wanted = twin.log_softmax(-1), teacher.double().log_softmax(-1)
+        rows = functional.kl_div(logs, wanted, reduction="none", log_target=True).sum(-1)
+        own = functional.nll_loss(logs.transpose(1, 2), following, reduction="none", ignore_index=-1)
+        mixed = torch.where(following < 0, rows, (1 - share) * rows + share * own)
+        expected = (mixed if weights is None else mixed * weights.double()).mean()
+        expected.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        torch.testing.assert_close(student.grad, twin.grad.float(), atol=1e-6, rtol=1e-4)
+
+
+def test_a_student_of_the_text_gets_better_at_it_than_at_the_teacher(teacher: Program) -> None:
+    """The same steps with and without the text's share: the loss on the text against the divergence."""
+
+    def nats(program: Program, tokens: Tensor) -> float:
+        with torch.no_grad():
+            logs = program(tokens).log_softmax(-1)[:, :-1]
+        return float(functional.nll_loss(logs.flatten(0, 1), tokens[:, 1:].flatten()))
+
+    data = windows(ids=torch.arange(2400) % 7 + 3)
+    found = {}
+    for share in (0.0, 1.0):
+        student = linear(teacher)
+        report = distil_logits(teacher, student, data, LogitDistillation(steps=15, cross_entropy=share, **FAST))
+        found[share] = report.after, nats(student, data.measure(4))
+    assert found[0.0][0] < found[1.0][0] and found[1.0][1] < 0.5 * found[0.0][1]
+
+
 def test_marks_survive_and_weigh_the_logits_before_them() -> None:
     tokens = torch.tensor([[0, 5, 0, 7], [3, 2, 1, 0]])
     asked = torch.tensor([[False, True, True, False], [True, False, False, False]])
@@ -126,6 +155,12 @@ def test_answers_weigh_more_in_retrieval_examples_and_recurring_pairs_in_text(
 def test_an_emphasis_that_is_none(emphasis: float) -> None:
     with pytest.raises(LincompileError, match="the weight of answers is above 0"):
         LogitDistillation(emphasis=emphasis)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, math.nan])
+def test_a_share_that_is_none(share: float) -> None:
+    with pytest.raises(LincompileError, match="the text's own share is from 0 to 1"):
+        LogitDistillation(cross_entropy=share)
 
 
 # ---- training

@@ -18,7 +18,7 @@ from lincompile.kernels.int6_linear.codes import dequantize, fake_quantize_activ
 from lincompile.kernels.int6_linear.pack import unpack
 from lincompile.lowering.options import Reporter
 from lincompile.passes.capture import capture
-from lincompile.passes.distil.logits import divergence
+from lincompile.passes.distil.divergence import divergence
 from lincompile.passes.errors import LincompileError
 from lincompile.passes.program import Program
 from lincompile.passes.quantization.tune import TuneOptions, tune
