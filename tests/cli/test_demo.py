@@ -83,6 +83,7 @@ def test_time_without_distillation_is_refused() -> None:
     [
         ("smollm2-135m-lawcat-window64", {"lawcat+64 kept"}),
         ("smollm2-135m-lawcat-window64-heads2", {"lawcat+64 removed", "softmax"}),
+        ("smollm2-135m-lawcat-window64-passkey", {"lawcat+64 removed floor -1.0"}),
         ("smollm2-135m-lawcat-window64-softmax6", {"lawcat+64 kept", "softmax"}),
     ],
 )
