@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...passes.errors import LincompileError
-from ..chunks import PREFILL_CHUNK
+from ..chunks import GPU_CHUNK
 from ..generate import Session, check_vocabulary
 from .cache import PADDING, StateCache
 
@@ -110,17 +110,22 @@ def caught_up(session: Session, cache: StateCache) -> StateCache:
 def _advance(
     session: Session, tokens: Tensor, mask: Tensor, before: Tensor, states: list[Tensor], keep: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """Runs the program, at once where gradients are wanted, else in chunks; returns the last ``keep`` logits."""
+    """Runs the program, at once where gradients are wanted, else in chunks; returns the last ``keep`` logits.
+
+    Of chunks of which at most the last token's logits are kept, no others are computed.
+    """
     positions = (before[:, None] + mask.long().cumsum(-1) - 1).clamp(min=0)
     length = tokens.shape[1]
-    step, chunk = (session.advance, length) if torch.is_grad_enabled() else (session.step, PREFILL_CHUNK)
+    learning = torch.is_grad_enabled()
+    chunk = length if learning else session.chunk if keep == 1 else min(session.chunk, GPU_CHUNK)
     parts: list[Tensor] = []
     for start in range(0, length, chunk):
-        part = slice(start, start + chunk)
+        part = slice(start, min(start + chunk, length))
+        kept = max(0, part.stop - max(start, length - keep))  # of this chunk's logits
+        step = session.advance if learning else session.step_last if kept <= 1 else session.step
         logits, states = step(tokens[:, part], positions[:, part], mask[:, part], states)
-        unused = max(0, length - keep - start)  # of this chunk's logits
-        if unused < logits.shape[1]:
-            parts.append(logits[:, unused:])
+        if kept:
+            parts.append(logits[:, -kept:])
     return torch.cat(parts, 1), states
 
 

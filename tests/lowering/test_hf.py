@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import zoo
 import lincompile
 from lincompile.lowering import package
 from lincompile.lowering.artefact.graph_file import move_constants
-from lincompile.lowering.generate import left_pad
+from lincompile.lowering.generate import Session, left_pad
 from lincompile.passes.errors import LincompileError
 
 hf = pytest.importorskip("lincompile.hf", reason="transformers isn't installed", exc_type=LincompileError)
@@ -40,6 +41,28 @@ def test_greedy_batches_equal_our_own_loop(model: hf.LincompileForCausalLM, arte
     ours = artefact.continue_ids(PROMPTS, 12).tokens
     theirs = model.generate(**batch(), max_new_tokens=12, do_sample=False)
     assert theirs[:, 9:].tolist() == ours
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5, 9, 0])
+def test_only_logits_that_are_kept_are_computed(
+    model: hf.LincompileForCausalLM, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    """Read in chunks of four: nine tokens in three, whose last token's logits are all that most chunks need."""
+    computed: list[int] = []
+    advance = Session.advance
+
+    def spied(self: Session, *given: Any) -> Any:
+        logits, states = advance(self, *given)
+        computed.append(logits.shape[1])
+        return logits, states
+
+    with torch.no_grad():
+        whole = model(**batch()).logits
+        monkeypatch.setattr(Session, "chunk", 4)
+        monkeypatch.setattr(Session, "advance", spied)
+        found = model(**batch(), logits_to_keep=keep).logits
+    torch.testing.assert_close(found, whole[:, -keep:] if keep else whole)
+    assert computed == {1: [1, 1, 1], 2: [1, 1, 1], 5: [1, 4, 1], 9: [4, 4, 1], 0: [4, 4, 1]}[keep]
 
 
 def test_beams_equal_an_exhaustive_rescore(model: hf.LincompileForCausalLM) -> None:
