@@ -373,3 +373,19 @@ def test_an_artefact_is_lowered_where_it_was_not_traced(
         for value in pytree.tree_leaves(node.meta.get("val")):
             assert not isinstance(value, Tensor) or value.device.type == "meta", node.format_node()
     assert [n.name for n in artefact.step.graph_module.graph.nodes] == [n.name for n in graph.graph.nodes]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["llama-gqa", "nanogpt"])
+@pytest.mark.parametrize("quant", ["none", "w6a8"])
+def test_an_artefact_of_a_cpu_runs_on_a_gpu(model: str, quant: str, tmp_path: Path) -> None:
+    module, example = zoo.build(model)
+    folder = lincompile.compile(module, example=example, attn="lawcat", quant=quant).save(tmp_path / "out")
+    here, there = (open_artefact(folder, device=device) for device in ("cpu", "cuda"))
+    tokens, whole = torch.tensor([[1, 2, 3, 4, 5, 6]]), torch.ones(1, 6, dtype=torch.bool)
+    for part in (slice(0, 6), slice(0, 1)):  # a prompt, and a token by itself
+        given = tokens[:, part], torch.arange(6)[None, part], whole[:, part]
+        expected, _ = here.session.step(*given, here.session.initial_states(1))
+        found, _ = there.session.step(*given, there.session.initial_states(1))
+        torch.testing.assert_close(found.cpu(), expected, rtol=2e-2, atol=2e-2)
+    assert len(there.generate([1, 2, 3], 8)) == 11
