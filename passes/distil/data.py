@@ -224,7 +224,8 @@ def _covered(lengths: Tensor, sizes: Sequence[int]) -> list[int]:
 class Ahead(Generic[Made]):
     """``make(index)``, of which the next index's result is made in a thread while this one's is used.
 
-    Retrieval examples are some thousand small tensors a step, as long as a GPU takes for the step itself.
+    Retrieval examples are some thousand small tensors a step, as long as a GPU takes for the step itself. Used in a
+    ``with``, which ends the thread; what it is making then is dropped.
     """
 
     def __init__(self, make: Callable[[int], Made]) -> None:
@@ -240,6 +241,8 @@ class Ahead(Generic[Made]):
         self._waiting = index + 1, self._thread.submit(self.make, index + 1)
         return made
 
-    def close(self) -> None:
-        """Ends the thread; what it makes is dropped."""
+    def __enter__(self) -> Ahead[Made]:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)

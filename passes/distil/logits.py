@@ -242,20 +242,6 @@ def _distil(
     learning = list(trained.values())
     pieces = Pieces(distiller.learn, learning, compile=compile, replay=options.replays, report=report, note=note)
 
-    def windows_of(step: int) -> Tensor:
-        if options.emphasis == 1:
-            return data.step(step)
-        if isinstance(data, WithRetrieval):
-            return marked(*data.made(step))
-        tokens = data.step(step)
-        return marked(tokens, torch.stack([from_afar(row) for row in tokens.tolist()]))
-
-    ahead = Ahead(windows_of)
-
-    def losses_of(step: int) -> tuple[Tensor, int]:
-        tokens = ahead(step)
-        return pieces(tokens, step)[None], tokens.numel()
-
     parts = [Part("the logits", trained, rates)]
 
     def locate(step: int) -> str:
@@ -264,24 +250,39 @@ def _distil(
         return first_nonfinite(distiller.student, data.step(step)[:1].to(distiller.student.device))
 
     try:
-        train(
-            parts,
-            losses_of,
-            options,
-            checkpoint=checkpoint,
-            identity=identity,
-            report=report,
-            progress=progress,
-            locate=locate,
-        )
+        with Ahead(lambda step: _windows(data, step, options.emphasis)) as ahead:
+
+            def losses_of(step: int) -> tuple[Tensor, int]:
+                tokens = ahead(step)
+                return pieces(tokens, step)[None], tokens.numel()
+
+            train(
+                parts,
+                losses_of,
+                options,
+                checkpoint=checkpoint,
+                identity=identity,
+                report=report,
+                progress=progress,
+                locate=locate,
+            )
         report.after = distiller.measure(held_out)
         if not math.isfinite(report.after):
             raise LincompileError("the divergence isn't finite after training: lower the learning rate")
     finally:
-        ahead.close()
         merge_lora(student, additions)
         student.metadata["low_rank"] = additions
     return report
+
+
+def _windows(data: Batches, step: int, emphasis: float) -> Tensor:
+    """A step's tokens ``[B, T]``, ``marked`` where some weigh more."""
+    if emphasis == 1:
+        return data.step(step)
+    if isinstance(data, WithRetrieval):
+        return marked(*data.made(step))
+    tokens = data.step(step)
+    return marked(tokens, torch.stack([from_afar(row) for row in tokens.tolist()]))
 
 
 def _additions(distiller: Distiller, teacher: Program, student: Program, rank: int) -> list[Addition]:

@@ -21,7 +21,7 @@ from ..errors import LincompileError
 from ..linearization.methods import HALF_LIVES, LinearMethod, mixed
 from ..program import Program
 from .calibrate import calibrate
-from .data import Batches
+from .data import Ahead, Batches
 from .instrument import TrainingGraph, beside, run_of
 from .loop import LoopOptions, LoopReport, Part, Progress, train
 from .pieces import Pieces
@@ -221,11 +221,13 @@ def transfer(
         errors.graph.divide()
     pieces = Pieces(errors.learn, parameters, compile=compile, replay=options.replays, report=report, note=note)
 
-    def losses_of(step: int) -> tuple[Tensor, int]:
-        tokens = data.step(step)
-        return pieces(tokens, step), tokens.numel()
+    with Ahead(data.step) as ahead:
 
-    train(parts, losses_of, options, checkpoint=checkpoint, identity=identity, report=report, progress=progress)
+        def losses_of(step: int) -> tuple[Tensor, int]:
+            tokens = ahead(step)
+            return pieces(tokens, step), tokens.numel()
+
+        train(parts, losses_of, options, checkpoint=checkpoint, identity=identity, report=report, progress=progress)
     report.after = errors.by_path(held_out)
     _check_errors(report.after, "after training: lower the learning rate")
     return report

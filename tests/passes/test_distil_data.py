@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -183,13 +184,13 @@ def test_the_next_batch_is_made_ahead_and_errors_come_when_asked_for() -> None:
             raise LincompileError("no third batch")
         return 10 * index
 
-    ahead = Ahead(make)
-    assert [ahead(0), ahead(1), ahead(2)] == [0, 10, 20]
-    assert ahead(0) == 0, "a resumed run begins elsewhere"
-    assert ahead(2) == 20
-    with pytest.raises(LincompileError, match="no third batch"):
-        ahead(3)
-    ahead.close()
+    with Ahead(make) as ahead:
+        assert [ahead(0), ahead(1), ahead(2)] == [0, 10, 20]
+        assert ahead(0) == 0, "a resumed run begins elsewhere"
+        assert ahead(2) == 20
+        with pytest.raises(LincompileError, match="no third batch"):
+            ahead(3)
+    assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
     assert made[:3] == [0, 1, 2]
 
 
