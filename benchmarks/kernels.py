@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import log_plot
+from lawcat_fla import EQUAL, FARTHEST
 
 HERE = Path(__file__).parent
 SECTIONS = "first_call,warm_128,warm_64,warm_block_64,warm_block_128,times,decode,growth,block,block_rest"
@@ -30,7 +31,6 @@ FORWARD, BOTH = "forward_ms", "forward_backward_ms"
 PASSES = (FORWARD, BOTH)
 PEERS = {"FLA chunk_gla": "fla chunk_gla", "SDPA flash": "sdpa flash", "cuDNN": "sdpa cudnn"}
 # The compositions that compute what the block computes (see lawcat_fla.py).
-FLA_BLOCKS = ("fla compiled", "fla compiled, hgrn", "fla")
 GROUPED, REPEATED = "ours, 4 query heads per kv head", "ours, heads repeated"
 MISSING = "not measured"
 Row = dict[str, Any]
@@ -156,8 +156,12 @@ def block(found: dict[str, Any]) -> list[Row]:
         mine = [value(row, "ours", key) for key in PASSES]
         entry: Row = {"shape": list(shape), "ours_ms": mine, **floors(row, mine)}
         entry["peak_gib"] = value(row, "ours", "peak_gib")
-        done = [name for name in FLA_BLOCKS if isinstance(value(row, name, BOTH), (int, float))]
-        best = min(done, key=lambda name: value(row, name, BOTH)) if done else FLA_BLOCKS[0]
+        done = [
+            name
+            for name in EQUAL
+            if isinstance(value(row, name, BOTH), (int, float)) and row[name].get("differs", 0.0) <= FARTHEST
+        ]
+        best = min(done, key=lambda name: value(row, name, BOTH)) if done else EQUAL[0]
         fla = [value(row, best, key) for key in PASSES]
         if done:  # each pass by its own best
             fla[0] = min(value(row, name, FORWARD) for name in done)

@@ -558,7 +558,12 @@ def main() -> int:
             write()
     print(table(rows))
     ok = all(value.get("ok") for value in result.get("checks", {}).values())
-    print("ALL CHECKS RIGHT" if ok else "SOMETHING IS WRONG")
+    for row in rows:
+        for name in lawcat_fla.EQUAL:
+            if (far := row.get(name, {}).get("differs", 0.0)) > lawcat_fla.FARTHEST:
+                print(f"{name} differs from the block by {far:.2f} at {row['shape']}: no peer here")
+    if "checks" in result:
+        print("ALL CHECKS RIGHT" if ok else "SOMETHING IS WRONG")
     write()
     return 0 if ok else 1
 
