@@ -267,7 +267,13 @@ def test_what_only_the_model_can_refuse_is_refused_before_training() -> None:
         ({"dtype": "float16", "distil": "t"}, "small gradients would vanish in float16; give bfloat16 or float32"),
         *(
             ({"adapter": "a", "distil": "t", **how}, "with an adapter --distil only calibrates; to train on from it")
-            for how in ({"extend": 64}, {"echoes": 0.5}, {"batch": 2}, {"transfer_loss": "mse"})
+            for how in (
+                {"extend": 64},
+                {"echoes": 0.5},
+                {"batch": 2},
+                {"transfer_loss": "mse"},
+                {"cross_entropy": 0.5, "device": "cuda"},  # where --train would be full if anything were trained
+            )
         ),
     ],
 )
