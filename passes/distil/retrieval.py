@@ -59,6 +59,15 @@ class Needles:
         """Tokens that a fact takes, asked for once."""
         return len(self.facts[index]) + len(self.answers[index])
 
+    def shortest(self) -> int:
+        """Tokens of the shortest window that an example can be made of."""
+        one = len(self.opening) + min(map(self.length, range(len(self))), default=0) + LOOP[0]
+        return one * min(self.parts)
+
+    def tokens(self) -> Tensor:
+        """All token ids, one after another, int64 ``[N]``."""
+        return torch.cat([torch.as_tensor(span).long() for span in (*self.facts, *self.answers, self.opening)])
+
     def to_find(self, index: int) -> Tensor:
         """Which tokens of an answer have to be found, bool ``[n]``."""
         size = len(self.answers[index])
@@ -66,9 +75,8 @@ class Needles:
 
     def fingerprint(self) -> list[Any]:
         """What the examples depend on (JSON-able)."""
-        spans = [torch.as_tensor(span).long() for span in (*self.facts, *self.answers, self.opening)]
-        sizes = torch.tensor([*map(len, spans), *self.asked])
-        sums = [zlib.crc32(numbers.numpy().tobytes()) for numbers in (torch.cat(spans), sizes)]
+        sizes = torch.tensor([*map(len, (*self.facts, *self.answers, self.opening)), *self.asked])
+        sums = [zlib.crc32(numbers.numpy().tobytes()) for numbers in (self.tokens(), sizes)]
         return [len(self), *sums, self.most, list(self.parts)]
 
 

@@ -210,7 +210,7 @@ def test_all_stages_with_their_options_reach_the_manifest() -> None:
         attn="hedgehog",
         train="lora:2",
         transfer_loss="both",
-        extend=2 * LENGTH,
+        extend=64,
         retrieval=0.5,
         echoes=0.25,
         cross_entropy=0.5,
@@ -219,9 +219,9 @@ def test_all_stages_with_their_options_reach_the_manifest() -> None:
         batch=4,
     )
     done = compiled.manifest()["distillation"]
-    assert done["extension"]["tokens"] == 3 * 4 * LENGTH and done["logits"]["steps"] > 0 and done["steps"] > 0
+    assert done["extension"]["tokens"] == 4 * 64 and done["logits"]["steps"] > 0 and done["steps"] > 0
     options = compiled.manifest()["options"]
-    assert (options["transfer_loss"], options["extend"], options["retrieval"]) == ("both", 2 * LENGTH, 0.5)
+    assert (options["transfer_loss"], options["extend"], options["retrieval"]) == ("both", 64, 0.5)
     assert options["echoes"] == 0.25 and options["cross_entropy"] == 0.5
 
 
