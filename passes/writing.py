@@ -7,7 +7,8 @@ import errno
 import glob
 import os
 import re
-import tempfile
+import secrets
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,10 +37,9 @@ def beside(path: Path, what: str) -> Iterator[Path]:
             yield target
             return
         _remove_remains(target)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-        os.close(handle)
+        temporary, mode = _new(target)
         yield Path(temporary)
-        os.chmod(temporary, 0o644)  # mkstemp's files are their owner's alone
+        os.chmod(temporary, mode)  # writers may have made a file of their own there
         os.replace(temporary, target)
     except Exception as error:
         if (why := unwritable(error)) is None:
@@ -48,6 +48,13 @@ def beside(path: Path, what: str) -> Iterator[Path]:
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _new(target: Path) -> tuple[str, int]:
+    """An empty file beside ``target``, and the permissions that are to be its: what is there keeps its own."""
+    new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    new.touch(exist_ok=False)  # with what the user's umask leaves, which tempfile's haven't
+    return str(new), stat.S_IMODE((target if target.exists() else new).stat().st_mode)
 
 
 def unwritable(error: BaseException) -> tuple[str, str] | None:

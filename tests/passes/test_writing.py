@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +83,22 @@ def test_links_stay_and_devices_are_written_to(tmp_path: Path) -> None:
     with beside(device, "the plan") as new:
         new.write_text("x")
     assert Path(os.devnull).is_char_device()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no permissions here")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_file_keeps_its_permissions_and_a_new_one_gets_the_users(writer: str, tmp_path: Path) -> None:
+    """What was made private, or is by the user's umask, isn't shown to everyone."""
+    before = os.umask(0o027)
+    try:
+        file = tmp_path / "file"
+        for mode in (0o640, 0o600):
+            with beside(file, "the plan") as new:
+                WRITERS[writer](new)
+            assert stat.S_IMODE(file.stat().st_mode) == mode
+            file.chmod(0o600)
+    finally:
+        os.umask(before)
 
 
 def test_scores_and_plans_are_whole_or_not_at_all(tmp_path: Path) -> None:
