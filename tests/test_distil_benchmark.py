@@ -147,6 +147,18 @@ def test_whole_weights_say_of_which_sites_they_are(distil: Callable[..., dict[st
         distil("lawcat-full", *options, "--start", "old.safetensors")
 
 
+def test_weights_of_tokens_are_for_logits_alone(
+    distil: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Given to what has no use for them they are refused, not passed over."""
+    for name in ("emphasis", "cross-entropy"):
+        with pytest.raises(SystemExit):
+            distil("lawcat-full", f"--transfer-{name}", "0.5")
+        assert f"unrecognized arguments: --transfer-{name}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="the control learns the text itself, every token alike: leave its cross_ent"):
+        distil("control", "--logits-cross-entropy", "0.5", "--logits-steps", "1")
+
+
 def test_heads_are_chosen_and_the_adapter_names_them(distil: Callable[..., dict[str, Any]], model: Path) -> None:
     from lincompile.passes.distil.adapter import _opened
 
