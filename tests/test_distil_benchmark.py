@@ -178,7 +178,7 @@ def test_passkey_rows_are_kept_cell_by_cell(
     small = ["--logits-steps", "1", "--passkey", "400,600"]
     small += ["--extension-steps", "2", "--extension-length", "64", "--extension-batch", "2"]
     done = distil("lawcat-passkey", *small, "--measures", "passkey")
-    assert done["extension"]["steps"] == 2 and done["options"]["recipe"]["extension"]["retrieval"] == 0.5
+    assert done["extension"]["steps"] == 2 and done["options"]["recipe"]["extension"]["retrieval"] == 0.7
     assert list(done["passkey"]["student"]["by_length"]) == ["400", "600"]
     assert list(done["passkey"]["student, repeated"]["by_length"]) == ["400", "600"]
     assert list(done["passkey"]["teacher"]["by_length"]) == ["400"] and "partial" not in done["passkey"]
