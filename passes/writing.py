@@ -8,7 +8,9 @@ import glob
 import os
 import re
 import secrets
+import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,8 +35,11 @@ def beside(path: Path, what: str) -> Iterator[Path]:
     temporary: str | None = None
     target = Path(os.path.realpath(path))  # a link stays one
     try:
-        if target.exists() and not target.is_file():  # a device or pipe is written to; a folder is an error
-            yield target
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if target.exists() and not target.is_file():
+            with _through(target) as file:
+                yield file
             return
         _remove_remains(target)
         temporary, mode = _new(target)
@@ -48,6 +53,17 @@ def beside(path: Path, what: str) -> Iterator[Path]:
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+@contextmanager
+def _through(device: Path) -> Iterator[Path]:
+    """A file elsewhere whose bytes are sent to a device or pipe: safetensors would put a file in its place."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "file")
+        file.touch()
+        yield file
+        with file.open("rb") as made, device.open("wb") as sink:
+            shutil.copyfileobj(made, sink)
 
 
 def _new(target: Path) -> tuple[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,6 +84,21 @@ def test_links_stay_and_devices_are_written_to(tmp_path: Path) -> None:
     with beside(device, "the plan") as new:
         new.write_text("x")
     assert Path(os.devnull).is_char_device()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no pipes here")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_pipe_stays_one_whoever_writes(writer: str, tmp_path: Path) -> None:
+    """Safetensors renames a file of its own to the name it is given: run by root, /dev/null was one from then on."""
+    pipe, read = tmp_path / "pipe", list[bytes]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    with beside(pipe, "the adapter") as new:
+        WRITERS[writer](new)
+    assert pipe.is_fifo() and os.listdir(tmp_path) == [pipe.name]
+    reader.join(60)
+    assert len(read[0]) > 50_000 - 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no permissions here")
