@@ -37,6 +37,8 @@ def beside(path: Path, what: str) -> Iterator[Path]:
     try:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if target.exists() and not os.access(target, os.W_OK):  # renaming wouldn't ask
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         if target.exists() and not target.is_file():
             with _through(target) as file:
                 yield file

@@ -101,6 +101,19 @@ def test_a_pipe_stays_one_whoever_writes(writer: str, tmp_path: Path) -> None:
     assert len(read[0]) > 50_000 - 1
 
 
+def test_a_file_protected_from_writing_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.write_text("the one before")
+    file.chmod(0o444)
+    monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & 0o200))  # as for others than root
+    with (
+        pytest.raises(LincompileError, match=r"can't be written \(Permission denied\)"),
+        beside(file, "the plan") as new,
+    ):
+        new.write_text("x")
+    assert file.read_text() == "the one before" and os.listdir(tmp_path) == [file.name]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="no permissions here")
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_file_keeps_its_permissions_and_a_new_one_gets_the_users(writer: str, tmp_path: Path) -> None:
