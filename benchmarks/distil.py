@@ -69,6 +69,7 @@ STAGE_OPTIONS = {
     "echoes": float,
     "rates": float,
 }
+OF_LOGITS = ("emphasis", "cross_entropy")  # what weighs the tokens of logits, which the transfer and the control don't
 
 
 def say(text: str) -> None:
@@ -237,6 +238,8 @@ def _control(run: Run) -> Program:
     recipe = run.recipe
     assert recipe.logits is not None
     stage = recipe.logits
+    if given := [name for name in OF_LOGITS if getattr(stage, name) != getattr(Stage, name)]:
+        raise SystemExit(f"the control learns the text itself, every token alike: leave its {given[0]} out")
     if recipe.steps_of is not None and run.asked.out is not None:
         other = Results.read(run.asked.out / f"{recipe.steps_of}.json")
         if (steps := other.get("logits", {}).get("steps")) is not None:
@@ -270,7 +273,7 @@ def recipe_of(asked: argparse.Namespace) -> Recipe:
     changes: dict[str, dict[str, Any]] = {"transfer": {}, "logits": {}, "extension": {}}
     for stage in changes:
         for name, kind in STAGE_OPTIONS.items():
-            value = getattr(asked, f"{stage}_{name}")
+            value = getattr(asked, f"{stage}_{name}", None)
             if value is not None:
                 changes[stage][name] = kind(value)
     stages = {
@@ -329,8 +332,9 @@ def parsed() -> argparse.Namespace:
     recipe.add_argument("--passkey", type=as_numbers, metavar="N,N", help="tokens of the passkey prompts")
     recipe.add_argument("--measures", type=lambda text: tuple(text.split(",")) if text else ())
     for stage in ("transfer", "logits", "extension"):
-        for name in STAGE_OPTIONS:
-            recipe.add_argument(f"--{stage}-{name.replace('_', '-')}", type=STAGE_OPTIONS[name])
+        for name, kind in STAGE_OPTIONS.items():
+            if stage != "transfer" or name not in OF_LOGITS:
+                recipe.add_argument(f"--{stage}-{name.replace('_', '-')}", type=kind)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--limit", type=int, default=None, help="evaluate on so many tokens of each text")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")

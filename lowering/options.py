@@ -163,6 +163,7 @@ class Options:
             if size is not None and size <= 0:
                 raise LincompileError(f"{name} {size}: give a number above 0")
         how |= {"--transfer-loss": self.transfer_loss, "--echoes": self.echoes or None}
+        how["--cross-entropy"] = self.cross_entropy or None
         if self.distil is None:
             named = how if self.adapter is not None else how | budget  # with an adapter, a budget has its own message
             if stray := [name for name, value in named.items() if value is not None]:

@@ -7,6 +7,9 @@ import errno
 import glob
 import os
 import re
+import secrets
+import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,14 +35,18 @@ def beside(path: Path, what: str) -> Iterator[Path]:
     temporary: str | None = None
     target = Path(os.path.realpath(path))  # a link stays one
     try:
-        if target.exists() and not target.is_file():  # a device or pipe is written to; a folder is an error
-            yield target
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if target.exists() and not os.access(target, os.W_OK):  # renaming wouldn't ask
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if target.exists() and not target.is_file():
+            with _through(target) as file:
+                yield file
             return
         _remove_remains(target)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-        os.close(handle)
+        temporary, mode = _new(target)
         yield Path(temporary)
-        os.chmod(temporary, 0o644)  # mkstemp's files are their owner's alone
+        os.chmod(temporary, mode)  # writers may have made a file of their own there
         os.replace(temporary, target)
     except Exception as error:
         if (why := unwritable(error)) is None:
@@ -48,6 +55,24 @@ def beside(path: Path, what: str) -> Iterator[Path]:
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+@contextmanager
+def _through(device: Path) -> Iterator[Path]:
+    """A file elsewhere whose bytes are sent to a device or pipe: safetensors would put a file in its place."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "file")
+        file.touch()
+        yield file
+        with file.open("rb") as made, device.open("wb") as sink:
+            shutil.copyfileobj(made, sink)
+
+
+def _new(target: Path) -> tuple[str, int]:
+    """An empty file beside ``target``, and the permissions that are to be its: what is there keeps its own."""
+    new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    new.touch(exist_ok=False)  # with what the user's umask leaves, which tempfile's haven't
+    return str(new), stat.S_IMODE((target if target.exists() else new).stat().st_mode)
 
 
 def unwritable(error: BaseException) -> tuple[str, str] | None:

@@ -137,7 +137,7 @@ def _command(client: socket.socket, own: dict[str, str]) -> list[str]:
     return arguments
 
 
-_code = 0
+_code = 1  # until a command has run: a fork that never came to it isn't one that went well
 
 
 def _leave() -> None:
@@ -152,11 +152,9 @@ def take_over(arguments: list[str]) -> None:
     global _code
     try:
         run(arguments)
+        _code = 0
     except SystemExit as end:
         _code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        raise
-    except BaseException:
-        _code = 1
         raise
 
 

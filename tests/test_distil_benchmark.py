@@ -147,6 +147,18 @@ def test_whole_weights_say_of_which_sites_they_are(distil: Callable[..., dict[st
         distil("lawcat-full", *options, "--start", "old.safetensors")
 
 
+def test_weights_of_tokens_are_for_logits_alone(
+    distil: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Given to what has no use for them they are refused, not passed over."""
+    for name in ("emphasis", "cross-entropy"):
+        with pytest.raises(SystemExit):
+            distil("lawcat-full", f"--transfer-{name}", "0.5")
+        assert f"unrecognized arguments: --transfer-{name}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="the control learns the text itself, every token alike: leave its cross_ent"):
+        distil("control", "--logits-cross-entropy", "0.5", "--logits-steps", "1")
+
+
 def test_heads_are_chosen_and_the_adapter_names_them(distil: Callable[..., dict[str, Any]], model: Path) -> None:
     from lincompile.passes.distil.adapter import _opened
 
@@ -166,7 +178,7 @@ def test_passkey_rows_are_kept_cell_by_cell(
     small = ["--logits-steps", "1", "--passkey", "400,600"]
     small += ["--extension-steps", "2", "--extension-length", "64", "--extension-batch", "2"]
     done = distil("lawcat-passkey", *small, "--measures", "passkey")
-    assert done["extension"]["steps"] == 2 and done["options"]["recipe"]["extension"]["retrieval"] == 0.5
+    assert done["extension"]["steps"] == 2 and done["options"]["recipe"]["extension"]["retrieval"] == 0.7
     assert list(done["passkey"]["student"]["by_length"]) == ["400", "600"]
     assert list(done["passkey"]["student, repeated"]["by_length"]) == ["400", "600"]
     assert list(done["passkey"]["teacher"]["by_length"]) == ["400"] and "partial" not in done["passkey"]

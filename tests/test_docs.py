@@ -118,3 +118,18 @@ def test_preloaded_commands_are_as_others(forking: Environment, tmp_path: Path, 
         return found.returncode, found.stdout, found.stderr
 
     assert done(forking) == done(plain())
+
+
+def test_a_preloaded_command_that_never_ran_has_failed(forking: Environment, tmp_path: Path) -> None:
+    """A fork that couldn't take over what its client is ended with 0, and the documentation's test saw no failure."""
+    if forking == plain():
+        pytest.skip("no forks here")
+    (tmp_path / "client.py").write_text(
+        "import os, sys\nsys.path.insert(0, sys.argv[1])\nimport preloaded\nos.getcwd = lambda: '/no/such/folder'\n"
+        "sys.exit(preloaded.ask(sys.argv[2], ['-c', 'print(1)']))\n",
+        encoding="utf-8",
+    )
+    address = Path(forking["PYTHON_EXEC"]).parent / "socket"
+    command = [sys.executable, str(tmp_path / "client.py"), str(Path(__file__).parent), str(address)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "") and "/no/such/folder" in done.stderr

@@ -154,7 +154,7 @@ def move_constants(graph: Graph, device: torch.device) -> None:
 
 def _moved(value: Tensor, device: torch.device) -> Tensor:
     """A node's fake value on another device."""
-    if value.device.type == device.type:
+    if value.device == device or (device.index is None and value.device.type == device.type):
         return value
     with getattr(value, "fake_mode", nullcontext()):
         return value.to(device)

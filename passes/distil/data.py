@@ -35,7 +35,10 @@ class Batches(Protocol):
         """Tokens of the longest windows asked for."""
 
     def step(self, index: int) -> Tensor:
-        """Tokens ``[B, T]`` of a step; the same for the same index, whatever was asked before."""
+        """Tokens ``[B, T]`` of a step, on the CPU; the same for the same index, whatever was asked before.
+
+        Called ahead, in a thread of its own, while a GPU may be recording the step before.
+        """
 
     def measure(self, count: int) -> Tensor:
         """Up to ``count`` held-out windows ``[n, T]``."""

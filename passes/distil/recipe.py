@@ -61,6 +61,10 @@ class Extension:
             raise LincompileError(
                 "retrieval examples are made of needles: give Extension(needles=Needles.from_spans(…))"
             )
+        if self.retrieval and self.needles is not None and self.length < (least := self.needles.shortest()):
+            raise LincompileError(
+                f"--extend {self.length}: a retrieval example takes {least} tokens or more; give a greater length"
+            )
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,8 @@ def run_recipe(
     tell = listener or Listener()
     began = time.monotonic()
     check_tokens(teacher, ids)
+    if recipe.extension is not None and recipe.extension.needles is not None:
+        check_tokens(teacher, recipe.extension.needles.tokens())  # now, not after hours of the stages before
     data = TokenWindows(ids, recipe.length, recipe.batch, recipe.seed, documents=documents, multiple=_ranks())
     if documents is not None and len(documents) > 1:
         tell.note(data.summary())

@@ -6,6 +6,7 @@ teaches its states and gates to keep them. The facts are made from the training 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,15 @@ class Needles:
         """Tokens that a fact takes, asked for once."""
         return len(self.facts[index]) + len(self.answers[index])
 
+    def shortest(self) -> int:
+        """Tokens of the shortest window that an example can be made of."""
+        one = len(self.opening) + min(map(self.length, range(len(self))), default=0) + LOOP[0]
+        return one * min(self.parts)
+
+    def tokens(self) -> Tensor:
+        """All token ids, one after another, int64 ``[N]``."""
+        return torch.cat([torch.as_tensor(span).long() for span in (*self.facts, *self.answers, self.opening)])
+
     def to_find(self, index: int) -> Tensor:
         """Which tokens of an answer have to be found, bool ``[n]``."""
         size = len(self.answers[index])
@@ -65,8 +75,9 @@ class Needles:
 
     def fingerprint(self) -> list[Any]:
         """What the examples depend on (JSON-able)."""
-        sums = [int(fact.sum()) for fact in self.facts]
-        return [len(sums), sum(sums), len(self.opening), self.most, list(self.parts)]
+        sizes = torch.tensor([*map(len, (*self.facts, *self.answers, self.opening)), *self.asked])
+        sums = [zlib.crc32(numbers.numpy().tobytes()) for numbers in (self.tokens(), sizes)]
+        return [len(self), *sums, self.most, list(self.parts)]
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def test_all_stages_with_their_options_reach_the_manifest() -> None:
         attn="hedgehog",
         train="lora:2",
         transfer_loss="both",
-        extend=2 * LENGTH,
+        extend=64,
         retrieval=0.5,
         echoes=0.25,
         cross_entropy=0.5,
@@ -219,9 +219,9 @@ def test_all_stages_with_their_options_reach_the_manifest() -> None:
         batch=4,
     )
     done = compiled.manifest()["distillation"]
-    assert done["extension"]["tokens"] == 3 * 4 * LENGTH and done["logits"]["steps"] > 0 and done["steps"] > 0
+    assert done["extension"]["tokens"] == 4 * 64 and done["logits"]["steps"] > 0 and done["steps"] > 0
     options = compiled.manifest()["options"]
-    assert (options["transfer_loss"], options["extend"], options["retrieval"]) == ("both", 2 * LENGTH, 0.5)
+    assert (options["transfer_loss"], options["extend"], options["retrieval"]) == ("both", 64, 0.5)
     assert options["echoes"] == 0.25 and options["cross_entropy"] == 0.5
 
 
@@ -267,7 +267,13 @@ def test_what_only_the_model_can_refuse_is_refused_before_training() -> None:
         ({"dtype": "float16", "distil": "t"}, "small gradients would vanish in float16; give bfloat16 or float32"),
         *(
             ({"adapter": "a", "distil": "t", **how}, "with an adapter --distil only calibrates; to train on from it")
-            for how in ({"extend": 64}, {"echoes": 0.5}, {"batch": 2}, {"transfer_loss": "mse"})
+            for how in (
+                {"extend": 64},
+                {"echoes": 0.5},
+                {"batch": 2},
+                {"transfer_loss": "mse"},
+                {"cross_entropy": 0.5, "device": "cuda"},  # where --train would be full if anything were trained
+            )
         ),
     ],
 )

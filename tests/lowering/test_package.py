@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -14,13 +15,15 @@ import torch
 import zoo
 from full_disk import full_disk
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 import lincompile
 from lincompile.lowering import package
 from lincompile.lowering.artefact import files as artefact_files
-from lincompile.lowering.artefact.graph_file import read_graph, weights_of
+from lincompile.lowering.artefact.graph_file import move_constants, read_graph, weights_of
 from lincompile.lowering.generate import Session, generate
 from lincompile.passes.errors import ArtefactError, LincompileError
+from lincompile.passes.graph import is_symbolic
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7]
 
@@ -201,6 +204,21 @@ def test_a_full_disk_is_one_line_and_keeps_the_earlier_artefact(
     assert str(caught.value) == message
     assert [item.name for item in tmp_path.iterdir()] == ["out"]
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("there", ["cpu", "cuda:0", "cuda:1"])
+def test_what_is_known_of_a_graphs_values_moves_with_its_weights(toy: SimpleNamespace, there: str) -> None:
+    """From any device to any other (another GPU, too), none of which has to be here; sizes stay symbolic."""
+    graph = copy.deepcopy(toy.step.graph_module).graph
+    shapes = [str(node.meta["val"]) for node in graph.nodes if "val" in node.meta]
+    for device in ("cuda:1", there):
+        move_constants(graph, torch.device(device))
+    values = [value for node in graph.nodes for value in tree_leaves(node.meta.get("val"))]
+    assert {value.device for value in values if isinstance(value, torch.Tensor)} == {torch.device(there)}
+    graph.lint()
+    move_constants(graph, torch.device("cpu"))
+    assert [str(node.meta["val"]) for node in graph.nodes if "val" in node.meta] == shapes
+    assert any(is_symbolic(size) for value in values if isinstance(value, torch.Tensor) for size in value.shape)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])

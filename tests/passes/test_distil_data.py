@@ -160,6 +160,22 @@ def test_what_has_to_be_found_is_the_end_of_each_answer() -> None:
         assert asked.sum() == 3 * ends.sum() and torch.equal(asked.flip(1).cummin(1).values, asked.flip(1))
 
 
+def test_examples_of_other_needles_are_another_run() -> None:
+    """A checkpoint is resumed with what it was trained on; the sum of the facts alone says too little."""
+    same = needles()
+    others = (
+        replace(same, facts=[fact.flip(0) for fact in same.facts]),
+        replace(same, answers=[answer[1:] for answer in same.answers]),
+        replace(same, asked=[1] * 20),
+        replace(same, opening=[990]),
+        replace(same, opening=[991]),
+        replace(same, most=1),
+        replace(same, parts=(1, 2)),
+    )
+    prints = [str(each.fingerprint()) for each in (same, *others)]
+    assert str(needles().fingerprint()) == prints[0] and len({*prints}) == len(prints)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_a_window_of_several_examples(parts: int) -> None:
     """Each begins with the opening, holds its own facts, and ends in its answers."""

@@ -20,7 +20,7 @@ from lincompile.passes.distil.adapter import apply_adapter, save_adapter
 from lincompile.passes.distil.data import TokenWindows
 from lincompile.passes.distil.logits import LogitDistillation, LogitReport, distil_logits
 from lincompile.passes.distil.recipe import Extension, Listener, Recipe, check_tokens, run_recipe
-from lincompile.passes.distil.retrieval import Needles
+from lincompile.passes.distil.retrieval import Needles, WithRetrieval
 from lincompile.passes.distil.transfer import Errors, Transfer, transfer
 from lincompile.passes.errors import LincompileError
 from lincompile.passes.program import Program
@@ -34,7 +34,8 @@ def teacher() -> Program:
 
 
 def extended(**options: Any) -> Recipe:
-    extension = Extension(2 * LENGTH, share=0.25, retrieval=0.5, needles=Needles.from_spans(text(), 0))
+    facts = text(80, seed=9).split(4)  # short enough for windows of these lengths
+    extension = Extension(2 * LENGTH, share=0.25, retrieval=0.5, needles=Needles(facts, facts, [2] * len(facts)))
     plain: dict[str, Any] = {
         "train": "lora:2",
         "tokens": 24 * 4 * LENGTH,
@@ -133,6 +134,27 @@ def test_impossible_extensions_are_refused(options: dict[str, Any]) -> None:
         Extension(64, **options)
     with pytest.raises(LincompileError, match=r"retrieval examples are made of needles: give Extension\(needles="):
         Extension(64, retrieval=0.1)
+
+
+def test_windows_that_no_retrieval_example_fits_are_refused() -> None:
+    """They would all have stayed text. The shortest that is taken does hold one."""
+    made = Needles([torch.arange(40)], [torch.arange(20)], opening=[1, 2])
+    with pytest.raises(LincompileError, match="--extend 93: a retrieval example takes 94 tokens or more; give a great"):
+        Extension(93, retrieval=0.5, needles=made)
+    assert Extension(93, needles=made).retrieval == 0
+    length = Extension(94, retrieval=0.5, needles=made).length
+    assert WithRetrieval(windows(length=length), made, share=1.0).made(0)[1].any()
+    several = replace(made, parts=(2, 4))
+    with pytest.raises(LincompileError, match="takes 188 tokens"):
+        Extension(187, retrieval=0.5, needles=several)
+
+
+def test_retrieval_examples_of_another_vocabulary_are_refused_before_training(teacher: Program) -> None:
+    """Digits may come in no text that is trained on, and stages that went well may have come before them."""
+    strange = Needles([torch.tensor([5, zoo.VOCAB])], [torch.tensor([5])])
+    recipe = extended(extension=Extension(2 * LENGTH, retrieval=0.5, needles=strange))
+    with pytest.raises(LincompileError, match=f"holds token {zoo.VOCAB}, the model knows 0 to {zoo.VOCAB - 1}"):
+        run(teacher, recipe, listener=Listener(stage=lambda text: pytest.fail("a stage was begun")))
 
 
 def test_an_extension_longer_than_every_document_is_refused(teacher: Program) -> None:

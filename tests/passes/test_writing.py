@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +84,50 @@ def test_links_stay_and_devices_are_written_to(tmp_path: Path) -> None:
     with beside(device, "the plan") as new:
         new.write_text("x")
     assert Path(os.devnull).is_char_device()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no pipes here")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_pipe_stays_one_whoever_writes(writer: str, tmp_path: Path) -> None:
+    """Safetensors renames a file of its own to the name it is given: run by root, /dev/null was one from then on."""
+    pipe, read = tmp_path / "pipe", list[bytes]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    with beside(pipe, "the adapter") as new:
+        WRITERS[writer](new)
+    assert pipe.is_fifo() and os.listdir(tmp_path) == [pipe.name]
+    reader.join(60)
+    assert len(read[0]) > 50_000 - 1
+
+
+def test_a_file_protected_from_writing_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.write_text("the one before")
+    file.chmod(0o444)
+    monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & 0o200))  # as for others than root
+    with (
+        pytest.raises(LincompileError, match=r"can't be written \(Permission denied\)"),
+        beside(file, "the plan") as new,
+    ):
+        new.write_text("x")
+    assert file.read_text() == "the one before" and os.listdir(tmp_path) == [file.name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no permissions here")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_file_keeps_its_permissions_and_a_new_one_gets_the_users(writer: str, tmp_path: Path) -> None:
+    """What was made private, or is by the user's umask, isn't shown to everyone."""
+    before = os.umask(0o027)
+    try:
+        file = tmp_path / "file"
+        for mode in (0o640, 0o600):
+            with beside(file, "the plan") as new:
+                WRITERS[writer](new)
+            assert stat.S_IMODE(file.stat().st_mode) == mode
+            file.chmod(0o600)
+    finally:
+        os.umask(before)
 
 
 def test_scores_and_plans_are_whole_or_not_at_all(tmp_path: Path) -> None:
