@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch._dynamo.config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule
@@ -168,6 +167,8 @@ def _traceable(module: nn.Module) -> Iterator[None]:
     training = {child: child.training for child in module.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     module.eval()
+    import torch._dynamo.config  # more than a second, which a refused option need not wait for
+
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with warnings.catch_warnings(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
