@@ -164,14 +164,14 @@ def _traceable(module: nn.Module) -> Iterator[None]:
 
     The cache of fake tensors is off, too: with dynamic sizes it costs more than it saves, a third of the export's time.
     """
+    from torch._dynamo import config  # more than a second, which a refused option need not wait for
+
     training = {child: child.training for child in module.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     module.eval()
-    import torch._dynamo.config  # more than a second, which a refused option need not wait for
-
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with warnings.catch_warnings(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        with warnings.catch_warnings(), config.patch(fake_tensor_cache_enabled=False):
             warnings.simplefilter("ignore")
             yield
     finally:
