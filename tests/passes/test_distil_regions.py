@@ -12,7 +12,7 @@ import zoo
 from torch import Tensor, nn
 
 from lincompile.passes.capture import capture
-from lincompile.passes.distil import logits, regions
+from lincompile.passes.distil import divergence, logits, regions
 from lincompile.passes.distil.instrument import TrainingGraph, instead, unpadded
 from lincompile.passes.distil.logits import LogitDistillation, distil_logits
 from lincompile.passes.distil.lora import add_lora
@@ -25,7 +25,7 @@ from lincompile.passes.pipeline import Pipeline
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile as far as autograd's graphs: a C++ compiler would take a minute."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    logits.compiled_rows.cache_clear()
+    divergence.compiled_rows.cache_clear()
 
 
 def kinds_and_calls(graph: TrainingGraph) -> tuple[int, int]:
