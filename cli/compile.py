@@ -167,6 +167,13 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @click.option("--batch", type=common.count, help="Training windows per step.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="File to save distillation to and resume from.")
 @click.option(
+    "--half-lives",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    metavar="FACTOR",
+    help="Trained gates forget so many times as slowly, for texts far longer than those they were trained on.",
+)
+@click.option(
     "--adapter",
     type=click.Path(path_type=Path),
     help="File of trained parts to apply instead of distilling; with --distil and a budget, to train on from. Brings "

@@ -25,6 +25,7 @@ from ..passes.distil.transfer import Transfer, TransferReport
 from ..passes.errors import LincompileError, RefusedError
 from ..passes.formats.load import load_model
 from ..passes.formats.loaded import LoadedModel, check_finite
+from ..passes.half_lives import HalfLives
 from ..passes.identity import ProveAttention
 from ..passes.linearize import LinearizeAttention, parse_keep
 from ..passes.pipeline import Pass, Pipeline
@@ -185,7 +186,7 @@ def compile(
             ``cross_entropy``, ``transfer_loss``, ``extend``, ``retrieval``, ``needles``, ``echoes``, ``adapter``,
             ``length``, ``batch``, ``target``, ``device``, ``dtype``, ``seed``, ``shard`` (under torchrun, after
             ``init_process_group``): as in the CLI. ``lowest``, the gates' floor, as in ``LinearizeAttention`` (an
-            adapter's own is always followed).
+            adapter's own is always followed). ``half_lives``, as in the CLI.
             With an adapter and no budget, ``distil`` only calibrates quantization.
 
     Raises:
@@ -229,6 +230,8 @@ def compile(
                 }
         elif asked.adapter is None and any(site.method != "softmax" for site in student.sites):
             notes.append("not distilled: linear attention without training is far from the teacher; add --distil FILE")
+    if asked.half_lives != 1:
+        student = Pipeline([HalfLives(asked.half_lives)])(student)
     with _timed(say, times, "make stateful"):
         step = deployable(student, notes)
     if asked.quant != "none":

@@ -13,6 +13,7 @@ from ..passes.distil.logits import LogitDistillation
 from ..passes.distil.recipe import Recipe
 from ..passes.distil.transfer import Transfer
 from ..passes.errors import LincompileError
+from ..passes.half_lives import HalfLives
 from ..passes.linearization.methods import LOWEST, METHODS, method_class
 from ..passes.linearize import check_floor, parse_keep
 from ..passes.quantization.tune import options_for
@@ -78,6 +79,7 @@ class Options:
     seed: int = 0
     shard: str | None = None
     lowest: float | None = LOWEST
+    half_lives: float = 1.0
 
     def check(self) -> None:
         """Raises ``LincompileError`` for a value that no model could satisfy, before anything is loaded."""
@@ -100,6 +102,9 @@ class Options:
         if self.transfer_loss is not None:
             Transfer(loss=self.transfer_loss)
         check_floor(self.lowest)
+        HalfLives(self.half_lives)
+        if self.half_lives != 1 and self.attn == "softmax":
+            raise LincompileError("--half-lives is about gates of linear attention: not with --attn softmax")
         check_share(self.echoes)
         self._check_training()
         if self.retrieval and not (self.extend and 0 < self.retrieval <= 1):
