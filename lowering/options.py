@@ -103,8 +103,8 @@ class Options:
             Transfer(loss=self.transfer_loss)
         check_floor(self.lowest)
         HalfLives(self.half_lives)
-        if self.half_lives != 1 and self.attn == "softmax":
-            raise LincompileError("--half-lives is about gates of linear attention: not with --attn softmax")
+        if self.half_lives != 1 and (self.attn == "softmax" or not method_class(self.attn).gated):
+            raise LincompileError(f"--half-lives is about gates of linear attention: not with --attn {self.attn}")
         check_share(self.echoes)
         self._check_training()
         if self.retrieval and not (self.extend and 0 < self.retrieval <= 1):
@@ -167,8 +167,8 @@ class Options:
         for name, size in (how | {"--tokens": self.tokens, "--time": self.time}).items():
             if size is not None and size <= 0:
                 raise LincompileError(f"{name} {size}: give a number above 0")
-        how |= {"--transfer-loss": self.transfer_loss, "--echoes": self.echoes or None}
-        how["--cross-entropy"] = self.cross_entropy or None
+        shares = {"--echoes": self.echoes or None, "--cross-entropy": self.cross_entropy or None}
+        how |= {"--transfer-loss": self.transfer_loss} | shares
         if self.distil is None:
             named = how if self.adapter is not None else how | budget  # with an adapter, a budget has its own message
             if stray := [name for name, value in named.items() if value is not None]:

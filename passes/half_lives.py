@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from .errors import LincompileError, RefusedError
@@ -55,12 +54,14 @@ class HalfLives:
             raise RefusedError(
                 f"--half-lives {self.factor:g}: no site has gates (those of gla, lawcat and gated-delta have)"
             )
+        report = {"factor": self.factor, "gates": len(gates)}
         before = float(program.metadata.get("half_lives", 1.0))
-        with torch.no_grad():
-            for name in gates if self.factor != before else ():
-                bias = get_attribute(module, name)
-                longer = (bias.double() + math.log(self.factor / before)).to(bias.dtype)
-                set_tensor(module, name, nn.Parameter(longer, bias.requires_grad))
+        if self.factor == before:
+            return PassResult(program, False, report)
+        for name in gates:
+            bias = get_attribute(module, name)
+            longer = (bias.detach().double() + math.log(self.factor / before)).to(bias.dtype)
+            set_tensor(module, name, nn.Parameter(longer, bias.requires_grad))
         program.metadata["half_lives"] = self.factor
         finish(module)
-        return PassResult(program, self.factor != before, {"factor": self.factor, "gates": len(gates)})
+        return PassResult(program, True, report)

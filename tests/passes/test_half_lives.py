@@ -12,6 +12,7 @@ from distil_models import linear, proved
 from torch.nn import functional
 
 import lincompile
+from lincompile.lowering.options import Options
 from lincompile.passes.errors import LincompileError, RefusedError
 from lincompile.passes.half_lives import HalfLives
 from lincompile.passes.linearization.methods import GATE_TEMPERATURE, logits_of_half_lives
@@ -91,6 +92,10 @@ def test_a_compiled_model_forgets_more_slowly_in_its_steps_too() -> None:
         LincompileError, match="--half-lives is about gates of linear attention: not with --attn softmax"
     ):
         lincompile.compile(module, example=example, attn="softmax", half_lives=2.0)
+    with pytest.raises(
+        LincompileError, match="--half-lives is about gates of linear attention: not with --attn hedgehog"
+    ):
+        Options(attn="hedgehog", half_lives=2.0).check()  # before anything is trained
 
 
 def _chunk(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
