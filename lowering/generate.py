@@ -179,9 +179,13 @@ class Session:
         return logits, [self.program.trim(spec, state) for spec, state in zip(self.states, new, strict=True)]
 
 
-def chunk_of(session: StepSession) -> int:
-    """Tokens of a prompt to read at a time: what suits a session, where it says so (other runtimes don't)."""
-    return getattr(session, "chunk", PREFILL_CHUNK)
+def chunk_of(session: StepSession, all_logits: bool = False) -> int:
+    """Tokens of a prompt to read at a time: what suits a session, where it says so (other runtimes don't).
+
+    Not more than ``GPU_CHUNK`` where the logits of all of them are wanted.
+    """
+    chunk: int = getattr(session, "chunk", PREFILL_CHUNK)
+    return min(chunk, GPU_CHUNK) if all_logits else chunk
 
 
 def positions_of(mask: Tensor) -> Tensor:
@@ -253,7 +257,7 @@ def prefill(
             raise LincompileError("the artefact runs whole sequences, without states: it can't continue one")
         chunk = length
     if chunk is None:
-        chunk = min(chunk_of(session), GPU_CHUNK) if collect else chunk_of(session)
+        chunk = chunk_of(session, all_logits=collect is not None)
     states = session.initial_states(batch) if after is None else after.states
     positions = positions_of(mask) + before[:, None]
     step = session.step if collect else getattr(session, "step_last", session.step)  # a runtime may have no shortcut

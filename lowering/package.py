@@ -31,7 +31,7 @@ from torch.fx import GraphModule
 
 from ..passes.errors import ArtefactError, LincompileError
 from ..passes.stateful import StateSpec, StepProgram
-from ..passes.writing import unwritable
+from ..passes.writing import one_line
 from .artefact.files import MANIFEST, OTHER_RUNTIMES, records, replace_text, sha256
 from .artefact.graph_file import read_graph, weights_of, write_graph
 from .artefact.report import render_report
@@ -118,38 +118,33 @@ def save(
     graph_module, states = step.graph_module, step.states
     if vocab_size is None:
         vocab_size = Session(step).vocab_size
-    with _staging(directory) as folder:
-        try:
-            tied = _write_weights(graph_module, folder / WEIGHTS)
-            write_graph(graph_module, states, folder / PROGRAM)
-            if tokenizer is not None:
-                tokenizer(folder)
-            if extra:
-                extra(folder)
-            document = {
-                "format_version": FORMAT_VERSION,
-                **manifest,
-                "states": [_state_record(spec) for spec in states],
-                "windows": step.windows,
-                "max_positions": step.max_positions,
-                "uniform_positions": step.uniform_positions,
-                "causal": step.causal,
-                "vocab_size": vocab_size,
-                "eos_ids": list(eos_ids),
-                "parameter_names": [name for name, _ in graph_module.named_parameters(remove_duplicate=False)],
-                "tied": tied,
-                "versions": {**versions(), **manifest.get("versions", {})},
-            }
-            if states:
-                (folder / CONFIG).write_text(json.dumps(hf_config(document), indent=2) + "\n", encoding="utf-8")
-            document["files"] = records(folder)
-            (folder / REPORT).write_text(render_report(document), encoding="utf-8")
-            (folder / MANIFEST).write_text(json.dumps(jsonable(document), indent=2) + "\n", encoding="utf-8")
-            _put_in_place(folder, directory)
-        except Exception as error:
-            if (why := unwritable(error)) is None:
-                raise
-            raise ArtefactError(f"the output {directory} can't be written ({why[0]}): {why[1]}") from error
+    with _staging(directory) as folder, one_line(f"the output {directory}", ArtefactError):
+        tied = _write_weights(graph_module, folder / WEIGHTS)
+        write_graph(graph_module, states, folder / PROGRAM)
+        if tokenizer is not None:
+            tokenizer(folder)
+        if extra:
+            extra(folder)
+        document = {
+            "format_version": FORMAT_VERSION,
+            **manifest,
+            "states": [_state_record(spec) for spec in states],
+            "windows": step.windows,
+            "max_positions": step.max_positions,
+            "uniform_positions": step.uniform_positions,
+            "causal": step.causal,
+            "vocab_size": vocab_size,
+            "eos_ids": list(eos_ids),
+            "parameter_names": [name for name, _ in graph_module.named_parameters(remove_duplicate=False)],
+            "tied": tied,
+            "versions": {**versions(), **manifest.get("versions", {})},
+        }
+        if states:
+            (folder / CONFIG).write_text(json.dumps(hf_config(document), indent=2) + "\n", encoding="utf-8")
+        document["files"] = records(folder)
+        (folder / REPORT).write_text(render_report(document), encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps(jsonable(document), indent=2) + "\n", encoding="utf-8")
+        _put_in_place(folder, directory)
     return directory
 
 

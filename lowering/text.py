@@ -100,10 +100,9 @@ def retrieval_needles(tokenizer: Callable[[Path], None], ids: Tensor, seed: int)
     if len(words) < 16:
         return Needles.from_spans(ids, seed)
     chosen = generator.sample(words, min(NEEDLES, len(words)))
-    cues = codec.encode_all([f"\nFor {word}, note down" for word in chosen], special=False)
-    facts = codec.encode_all(
-        [f"\nFor {word}, note down {generator.randrange(1000, 1_000_000)}.\n" for word in chosen], special=False
-    )
+    begun = [f"\nFor {word}, note down" for word in chosen]
+    whole = [f"{cue} {generator.randrange(1000, 1_000_000)}.\n" for cue in begun]
+    cues, facts = (codec.encode_all(texts, special=False) for texts in (begun, whole))
     # Where the tokenizer joins the cue's end to the number, all of the sentence counts.
     asked = [len(fact) - (len(cue) if fact[: len(cue)] == cue else 0) for cue, fact in zip(cues, facts, strict=True)]
     sentences = [torch.tensor(fact) for fact in facts]

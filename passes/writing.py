@@ -34,27 +34,39 @@ def beside(path: Path, what: str) -> Iterator[Path]:
     """
     temporary: str | None = None
     target = Path(os.path.realpath(path))  # a link stays one
+    with one_line(f"{what} {path}"):
+        try:
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if target.exists() and not os.access(target, os.W_OK):  # renaming wouldn't ask
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if target.exists() and not target.is_file():
+                with _through(target) as file:
+                    yield file
+                return
+            _remove_remains(target)
+            temporary, mode = _new(target)
+            yield Path(temporary)
+            os.chmod(temporary, mode)  # writers may have made a file of their own there
+            os.replace(temporary, target)
+        finally:
+            if temporary is not None and os.path.exists(temporary):
+                os.unlink(temporary)
+
+
+@contextmanager
+def one_line(what: str, kind: type[LincompileError] = LincompileError) -> Iterator[None]:
+    """Errors inside that are about writing become a ``kind`` in one line: why, and what to do. Others stay as they are.
+
+    Args:
+        what: what is written, with its path.
+    """
     try:
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if target.exists() and not os.access(target, os.W_OK):  # renaming wouldn't ask
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        if target.exists() and not target.is_file():
-            with _through(target) as file:
-                yield file
-            return
-        _remove_remains(target)
-        temporary, mode = _new(target)
-        yield Path(temporary)
-        os.chmod(temporary, mode)  # writers may have made a file of their own there
-        os.replace(temporary, target)
+        yield
     except Exception as error:
         if (why := unwritable(error)) is None:
             raise
-        raise LincompileError(f"{what} {path} can't be written ({why[0]}): {why[1]}") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        raise kind(f"{what} can't be written ({why[0]}): {why[1]}") from error
 
 
 @contextmanager

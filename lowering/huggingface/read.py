@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...passes.errors import LincompileError
-from ..chunks import GPU_CHUNK
-from ..generate import Session, check_vocabulary
+from ..generate import Session, check_vocabulary, chunk_of
 from .cache import PADDING, StateCache
 
 REREAD = 32  # dropped tokens that are read again together with what follows them; more are read on their own, once
@@ -117,7 +116,7 @@ def _advance(
     positions = (before[:, None] + mask.long().cumsum(-1) - 1).clamp(min=0)
     length = tokens.shape[1]
     learning = torch.is_grad_enabled()
-    chunk = length if learning else session.chunk if keep == 1 else min(session.chunk, GPU_CHUNK)
+    chunk = length if learning else chunk_of(session, all_logits=keep > 1)
     parts: list[Tensor] = []
     for start in range(0, length, chunk):
         part = slice(start, min(start + chunk, length))

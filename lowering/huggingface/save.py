@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...passes.errors import ArtefactError, LincompileError
 from ...passes.graph import set_tensor
 from ...passes.program import share_tensors
-from ...passes.writing import unwritable
+from ...passes.writing import one_line
 from ..artefact.files import MANIFEST, OTHER_RUNTIMES
 from ..package import CONFIG, PROGRAM, REPORT, WEIGHTS, Artefact, save
 
@@ -42,7 +42,7 @@ def save_copy(artefact: Artefact, weights: Mapping[str, Tensor], target: Path) -
     if unchanged and target.resolve() == artefact.directory.resolve():
         return
     _check_target(target)
-    try:
+    with one_line(str(target), ArtefactError):
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as scratch:
             made = Path(scratch) / "artefact"
@@ -52,9 +52,6 @@ def save_copy(artefact: Artefact, weights: Mapping[str, Tensor], target: Path) -
                 _save_changed(artefact, weights, made)
             for file in sorted(made.iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
                 os.replace(file, target / file.name)
-    except OSError as error:
-        why, way_out = unwritable(error) or (str(error), "choose another place")
-        raise ArtefactError(f"{target} can't be written ({why}): {way_out}") from error
 
 
 def _check_target(target: Path) -> None:

@@ -49,10 +49,7 @@ def compiled_rows() -> Any:
 
 
 class _Divergence(torch.autograd.Function):
-    """Mean loss of tokens (see ``_rows``); the gradient is computed with it, a few rows at a time.
-
-    A vocabulary's worth of float32 per token is what fills a GPU: only blocks of ``ROWS`` tokens are ever held in it.
-    """
+    """Mean loss of tokens (see ``_rows``); its gradient is computed with it, ``ROWS`` tokens at a time."""
 
     @staticmethod
     def forward(

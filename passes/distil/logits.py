@@ -50,8 +50,8 @@ class LogitDistillation(LoopOptions):
             and the attention modules learn whole either way.
         recompute: keep no activations of the attention modules, compute them again in the backward pass.
         emphasis: weight of tokens that have to be looked up, where others have 1: the answers of retrieval examples,
-            and in text what followed the same token before (``echo.from_afar``). A handful among hundreds, they would
-            hardly be heard.
+            or, in batches without any, what followed the same token before (``echo.from_afar``). A handful among
+            hundreds, they would hardly be heard.
         cross_entropy: share of the text's own next token in what is learned, beside the teacher's distribution (0: the
             divergence alone; 1: the text alone). Learning from the text makes a student better at text like it than
             its teacher is, which says nothing about its attention: compare it with a softmax model that learned the
