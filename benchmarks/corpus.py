@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import bz2
 import fnmatch
 import gzip
 import hashlib
@@ -27,10 +28,19 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from xml.etree import ElementTree
 
 RUN = 13  # words in a row that mark a document as one of --exclude's
 PARAGRAPH = 80  # characters from which a paragraph may not repeat
 SHORTEST = 2000  # characters of a document
+# Of MediaWiki's markup: references, pictures and categories; headings; what stands after an article's text.
+NOT_PROSE = (
+    re.compile(r"<ref[^>/]*/>|<ref[^>]*>.*?</ref>", re.DOTALL),
+    re.compile(r"\[\[(?:File|Image|Category):(?:[^\[\]]|\[\[[^\]]*\]\])*\]\]"),
+)
+HEADING = re.compile(r"^(=+)\s*(.+?)\s*\1\s*$", re.MULTILINE)
+APPENDIX = re.compile(r"\n=+ (?:See also|References|Notes|External links|Further reading|Bibliography)[^\n]* =+\n")
+MARK = "\ue000"
 MARKUP = re.compile(r"^\s*(\.\. [a-z:-]+::.*|:[a-z-]+:.*|[=~^\"'*+#-]{4,})\s*$", re.MULTILINE)
 
 
@@ -59,6 +69,7 @@ SOURCES = [
     *pypi("sqlalchemy jax transformers scikit-image biopython twisted matplotlib", "MIT/Apache/BSD/PSF"),
     *pypi("botocore", "Apache-2.0", "*service-2.json*", "descriptions"),
     *pypi("google-api-python-client", "Apache-2.0", "*discovery_cache/documents/*.json", "descriptions"),
+    *pypi("gensim", "CC BY-SA (Wikipedia)", "*/enwiki-latest-pages-articles1*.bz2", "wiki"),
     *deb("apache2-doc", "Apache-2.0", "*/manual/en/*.html"),
     *deb("debian-handbook", "CC BY-SA 3.0 or GPL-2+", "*/en-US/*.html"),
     *deb("python-django-doc", "BSD", "*.html"),
@@ -152,12 +163,29 @@ def read_entries(text: str) -> Iterator[str]:
         yield "\n\n".join(re.sub(r"\s*\n\s*", " ", entry) for entry in entries[start : start + 400])
 
 
+def read_wiki(text: str) -> Iterator[str]:
+    """The articles of a MediaWiki export, without templates, tables, references and files (needs mwparserfromhell)."""
+    from mwparserfromhell import parse
+
+    for page in ElementTree.fromstring(re.sub(r"<mediawiki[^>]*>", "<mediawiki>", text, count=1)).iter("page"):
+        title, markup = page.findtext("title") or "", page.findtext("revision/text") or ""
+        if page.findtext("ns") != "0" or page.find("redirect") is not None:
+            continue
+        for pattern in NOT_PROSE:
+            markup = pattern.sub("", markup)
+        # Marks of headings would be taken off with the rest of the markup: another letter stands for them meanwhile.
+        marked = HEADING.sub(lambda found: f"\n\n{MARK * len(found[1])} {found[2]} {MARK * len(found[1])}\n\n", markup)
+        body = APPENDIX.split(str(parse(marked).strip_code(collapse=False)).replace(MARK, "="))[0]
+        yield f"= {title} =\n\n" + re.sub(r" +([,.;])", r"\1", re.sub(r"[ \t]*\([\s,;:]*\)", "", body))
+
+
 READERS: dict[str, Callable[[str], Iterator[str]]] = {
     "html": read_html,
     "docstrings": read_docstrings,
     "strings": read_strings,
     "descriptions": read_descriptions,
     "entries": read_entries,
+    "wiki": read_wiki,
 }
 
 
@@ -205,6 +233,8 @@ def members(package: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _unpacked(name: str, content: bytes) -> bytes:
+    if name.endswith(".bz2"):
+        return bz2.decompress(content)
     return gzip.decompress(content) if name.endswith((".gz", ".dz")) else content
 
 
@@ -321,8 +351,8 @@ def count_tokens(kept: list[Kept], model: str) -> None:
         one.tokens = sum(map(len, codec.encode_all([text for _, text in one.texts], special=False)))
 
 
-def write(path: Path, kept: list[Kept]) -> None:
-    rows = [{"text": text, "source": name, "licence": one.source.licence} for one in kept for name, text in one.texts]
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Documents with ``text``, ``source`` and ``licence``, as JSON lines or Parquet."""
     if path.suffix == ".jsonl":
         with path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -363,7 +393,8 @@ def main() -> None:
         )
     if asked.tokenizer:
         count_tokens(kept, asked.tokenizer)
-    write(asked.output, kept)
+    rows = [{"text": text, "source": name, "licence": one.source.licence} for one in kept for name, text in one.texts]
+    write_rows(asked.output, rows)
     manifest = {
         "sources": [one.record() for one in kept],
         "documents": sum(one.documents for one in kept),

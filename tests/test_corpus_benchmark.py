@@ -23,6 +23,13 @@ def corpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     return corpus
 
 
+@pytest.fixture
+def spacing(corpus: Any) -> Any:
+    import spacing
+
+    return spacing
+
+
 def numbered(topic: str, count: int = 20) -> str:
     """Paragraphs that repeat no run of words."""
     pool = "amber basin canyon delta estuary fjord glacier harbour island jungle".split()  # noqa: SIM905
@@ -87,3 +94,59 @@ def test_a_package_that_cannot_be_had_is_said(corpus: Any, tmp_path: Path, monke
     (source,) = corpus.pypi("some", "MIT")
     kept = corpus.collect(source, tmp_path, corpus.Filter(set()), 1000)
     assert kept.error == "RuntimeError: ERROR: no such package" and not kept.documents
+
+
+EXPORT = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/" xml:lang="en">
+<page><title>River</title><ns>0</ns><revision><text>{{Infobox|length=1}}
+A '''river''' ({{IPA|x}}) is a [[stream]]<ref>A book, p. 3</ref> of ''water''.<ref name="a" />
+[[File:Rhine.jpg|thumb|The [[Rhine]] in spring]]
+== Course ==
+It begins at a [[Spring (hydrology)|spring]] .
+
+==References==
+&lt;references/&gt;
+[[Category:Water]]</text></revision></page>
+<page><title>Stream</title><ns>0</ns><redirect title="River" /><revision><text>#REDIRECT [[River]]</text></revision></page>
+<page><title>Talk:River</title><ns>1</ns><revision><text>Is it long?</text></revision></page>
+</mediawiki>"""
+
+
+def test_articles_come_without_markup_references_and_redirects(corpus: Any) -> None:
+    text = EXPORT.replace("<ref>", "&lt;ref&gt;").replace("</ref>", "&lt;/ref&gt;")
+    (article,) = corpus.read_wiki(text.replace('<ref name="a" />', '&lt;ref name="a" /&gt;'))
+    lines = [line.strip() for line in article.splitlines() if line.strip()]
+    assert lines == ["= River =", "A river is a stream of water.", "== Course ==", "It begins at a spring."]
+
+
+def test_spacing_sets_tokens_apart_and_undo_joins_them(spacing: Any) -> None:
+    moses, back = spacing.MosesTokenizer(lang="en"), spacing.MosesDetokenizer(lang="en")
+    text = '= River =\n\nThe river hadn\'t, in 1,000 half-hearted\ntries, found "the sea" (3.5 km off).\n\n== Course ==\n'
+    apart = spacing.spaced(text, moses)
+    assert apart == (
+        " = River = \n\n"
+        " The river hadn 't , in 1 @,@ 000 half @-@ hearted tries , found \" the sea \" ( 3 @.@ 5 km off ) . \n\n"
+        " = = Course = = \n"
+    )
+    assert spacing.joined(apart, back).split() == text.split()
+
+
+def test_spacing_takes_a_share_of_what_the_sources_name(
+    spacing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"Well, {i}.", "source": f"{kind}/{i}", "licence": "MIT"} for kind in "ab" for i in range(40)]
+    given = tmp_path / "given.jsonl"
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def written(*options: str) -> list[dict[str, str]]:
+        output = tmp_path / "out.jsonl"
+        monkeypatch.setattr(sys, "argv", ["spacing.py", str(given), "-o", str(output), *options])
+        spacing.main()
+        return [json.loads(line) for line in output.read_text().splitlines()]
+
+    half = written("--share", "0.5", "--sources", "^a/")
+    assert 10 < len(half) < 30 and all(row["source"].startswith("a/") for row in half)
+    assert half[0]["text"].startswith(" Well , ") and half == written("--share", "0.5", "--sources", "^a/")
+    for options in (("--share", "0"), ("--sources", "nothing")):
+        with pytest.raises(SystemExit):
+            written(*options)
+    assert "none was chosen" in capsys.readouterr().err
