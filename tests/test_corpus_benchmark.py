@@ -120,11 +120,13 @@ def test_articles_come_without_markup_references_and_redirects(corpus: Any) -> N
 
 def test_spacing_sets_tokens_apart_and_undo_joins_them(spacing: Any) -> None:
     moses, back = spacing.MosesTokenizer(lang="en"), spacing.MosesDetokenizer(lang="en")
-    text = '= River =\n\nThe river hadn\'t, in 1,000 half-hearted\ntries, found "the sea" (3.5 km off).\n\n== Course ==\n'
+    text = (
+        '= River =\n\nThe river hadn\'t, in 1,000 half-hearted\ntries, found "the sea" (3.5 km off).\n\n== Course ==\n'
+    )
     apart = spacing.spaced(text, moses)
     assert apart == (
         " = River = \n\n"
-        " The river hadn 't , in 1 @,@ 000 half @-@ hearted tries , found \" the sea \" ( 3 @.@ 5 km off ) . \n\n"
+        ' The river hadn \'t , in 1 @,@ 000 half @-@ hearted tries , found " the sea " ( 3 @.@ 5 km off ) . \n\n'
         " = = Course = = \n"
     )
     assert spacing.joined(apart, back).split() == text.split()
