@@ -64,12 +64,14 @@ STAGE_OPTIONS = {
     "batch": int,
     "steps": int,
     "retrieval": float,
+    "stretch": float,
     "emphasis": float,
     "cross_entropy": float,
     "echoes": float,
     "rates": float,
 }
-OF_LOGITS = ("emphasis", "cross_entropy")  # what weighs the tokens of logits, which the transfer and the control don't
+# What weighs or repeats the tokens of logits: the transfer and the control don't.
+OF_LOGITS = ("stretch", "emphasis", "cross_entropy")
 
 
 def say(text: str) -> None:
@@ -131,7 +133,7 @@ class Run:
         if not stage.retrieval:
             return windows
         needles = needles_of(self.loaded.tokenizer, self.recipe.needles, self.corpus.ids, seed)
-        return WithRetrieval(windows, needles, stage.retrieval, seed)
+        return WithRetrieval(windows, needles, stage.retrieval, seed, stage.stretch)
 
     def options(self, stage: Stage, options: LoopOptions) -> Any:
         """The stage's options: its budget, cut to what ``--until`` leaves."""

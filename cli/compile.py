@@ -158,6 +158,13 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
     help="What those windows hold: numbers given to words, or pass keys, asked for as by 'lincompile eval --passkey'.",
 )
 @click.option(
+    "--stretch",
+    type=click.FloatRange(1),
+    default=1.0,
+    metavar="R",
+    help="States see the text between those facts as up to R times as long, for keys in far longer texts.",
+)
+@click.option(
     "--echoes",
     type=click.FloatRange(0, 1),
     default=0.0,

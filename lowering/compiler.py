@@ -183,9 +183,9 @@ def compile(
         checkpoint: file that distillation saves itself to and resumes from.
         options: ``attn``, ``quant``, ``keep_softmax``, ``rewrite_sliding``, ``alibi``, ``window``, ``rotary``,
             ``distil`` (a text file, token ids, or ``hf:name``), ``tokens``, ``time`` (seconds), ``train``,
-            ``cross_entropy``, ``transfer_loss``, ``extend``, ``retrieval``, ``needles``, ``echoes``, ``adapter``,
-            ``length``, ``batch``, ``target``, ``device``, ``dtype``, ``seed``, ``shard`` (under torchrun, after
-            ``init_process_group``): as in the CLI. ``lowest``, the gates' floor, as in ``LinearizeAttention`` (an
+            ``cross_entropy``, ``transfer_loss``, ``extend``, ``retrieval``, ``needles``, ``stretch``, ``echoes``,
+            ``adapter``, ``length``, ``batch``, ``target``, ``device``, ``dtype``, ``seed``, ``shard`` (under torchrun,
+            after ``init_process_group``): as in the CLI. ``lowest``, the gates' floor, as in ``LinearizeAttention`` (an
             adapter's own is always followed). ``half_lives``, as in the CLI.
             With an adapter and no budget, ``distil`` only calibrates quantization.
 
@@ -413,7 +413,7 @@ def extension_for(asked: Options, loaded: LoadedModel, corpus: Corpus, limit: in
     if not asked.retrieval:
         return Extension(asked.extend)
     needles = needles_of(loaded.tokenizer, asked.needles, corpus.ids, asked.seed)
-    return Extension(asked.extend, retrieval=asked.retrieval, needles=needles)
+    return Extension(asked.extend, retrieval=asked.retrieval, needles=needles, stretch=asked.stretch)
 
 
 def shared(teacher: Program, shard: str | None) -> AbstractContextManager[object]:

@@ -11,6 +11,7 @@ from ..passes.distil.adapter import settings_of
 from ..passes.distil.echo import check_share
 from ..passes.distil.logits import LogitDistillation
 from ..passes.distil.recipe import Recipe
+from ..passes.distil.retrieval import check_stretch
 from ..passes.distil.transfer import Transfer
 from ..passes.errors import LincompileError
 from ..passes.half_lives import HalfLives
@@ -72,6 +73,7 @@ class Options:
     extend: int | None = None
     retrieval: float = 0.0
     needles: str = "facts"
+    stretch: float = 1.0
     echoes: float = 0.0
     target: str = "eager"
     device: str = "cpu"
@@ -117,6 +119,7 @@ class Options:
             raise LincompileError(
                 f"--needles {self.needles} says what retrieval examples are: add --extend LENGTH --retrieval SHARE"
             )
+        check_stretch(self.stretch, self.retrieval, [self.attn])
         if self.shard not in (None, "sp"):
             raise LincompileError(f"--shard {self.shard}: the choice is sp (sequence parallelism)")
         if self.shard and self.distil is None:

@@ -19,13 +19,13 @@ from lincompile.passes.program import Program
 LENGTH = 24
 
 
-def proved() -> Program:
+def proved(device: str = "cpu") -> Program:
     torch.manual_seed(0)
     module = zoo.build("nanogpt-gqa-flag")[0]
     with torch.no_grad():  # larger scores than a fresh model's, so that attention isn't uniform
         for block in module.h:
             block.attn.c_attn.weight.mul_(8)
-    return Pipeline([Canonicalize(), ProveAttention()])(capture(module, {"idx": zoo.tokens()}))
+    return Pipeline([Canonicalize(), ProveAttention()])(capture(module.to(device), {"idx": zoo.tokens().to(device)}))
 
 
 def linear(teacher: Program, attn: str = "lawcat", **options: Any) -> Program:

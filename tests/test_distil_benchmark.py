@@ -151,7 +151,7 @@ def test_weights_of_tokens_are_for_logits_alone(
     distil: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Given to what has no use for them they are refused, not passed over."""
-    for name in ("emphasis", "cross-entropy"):
+    for name in ("stretch", "emphasis", "cross-entropy"):
         with pytest.raises(SystemExit):
             distil("lawcat-full", f"--transfer-{name}", "0.5")
         assert f"unrecognized arguments: --transfer-{name}" in capsys.readouterr().err
@@ -176,9 +176,19 @@ def test_passkey_rows_are_kept_cell_by_cell(
 ) -> None:
     """The student is asked beyond its configuration's positions, the teacher as far as they reach."""
     small = ["--logits-steps", "1", "--passkey", "400,600"]
-    small += ["--extension-steps", "2", "--extension-length", "64", "--extension-batch", "2"]
+    small += [
+        "--extension-steps",
+        "2",
+        "--extension-length",
+        "64",
+        "--extension-batch",
+        "2",
+        "--extension-stretch",
+        "16",
+    ]
     done = distil("lawcat-passkey", *small, "--measures", "passkey")
-    assert done["extension"]["steps"] == 2 and done["options"]["recipe"]["extension"]["retrieval"] == 0.7
+    extension = done["options"]["recipe"]["extension"]
+    assert done["extension"]["steps"] == 2 and (extension["retrieval"], extension["stretch"]) == (0.7, 16)
     assert list(done["passkey"]["student"]["by_length"]) == ["400", "600"]
     assert list(done["passkey"]["student, repeated"]["by_length"]) == ["400", "600"]
     assert list(done["passkey"]["teacher"]["by_length"]) == ["400"] and "partial" not in done["passkey"]

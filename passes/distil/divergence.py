@@ -105,15 +105,3 @@ def divergence(
         student, teacher, weights, following, share, student.requires_grad, compiled
     )
     return share_of_mean(mean)
-
-
-def marked(tokens: Tensor, asked: Tensor) -> Tensor:
-    """Tokens ``[B, T]`` in which those asked for are below zero: one tensor, as recorded steps and pieces take it."""
-    return torch.where(asked, -1 - tokens, tokens)
-
-
-def unmarked(tokens: Tensor, emphasis: float) -> tuple[Tensor, Tensor]:
-    """The tokens again, and the weights of the logits at each, which predict the next one (float32 ``[B, T]``)."""
-    asked = tokens < 0
-    following = functional.pad(asked[:, 1:], (0, 1)).float()
-    return torch.where(asked, -1 - tokens, tokens), 1 + (emphasis - 1) * following

@@ -59,13 +59,18 @@ class TrainingGraph:
             compile_regions(self.graph_module, self.autocast)
             self.divided = True
 
-    def __call__(self, tokens: Tensor, compiled: bool = False) -> object:
+    def inputs(self, tokens: Tensor, repeats: Tensor | None = None) -> list[Tensor]:
+        """What the graph takes for token windows ``[B, T]``."""
+        return model_inputs(self.program, tokens) + ([] if repeats is None else [repeats])
+
+    def __call__(self, tokens: Tensor, compiled: bool = False, repeats: Tensor | None = None) -> object:
         """Runs token windows ``[B, T]``; returns what the graph returns (for this rank's slice inside ``spread``).
 
         ``compiled``: by ``torch.compile`` what ``divide`` put aside, for this shape (some seconds at first).
+        ``repeats``: as how many of itself each token counts, int64 ``[B, T]``, where the graph was made ``stretched``.
         """
         switch(self.graph_module, compiled)
-        inputs = [cut(value) for value in model_inputs(self.program, tokens)]
+        inputs = [cut(value) for value in self.inputs(tokens, repeats)]
         on = self.autocast is not None
         with exchanging(), torch.autocast(tokens.device.type, self.autocast or torch.bfloat16, enabled=on):
             return self.graph_module(*inputs)
@@ -81,9 +86,12 @@ def beside(teacher: Program, student: Program, wrap: Wrap, with_scores: bool = F
     return _instrument(teacher, student, wrap, instead=False, with_scores=with_scores)
 
 
-def instead(teacher: Program, student: Program, wrap: Wrap | None = None) -> TrainingGraph:
-    """The student, its attention modules called as modules: computes what the student computes, on its parameters."""
-    graph = _instrument(teacher, student, wrap or (lambda path, branch: branch), instead=True)
+def instead(teacher: Program, student: Program, wrap: Wrap | None = None, stretched: bool = False) -> TrainingGraph:
+    """The student, its attention modules called as modules: computes what the student computes, on its parameters.
+
+    ``stretched``: a last input, which may be left out, gives the modules their ``repeats``.
+    """
+    graph = _instrument(teacher, student, wrap or (lambda path, branch: branch), instead=True, stretched=stretched)
     own = dict(student.graph_module.named_parameters(remove_duplicate=False))
     module = graph.graph_module
     for name, _ in list(module.named_parameters(remove_duplicate=False)):
@@ -130,9 +138,14 @@ def _instrument(
     instead: bool,
     with_softmax: bool = False,
     with_scores: bool = False,
+    stretched: bool = False,
 ) -> TrainingGraph:
     program, autocast, content = _prepared(teacher)
     module = program.graph_module
+    named: dict[str, Any] = {}
+    if stretched:
+        with module.graph.inserting_after([node for node in module.graph.nodes if node.op == "placeholder"][-1]):
+            named["repeats"] = module.graph.placeholder("repeats", default_value=None)
     branches: dict[str, LinearMethod] = {}
     modules: dict[str, str] = {}
     results: list[Node] = []
@@ -155,7 +168,7 @@ def _instrument(
                 wanted += tuple(site.node.args[:2])
             if operands.mask not in content:
                 operands = dataclasses.replace(operands, mask=None)
-            call = module.graph.call_module(name, (*wanted, *operands.arguments()))
+            call = module.graph.call_module(name, (*wanted, *operands.arguments()), named)
         call.meta["val"] = tensor_of(site.node)
         results.append(call)
         if instead:
@@ -238,7 +251,7 @@ def _cast(make: Builder, operand: Node, dtype: torch.dtype, part: bool) -> Node:
 
 
 @torch.no_grad()
-def first_nonfinite(graph: TrainingGraph, tokens: Tensor) -> str:
+def first_nonfinite(graph: TrainingGraph, tokens: Tensor, repeats: Tensor | None = None) -> str:
     """Path of the module in which token windows ``[B, T]`` first give NaN ("" if none does)."""
 
     paths = graph.modules
@@ -259,7 +272,7 @@ def first_nonfinite(graph: TrainingGraph, tokens: Tensor) -> str:
     watching = Watching(graph.graph_module)
     on = graph.autocast is not None
     with torch.autocast(tokens.device.type, graph.autocast or torch.bfloat16, enabled=on):
-        watching.run(*model_inputs(graph.program, tokens))
+        watching.run(*graph.inputs(tokens, repeats))
     return watching.found
 
 

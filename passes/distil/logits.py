@@ -26,15 +26,16 @@ from ..linearization.methods import LinearMethod
 from ..linearize import MODULE_PREFIX
 from ..program import Program
 from .data import Ahead, Batches
-from .divergence import divergence, marked, unmarked
+from .divergence import divergence
 from .echo import from_afar
 from .instrument import TrainingGraph, first_nonfinite, instead, run_of, unpadded
 from .loop import LoopOptions, LoopReport, Part, Progress, train
 from .lora import PREFIX as LORA_PREFIX
 from .lora import Addition, add_lora, merge_lora
+from .packing import packed, unpacked
 from .pieces import Pieces
 from .regions import Compiled
-from .retrieval import WithRetrieval
+from .retrieval import WithRetrieval, check_stretch
 from .spread import current, cut, exchanging, total
 
 
@@ -103,13 +104,13 @@ class LogitReport(LoopReport):
     after: float = 0.0
 
 
-def logits_of(graph: TrainingGraph, tokens: Tensor, compiled: bool = False) -> Tensor:
-    """The logits ``[B, T, V]`` of a graph.
+def logits_of(graph: TrainingGraph, tokens: Tensor, compiled: bool = False, repeats: Tensor | None = None) -> Tensor:
+    """The logits ``[B, T, V]`` of a graph, which is called with the rest.
 
     Raises:
         LincompileError: the graph returns something else.
     """
-    result = graph(tokens, compiled)
+    result = graph(tokens, compiled, repeats)
     first = result[0] if isinstance(result, (tuple, list)) else result
     if not isinstance(first, Tensor) or first.dim() != 3 or first.shape[:2] != cut(tokens).shape:
         raise LincompileError("logit distillation needs a model that returns logits for every token; this one doesn't")
@@ -117,14 +118,18 @@ def logits_of(graph: TrainingGraph, tokens: Tensor, compiled: bool = False) -> T
 
 
 class Distiller:
-    """Teacher and student side by side: divergences and gradients of token windows."""
+    """Teacher and student side by side: divergences and gradients of token windows.
 
-    def __init__(self, teacher: Program, student: Program, options: LogitDistillation) -> None:
+    ``stretched``: tokens to learn from say as how many each counts for the student's linear attention.
+    """
+
+    def __init__(self, teacher: Program, student: Program, options: LogitDistillation, stretched: bool = False) -> None:
         def wrap(path: str, branch: LinearMethod) -> nn.Module:
             return Recomputed(Compiled(branch)) if options.recompute else Compiled(branch)
 
         self.teacher = unpadded(teacher)
-        self.student = instead(teacher, student, wrap)
+        self.student = instead(teacher, student, wrap, stretched)
+        self.stretched = stretched
         self.emphasis, self.cross_entropy = options.emphasis, options.cross_entropy
 
     @torch.no_grad()
@@ -138,16 +143,14 @@ class Distiller:
         return sum(values) / len(values)
 
     def learn(self, tokens: Tensor, share: float, compiled: bool = False) -> Tensor:
-        """Adds ``share`` times the loss's gradient, weighted where ``tokens`` are ``marked``; returns the loss."""
-        tokens, weights, following = tokens.to(self.teacher.device), None, None
-        if self.emphasis != 1:
-            tokens, weights = unmarked(tokens, self.emphasis)
-            weights = cut(weights)
+        """Adds ``share`` times the loss's gradient, for ``tokens`` as ``packed``; returns the loss."""
+        tokens, weights, repeats = unpacked(tokens.to(self.teacher.device), self.emphasis, self.stretched)
+        weights, following = None if weights is None else cut(weights), None
         if self.cross_entropy:
             following = cut(functional.pad(tokens[:, 1:], (0, 1), value=-1))
         with torch.no_grad():
             wanted = logits_of(self.teacher, tokens, compiled)
-        found = logits_of(self.student, tokens, compiled)
+        found = logits_of(self.student, tokens, compiled, repeats)
         loss = divergence(found, wanted, compiled, weights, following, self.cross_entropy)
         del found, wanted
         (loss * share).backward()  # type: ignore[no-untyped-call]
@@ -161,8 +164,9 @@ class Recomputed(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *operands: Tensor) -> Tensor:
-        return recompute(self.module, *operands, use_reentrant=False, context_fn=_contexts)  # type: ignore[no-any-return]
+    def forward(self, *operands: Tensor, **named: Any) -> Tensor:
+        result: Tensor = recompute(self.module, *operands, use_reentrant=False, context_fn=_contexts, **named)
+        return result
 
 
 def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -194,8 +198,11 @@ def distil_logits(
         A report with the KL on held-out windows before and after.
 
     Raises:
-        LincompileError: nothing to distil, no logits, a loss that isn't finite, or a checkpoint of another run.
+        LincompileError: nothing to distil, no logits, a loss that isn't finite, a checkpoint of another run, or windows
+            to stretch for a method that has no form of it.
     """
+    if isinstance(data, WithRetrieval):
+        check_stretch(data.stretch, data.share, (site.method for site in student.sites))
     own_parameters(student, teacher)
     before = {p: p.requires_grad for p in student.graph_module.parameters()}
     for parameter in before:
@@ -217,7 +224,8 @@ def _distil(
     measure_windows: int,
     note: Callable[[str], None],
 ) -> LogitReport:
-    distiller = Distiller(teacher, student, options)
+    stretched = isinstance(data, WithRetrieval) and data.stretch != 1
+    distiller = Distiller(teacher, student, options, stretched)
     rank = lora_rank(options.train)
     additions = _additions(distiller, teacher, student, rank) if rank else []
     trained = {
@@ -247,7 +255,9 @@ def _distil(
     def locate(step: int) -> str:
         if current() is not None:
             return ""  # the slices' exchange isn't set up here
-        return first_nonfinite(distiller.student, data.step(step)[:1].to(distiller.student.device))
+        window = _windows(data, step, options.emphasis)[:1].to(distiller.student.device)
+        tokens, _, repeats = unpacked(window, options.emphasis, stretched)
+        return first_nonfinite(distiller.student, tokens, repeats)
 
     try:
         with Ahead(lambda step: _windows(data, step, options.emphasis)) as ahead:
@@ -276,13 +286,12 @@ def _distil(
 
 
 def _windows(data: Batches, step: int, emphasis: float) -> Tensor:
-    """A step's tokens ``[B, T]``, ``marked`` where some weigh more."""
-    if emphasis == 1:
-        return data.step(step)
+    """A step's tokens ``[B, T]``, ``packed`` with which of them weigh more and as how many each counts."""
     if isinstance(data, WithRetrieval):
-        return marked(*data.made(step))
+        made = data.made(step)
+        return packed(made.tokens, None if emphasis == 1 else made.asked, None if data.stretch == 1 else made.repeats)
     tokens = data.step(step)
-    return marked(tokens, torch.stack([from_afar(row) for row in tokens.tolist()]))
+    return tokens if emphasis == 1 else packed(tokens, torch.stack([from_afar(row) for row in tokens.tolist()]))
 
 
 def _additions(distiller: Distiller, teacher: Program, student: Program, rank: int) -> list[Addition]:

@@ -21,7 +21,7 @@ from .data import Batches, TokenWindows
 from .echo import WithEchoes, check_share
 from .logits import LogitDistillation, LogitReport, distil_logits, lora_rank
 from .loop import LoopOptions
-from .retrieval import Needles, WithRetrieval
+from .retrieval import Needles, WithRetrieval, check_stretch
 from .spread import current
 from .transfer import Transfer, TransferReport, transfer
 
@@ -41,6 +41,7 @@ class Extension:
         share: of the whole budget.
         retrieval: share of the windows that are retrieval examples (needs ``needles``).
         needles: what those are made of.
+        stretch: as how many of itself each token between their facts counts, at most (``WithRetrieval.stretch``).
         emphasis: weight of what those ask for (``LogitDistillation.emphasis``).
         rates: of the stage before, times this.
         steps: where no budget is given.
@@ -53,10 +54,12 @@ class Extension:
     emphasis: float = 10.0
     rates: float = 0.3
     steps: int = 20
+    stretch: float = 1.0
 
     def __post_init__(self) -> None:
         if not (0 < self.share < 1 and 0 <= self.retrieval <= 1 and self.rates > 0):
             raise LincompileError("the extension needs a share between 0 and 1, retrieval from 0 to 1 and rates > 0")
+        check_stretch(self.stretch, self.retrieval)
         if self.retrieval and self.needles is None:
             raise LincompileError(
                 "retrieval examples are made of needles: give Extension(needles=Needles.from_spans(…))"
@@ -168,8 +171,10 @@ def run_recipe(
     tell = listener or Listener()
     began = time.monotonic()
     check_tokens(teacher, ids)
-    if recipe.extension is not None and recipe.extension.needles is not None:
-        check_tokens(teacher, recipe.extension.needles.tokens())  # now, not after hours of the stages before
+    if recipe.extension is not None:  # now, not after hours of the stages before
+        check_stretch(recipe.extension.stretch, recipe.extension.retrieval, (site.method for site in student.sites))
+        if recipe.extension.needles is not None:
+            check_tokens(teacher, recipe.extension.needles.tokens())
     data = TokenWindows(ids, recipe.length, recipe.batch, recipe.seed, documents=documents, multiple=_ranks())
     if documents is not None and len(documents) > 1:
         tell.note(data.summary())
@@ -227,7 +232,7 @@ def run_recipe(
         longer: Batches = echoing(_longer(ids, documents, recipe, extension, tell))
         if extension.retrieval:
             assert extension.needles is not None
-            longer = WithRetrieval(longer, extension.needles, extension.retrieval, recipe.seed)
+            longer = WithRetrieval(longer, extension.needles, extension.retrieval, recipe.seed, extension.stretch)
             options = dataclasses.replace(options, emphasis=extension.emphasis)
         result.extension = later("extension", longer, options, shares[2], shares[2], extension.length)
     return result

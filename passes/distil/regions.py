@@ -50,8 +50,8 @@ class Compiled(nn.Module):
         self.compiled = torch.compile(module, dynamic=False)
         self.on = False
 
-    def forward(self, *operands: Tensor) -> Any:
-        return (self.compiled if self.on else self.module)(*operands)
+    def forward(self, *operands: Tensor, **named: Tensor | None) -> Any:
+        return (self.compiled if self.on else self.module)(*operands, **named)
 
 
 def switch(module: nn.Module, on: bool) -> None:

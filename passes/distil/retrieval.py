@@ -7,14 +7,16 @@ teaches its states and gates to keep them. The facts are made from the training 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import LincompileError
+from ..linearization.methods import METHODS, method_class
+from ..linearization.stretch import MOST
 from .data import Batches
 
 SPAN = 8  # tokens of a cue and of its answer, where facts are made from token ids alone
@@ -80,6 +82,30 @@ class Needles:
         return [len(self), *sums, self.most, list(self.parts)]
 
 
+class Made(NamedTuple):
+    """Windows ``[B, T]`` or one, ``[T]``: tokens, which have to be found (bool), as how many each counts (int64)."""
+
+    tokens: Tensor
+    asked: Tensor
+    repeats: Tensor
+
+
+def check_stretch(stretch: float, share: float, methods: Iterable[str] = ()) -> None:
+    """Raises ``LincompileError`` for a stretch that is none, or that the windows or a method have no use for."""
+    if not 1 <= stretch <= MOST:
+        raise LincompileError(f"--stretch {stretch:g}: text between facts counts 1 to {MOST:,} times")
+    if stretch == 1:
+        return
+    if not share:
+        raise LincompileError(f"--stretch {stretch:g} is about retrieval examples: add --retrieval SHARE")
+    for name in methods:
+        if name in METHODS and not method_class(name).repeatable:
+            raise LincompileError(
+                f"--stretch {stretch:g}: a token of {name} that comes again isn't the token scaled: leave it out, or "
+                f"choose {', '.join(name for name in METHODS if method_class(name).repeatable)}"
+            )
+
+
 @dataclass(frozen=True)
 class WithRetrieval:
     """Batches of which a share of the windows are retrieval examples, made from the windows themselves.
@@ -87,12 +113,22 @@ class WithRetrieval:
     Args:
         base: the windows; their shape stays.
         share: of the windows of all steps, chosen by seed and step number.
+        stretch: the text between an example's facts counts in states (``linearization/stretch.py``) as if each of its
+            tokens had stood there several times: as often as is drawn for each example, evenly in log-space from 1 to
+            this, and rounded. The teacher, convolutions and softmax over a window see the window as it is.
+
+    Raises:
+        LincompileError: the stretch isn't one.
     """
 
     base: Batches
     needles: Needles
     share: float
     seed: int = 0
+    stretch: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_stretch(self.stretch, self.share)
 
     @property
     def length(self) -> int:
@@ -101,7 +137,9 @@ class WithRetrieval:
 
     def fingerprint(self) -> dict[str, Any]:
         """What the batches depend on (JSON-able)."""
-        return self.base.fingerprint() | {"retrieval": [self.share, self.seed, *self.needles.fingerprint()]}
+        stretch = {} if self.stretch == 1 else {"stretch": self.stretch}
+        own = {"retrieval": [self.share, self.seed, *self.needles.fingerprint()]}
+        return self.base.fingerprint() | own | stretch
 
     def measure(self, count: int) -> Tensor:
         """The base's held-out windows: plain text."""
@@ -109,25 +147,25 @@ class WithRetrieval:
 
     def step(self, index: int) -> Tensor:
         """Tokens ``[B, T]`` of a step."""
-        return self.made(index)[0]
+        return self.made(index).tokens
 
-    def made(self, index: int) -> tuple[Tensor, Tensor]:
-        """Tokens ``[B, T]`` of a step, and which of them have to be found in their windows (bool)."""
-        windows = self.base.step(index)
-        asked = torch.zeros_like(windows, dtype=torch.bool)
+    def made(self, index: int) -> Made:
+        """The windows of a step."""
+        made = _as_it_is(self.base.step(index))
         generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + index)
-        chosen = torch.rand(len(windows), generator=generator) < self.share
+        chosen = torch.rand(len(made.tokens), generator=generator) < self.share
         for row in chosen.nonzero().flatten().tolist():
-            windows[row], asked[row] = self.example(windows[row], generator)
-        return windows, asked
+            for whole, part in zip(made, self.example(made.tokens[row], generator), strict=True):
+                whole[row] = part
+        return made
 
-    def example(self, window: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A window ``[T]`` of one example or several, and which of its tokens have to be found (bool)."""
+    def example(self, window: Tensor, generator: torch.Generator) -> Made:
+        """A window ``[T]`` of one example or several."""
         parts = self.needles.parts[int(torch.randint(0, len(self.needles.parts), (1,), generator=generator))]
         made = [self._part(piece, generator) for piece in torch.tensor_split(window, parts)]
-        return torch.cat([tokens for tokens, _ in made]), torch.cat([asked for _, asked in made])
+        return Made(*map(torch.cat, zip(*made, strict=True)))
 
-    def _part(self, window: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _part(self, window: Tensor, generator: torch.Generator) -> Made:
         """One example: a fact for every ``SPACING`` tokens at most, and all of them asked for at its end.
 
         The window's own last tokens make room, or, in half of the examples, all but a passage of it, which is repeated:
@@ -141,17 +179,25 @@ class WithRetrieval:
         needed = len(needles.opening) + sum(map(needles.length, picked))
         filler = window[: max(0, len(window) - needed)]
         if len(filler) < LOOP[0]:
-            return window, torch.zeros_like(window, dtype=torch.bool)
+            return _as_it_is(window)
         if float(torch.rand((), generator=generator)) < LOOPS:
             filler = self._looped(filler, generator)
         places = torch.randint(0, len(filler) + 1, (count,), generator=generator).sort().values.tolist()
-        parts = [torch.tensor(needles.opening, dtype=torch.int64)]
+        times = self._times(generator)
+        parts = [(torch.tensor(needles.opening, dtype=torch.int64), 1)]
         for begin, end, fact in zip([0, *places], places, picked, strict=False):
-            parts += [filler[begin:end], needles.facts[fact]]
-        parts.append(filler[places[-1] :])
-        tokens = torch.cat([part.to(window) for part in (*parts, *(needles.answers[i] for i in asked))])
+            parts += [(filler[begin:end], times), (needles.facts[fact], 1)]
+        parts += [(filler[places[-1] :], times), *((needles.answers[i], 1) for i in asked)]
+        tokens = torch.cat([part.to(window) for part, _ in parts])
+        repeats = torch.cat([torch.full((len(part),), copies) for part, copies in parts])
         marks = torch.cat([needles.to_find(i) for i in asked])
-        return tokens, torch.cat([torch.zeros(len(tokens) - len(marks), dtype=torch.bool), marks])
+        return Made(tokens, torch.cat([torch.zeros(len(tokens) - len(marks), dtype=torch.bool), marks]), repeats)
+
+    def _times(self, generator: torch.Generator) -> int:
+        """As how many of itself each token of an example's text counts."""
+        if self.stretch == 1:
+            return 1  # and nothing is drawn: the examples are those of runs that knew no stretch
+        return round(float(self.stretch ** torch.rand((), generator=generator)))
 
     def _looped(self, filler: Tensor, generator: torch.Generator) -> Tensor:
         """As many tokens of a passage from ``filler``, over and over."""
@@ -159,3 +205,8 @@ class WithRetrieval:
         start = int(torch.randint(0, max(1, len(filler) - size), (1,), generator=generator))
         passage = filler[start : start + size]
         return passage.repeat(len(filler) // len(passage) + 1)[: len(filler)]
+
+
+def _as_it_is(tokens: Tensor) -> Made:
+    """Windows in which nothing has to be found."""
+    return Made(tokens, torch.zeros_like(tokens, dtype=torch.bool), torch.ones_like(tokens, dtype=torch.int64))

@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from ..graph import Builder, aten, get_attribute, tensor_of
 from .methods import LinearMethod, SiteShape, keep_real
+from .stretch import repeated
 
 SLOPES = "lincompile_alibi"
 MEASURED = 64  # tokens of the random sequence on which a site's error is measured
@@ -98,10 +99,14 @@ class AlibiGLA(LinearMethod):
         share = (1 - torch.exp(-slopes)).clamp(min=1 / MEASURED).repeat_interleave(shape.groups)
         self.out_scale = nn.Parameter(share.reshape(-1, 1, 1))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None, repeats: Tensor | None = None
+    ) -> Tensor:
         """See ``LinearMethod``; ``x`` isn't read."""
         log_decay = -self.slope.abs().reshape(1, -1, 1, 1).expand(v.shape[0], -1, v.shape[2], 1)
         log_decay, k = keep_real(log_decay, mask, head_axis=True), keep_real(k, mask, head_axis=True)
+        if repeats is not None:
+            k, log_decay = repeated(k, log_decay, repeats, None)
         out: Tensor = torch.ops.lincompile.linear_attention(q, k, v, log_decay, None, self.shape.scale, True, False)[0]
         return out * self.out_scale
 

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from ...kernels import ops as _ops  # noqa: F401  (registers torch.ops.lincompile)
 from ..errors import LincompileError
+from .stretch import repeated
 
 GATE_TEMPERATURE = 16.0
 GATE_RANK = 16
@@ -64,7 +65,8 @@ class LinearMethod(nn.Module):
     v ``[B, Hkv, T, Dv]``, x ``[B, T, hidden]``, mask ``[B, T]`` bool (True = real token) where the model takes one;
     returns ``[B, H, T, Dv]``. ``rotary`` says whether q and k are taken after the rotary embedding (True) or before
     it (False). With ``shape.window`` the site's own q and k (``near_q``, ``near_k``) are given too: softmax attention
-    to the nearest keys is added, each by a share that a head reads from the token's hidden states.
+    to the nearest keys is added, each by a share that a head reads from the token's hidden states. In training,
+    ``repeats`` (int64 ``[B, T]``) may say as how many of itself each token counts in the linear attention.
     """
 
     method = ""
@@ -72,6 +74,7 @@ class LinearMethod(nn.Module):
     gated = False
     floored = False  # whether its log-decays, one per key feature, have a floor: ``shape.lowest``
     bidirectional = False
+    repeatable = True  # whether ``repeats`` has a form (stretch.py)
     normalised = False  # whether an output is an average of values, whose weights add up to one
     # Features and gates as one op each, with gradients; None: on a GPU. Graphs are traced on the CPU, so that programs
     # keep the plain form, which every target understands (lowering/triton.py puts the ops into a program's graph).
@@ -82,17 +85,19 @@ class LinearMethod(nn.Module):
         self.shape = shape
         self.mix = Shares(shape.hidden, shape.heads) if shape.window else None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *rest: Tensor | None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *rest: Tensor | None, repeats: Tensor | None = None
+    ) -> Tensor:
         """See the class."""
-        return mixed(*self.parts(q, k, v, x, *rest))
+        return mixed(*self.parts(q, k, v, x, *rest, repeats=repeats))
 
     def parts(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *rest: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *rest: Tensor | None, repeats: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
         """(linear attention, softmax over the window, (share of the first, of the second)), or None and None."""
         shape = self.shape
         near_q, near_k, mask = (*rest, None)[:3] if self.mix is not None else (None, None, *rest, None)[:3]
-        far = self.attend(q, k, v, x, mask)
+        far = self.attend(q, k, v, x, mask, repeats)
         if self.mix is None:
             return far, None, None
         assert near_q is not None and near_k is not None
@@ -105,7 +110,9 @@ class LinearMethod(nn.Module):
         """Whether to run features and gates as one op each."""
         return q.is_cuda if self.fuse is None else self.fuse
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None, repeats: Tensor | None = None
+    ) -> Tensor:
         """The linear attention."""
         raise NotImplementedError  # pragma: no cover (abstract)
 
@@ -261,9 +268,13 @@ class GLA(LinearMethod):
         self.gate = DecayGate(shape.hidden, shape.kv_heads, shape.head_dim, shape.lowest)
         self.out_scale = nn.Parameter(torch.full((shape.heads, 1, 1), 1.0 / HALF_LIVES[0]))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None, repeats: Tensor | None = None
+    ) -> Tensor:
         log_decay = self.gate(x, mask, self.fused(q))
         k = keep_real(k, mask, head_axis=True)
+        if repeats is not None:
+            k, log_decay = repeated(k, log_decay, repeats, self.shape.lowest)
         out: Tensor = torch.ops.lincompile.linear_attention(q, k, v, log_decay, None, self.shape.scale, True, False)[0]
         return out * self.out_scale
 
@@ -280,13 +291,17 @@ class Hedgehog(LinearMethod):
         self.map_q = HedgehogMap(shape.heads, shape.head_dim)
         self.map_k = HedgehogMap(shape.kv_heads, shape.head_dim)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None, repeats: Tensor | None = None
+    ) -> Tensor:
         if self.fused(q):
             features_k = fused_features(like(k, v), None, self.map_k, mask, key=True)
             features_q = fused_features(like(q, v), None, self.map_q, mask, key=False)
         else:
             features_k = like(keep_real(self.map_k(k), mask, head_axis=True), v)
             features_q = like(self.map_q(q), v)
+        if repeats is not None:
+            features_k = features_k * repeats[:, None, :, None]  # no decay: r copies add r times as much
         out: Tensor = torch.ops.lincompile.linear_attention(
             features_q, features_k, v, None, None, 1.0, self.shape.causal, True
         )[0]
@@ -313,7 +328,9 @@ class Lawcat(LinearMethod):
         self.map = HedgehogMap(shape.kv_heads, shape.head_dim)
         self.gate = DecayGate(shape.hidden, shape.kv_heads, 2 * shape.head_dim, shape.lowest)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None, repeats: Tensor | None = None
+    ) -> Tensor:
         fused = self.fused(q)
         if fused:
             features_q = fused_features(like(q, v), self.conv_q, self.map, mask, key=False)
@@ -322,8 +339,11 @@ class Lawcat(LinearMethod):
             features_q = self.map.grouped(self.conv_q(q, mask), self.shape.groups)
             features_k = keep_real(self.map(self.conv_k(k, mask)), mask, head_axis=True)
             features_q, features_k = like(features_q, v), like(features_k, v)
+        log_decay = self.gate(x, mask, fused)
+        if repeats is not None:
+            features_k, log_decay = repeated(features_k, log_decay, repeats, self.shape.lowest)
         out: Tensor = torch.ops.lincompile.linear_attention(
-            features_q, features_k, v, self.gate(x, mask, fused), None, 1.0, True, True
+            features_q, features_k, v, log_decay, None, 1.0, True, True
         )[0]
         return out
 
@@ -338,6 +358,7 @@ class GatedDelta(LinearMethod):
     method = "gated-delta"
     rotary = False
     gated = True
+    repeatable = False  # a key said again corrects what it wrote: r tokens aren't one that is scaled
 
     def __init__(self, shape: SiteShape) -> None:
         super().__init__(shape)
@@ -348,7 +369,11 @@ class GatedDelta(LinearMethod):
         self.beta_bias = nn.Parameter(torch.zeros(shape.kv_heads))
         self.out_scale = nn.Parameter(torch.ones(shape.heads, 1, 1))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Tensor | None, repeats: Tensor | None = None
+    ) -> Tensor:
+        if repeats is not None:
+            raise LincompileError("gated-delta has no form for tokens that count as several")
         unit_q = functional.normalize(self.conv_q(q, mask), dim=-1)
         unit_k = keep_real(functional.normalize(self.conv_k(k, mask), dim=-1), mask, head_axis=True)
         beta = torch.sigmoid(functional.linear(x, self.beta_weight, self.beta_bias)).transpose(1, 2)

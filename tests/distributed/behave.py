@@ -17,6 +17,7 @@ from lincompile.lowering.sharded import ShardedSession
 from lincompile.passes.distil.choose import choose
 from lincompile.passes.distil.data import TokenWindows
 from lincompile.passes.distil.logits import LogitDistillation, distil_logits
+from lincompile.passes.distil.retrieval import Made, Needles, WithRetrieval
 from lincompile.passes.distil.spread import spread
 from lincompile.passes.distil.transfer import Transfer, transfer
 from lincompile.passes.program import Program
@@ -95,6 +96,15 @@ def training(rank: int, world: int, steps: int = 100) -> dict[str, Any]:
     return {"difference": difference, "first": curves[0][0], "last": curves[0][-1]}
 
 
+class Stretched(WithRetrieval):
+    """Plain windows, any token of which counts several times."""
+
+    def made(self, index: int) -> Made:
+        tokens = self.base.step(index)
+        repeats = torch.randint(1, 9, tokens.shape, generator=torch.Generator().manual_seed(index))
+        return Made(tokens, torch.zeros_like(tokens, dtype=torch.bool), repeats)
+
+
 def distilling(rank: int, world: int) -> dict[str, float]:
     """Attention transfer, layer choice and logits, over slices (activations recomputed) and on one device."""
     teacher = proved("nanogpt", torch.float32)
@@ -106,7 +116,8 @@ def distilling(rank: int, world: int) -> dict[str, float]:
         with spread(teacher, group, world) if together else nullcontext():
             moved = transfer(teacher, pupil, data, Transfer(steps=6))
             choice = choose(teacher, pupil, data.measure(2), 1)
-            learned = distil_logits(teacher, pupil, data, LogitDistillation(steps=4, recompute=together))
+            stretched = Stretched(data, Needles([], []), 1.0, stretch=8)
+            learned = distil_logits(teacher, pupil, stretched, LogitDistillation(steps=4, recompute=together))
         weights = torch.cat([parameter.detach().flatten() for parameter in pupil.graph_module.parameters()])
         numbers = [*moved.losses, *moved.after.values(), *learned.losses, learned.after, choice.chosen]
         found.append({"numbers": torch.tensor(numbers), "weights": weights, "kept": choice.kept})

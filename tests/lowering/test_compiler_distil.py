@@ -260,6 +260,12 @@ def test_what_only_the_model_can_refuse_is_refused_before_training() -> None:
         ({"cross_entropy": 0.5, "distil": "t"}, "--cross-entropy is a share of what --train learns: add --distil"),
         ({"needles": "keys", "distil": "t"}, "--needles keys: the choice is facts, passkeys"),
         ({"needles": "passkeys", "distil": "t"}, "--needles passkeys says what .*: add --extend LENGTH --retrieval"),
+        ({"stretch": 4, "distil": "t"}, "--stretch 4 is about retrieval examples: add --retrieval SHARE"),
+        ({"stretch": 0.5, "distil": "t"}, "--stretch 0.5: text between facts counts 1 to 1,048,576 times"),
+        (
+            {"stretch": 4, "retrieval": 0.5, "extend": 64, "distil": "t", "attn": "gated-delta"},
+            "--stretch 4: a token of gated-delta that comes again isn't the token scaled: leave it out, or choose gla",
+        ),
         ({"tokens": 1000}, "--tokens is about distillation: add --distil FILE"),
         ({"length": 64}, "--length is about distillation: add --distil FILE"),
         ({"batch": 0, "distil": "t"}, "--batch 0: give a number above 0"),

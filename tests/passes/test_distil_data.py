@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import replace
 from typing import Any
@@ -145,7 +146,7 @@ def test_retrieval_examples_hold_their_facts_and_ask_for_each_at_the_end() -> No
 def test_windows_too_short_for_facts_stay_text() -> None:
     base = TokenWindows(torch.arange(100), 8, 2)
     data = WithRetrieval(base, needles(), share=1.0)
-    assert torch.equal(data.step(0), base.step(0)) and not data.made(0)[1].any()
+    assert torch.equal(data.step(0), base.step(0)) and not data.made(0).asked.any()
 
 
 def test_what_has_to_be_found_is_the_end_of_each_answer() -> None:
@@ -153,11 +154,45 @@ def test_what_has_to_be_found_is_the_end_of_each_answer() -> None:
     whole = WithRetrieval(base, needles(), share=1.0)
     some = WithRetrieval(base, replace(needles(), asked=[1] * 20), share=1.0)
     for index in range(3):
-        tokens, asked = whole.made(index)
+        tokens, asked, repeats = whole.made(index)
         assert torch.equal(tokens, whole.step(index)) and torch.equal(tokens, some.step(index))
         ends = tokens == 999
-        assert torch.equal(some.made(index)[1], ends) and ends.any(1).all()
+        assert torch.equal(some.made(index).asked, ends) and ends.any(1).all() and (repeats == 1).all()
         assert asked.sum() == 3 * ends.sum() and torch.equal(asked.flip(1).cummin(1).values, asked.flip(1))
+
+
+def test_stretched_examples_repeat_what_stands_between_facts() -> None:
+    """One number of copies for an example's text, evenly in log-space; facts, answers, opening and plain text stay."""
+    base = TokenWindows(torch.arange(800).repeat(10), 512, 4)
+    made = replace(needles(), opening=[990, 991], parts=(2,))
+    plain, data = (WithRetrieval(base, made, 0.8, stretch=stretch) for stretch in (1, 32))
+    drawn: list[int] = []
+    for index in range(60):
+        tokens, asked, repeats = data.made(index)
+        assert torch.equal(tokens, data.step(index)) and not (repeats[asked] != 1).any()
+        for window, times, original in zip(tokens, repeats, base.step(index), strict=True):
+            if torch.equal(window, original):
+                assert (times == 1).all()
+                continue
+            for piece, copies in zip(window.chunk(2), times.chunk(2), strict=True):
+                text = piece < 900
+                drawn.append(int(copies[text][0]))
+                assert (copies[text] == drawn[-1]).all() and (copies[~text] == 1).all()
+    counts = torch.tensor(drawn).float()
+    assert len(drawn) > 300 and counts.min() == 1 and 28 <= counts.max() <= 32
+    assert float(counts.log2().mean()) == pytest.approx(2.5, abs=0.3)
+    assert plain.fingerprint() | {"stretch": 32} == data.fingerprint() != plain.fingerprint()
+    assert torch.equal(plain.step(0), WithRetrieval(base, made, 0.8).step(0))
+    assert not torch.equal(data.made(0).repeats[0], data.made(1).repeats[0])
+
+
+@pytest.mark.parametrize("stretch", [0.5, 0.0, -3.0, math.inf, math.nan, 2.0**21])
+def test_a_stretch_that_is_none(stretch: float) -> None:
+    base = TokenWindows(torch.arange(800).repeat(10), 512, 4)
+    with pytest.raises(LincompileError, match=r"--stretch .*: text between facts counts 1 to 1,048,576"):
+        WithRetrieval(base, needles(), 0.5, stretch=stretch)
+    with pytest.raises(LincompileError, match="--stretch 4 is about retrieval examples: add --retrieval SHARE"):
+        WithRetrieval(base, needles(), 0.0, stretch=4)
 
 
 def test_examples_of_other_needles_are_another_run() -> None:

@@ -17,11 +17,12 @@ from lincompile.passes.capture import capture
 from lincompile.passes.distil import echo
 from lincompile.passes.distil.adapter import Settings, apply_adapter, save_adapter
 from lincompile.passes.distil.choose import choose
-from lincompile.passes.distil.divergence import ROWS, divergence, marked, unmarked
+from lincompile.passes.distil.divergence import ROWS, divergence
 from lincompile.passes.distil.echo import from_afar
 from lincompile.passes.distil.instrument import either, instead
 from lincompile.passes.distil.logits import Distiller, LogitDistillation, distil_logits, lora_rank
 from lincompile.passes.distil.lora import add_lora
+from lincompile.passes.distil.packing import packed, unpacked
 from lincompile.passes.distil.recipe import Recipe, run_recipe, with_branches_of
 from lincompile.passes.distil.retrieval import Needles, WithRetrieval
 from lincompile.passes.distil.transfer import Transfer
@@ -118,9 +119,17 @@ def test_a_student_of_the_text_gets_better_at_it_than_at_the_teacher(teacher: Pr
 def test_marks_survive_and_weigh_the_logits_before_them() -> None:
     tokens = torch.tensor([[0, 5, 0, 7], [3, 2, 1, 0]])
     asked = torch.tensor([[False, True, True, False], [True, False, False, False]])
-    found, weight = unmarked(marked(tokens, asked), 4.0)
-    assert torch.equal(found, tokens)
-    assert weight.tolist() == [[4.0, 4.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]], "nothing predicts a window's first token"
+    repeats = torch.tensor([[1, 32, 1 << 20, 2], [1, 1, 7, 1]])
+    for copies in (None, repeats):
+        found, weight, times = unpacked(packed(tokens, asked, copies), 4.0, copies is not None)
+        assert torch.equal(found, tokens) and weight is not None
+        assert weight.tolist() == [[4.0, 4.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]], (
+            "nothing predicts a window's first token"
+        )
+        assert times is copies is None or torch.equal(times, copies)
+    found, weight, times = unpacked(packed(tokens, None, repeats), 1.0, True)
+    assert torch.equal(found, tokens) and weight is None and torch.equal(times, repeats)
+    assert unpacked(packed(tokens))[0] is tokens, "where there is nothing to say nothing is computed"
 
 
 @torch.no_grad()
@@ -139,9 +148,9 @@ def test_answers_weigh_more_in_retrieval_examples_and_recurring_pairs_in_text(
     needles = Needles([torch.tensor([1, 2]), torch.tensor([3, 4])], [torch.tensor([1, 2])] * 2, [1, 1])
     asking = WithRetrieval(plain, needles, 1.0)
     recurring = torch.stack([from_afar(row) for row in plain.step(0).tolist()])
-    assert recurring.any() and asking.made(0)[1].any()
+    assert recurring.any() and asking.made(0).asked.any()
     for data, tokens, asked in (
-        (asking, *asking.made(0)),
+        (asking, *asking.made(0)[:2]),
         (plain, plain.step(0), recurring),
     ):
         weight = 1 + 4 * functional.pad(asked[:, 1:], (0, 1)).double()

@@ -143,7 +143,7 @@ def test_windows_that_no_retrieval_example_fits_are_refused() -> None:
         Extension(93, retrieval=0.5, needles=made)
     assert Extension(93, needles=made).retrieval == 0
     length = Extension(94, retrieval=0.5, needles=made).length
-    assert WithRetrieval(windows(length=length), made, share=1.0).made(0)[1].any()
+    assert WithRetrieval(windows(length=length), made, share=1.0).made(0).asked.any()
     several = replace(made, parts=(2, 4))
     with pytest.raises(LincompileError, match="takes 188 tokens"):
         Extension(187, retrieval=0.5, needles=several)
