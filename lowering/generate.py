@@ -291,6 +291,12 @@ def _check_continuation(session: StepSession, after: Prefilled, batch: int, mask
         raise LincompileError(
             f"the state holds {rows} sequences, the prompt {batch}: continue each row with one prompt"
         )
+    if session.uniform_positions and bool((after.lengths != after.lengths[0]).any()):
+        lengths = ", ".join(map(str, after.lengths.tolist()))
+        raise LincompileError(
+            f"this model counts positions itself, and the rows to continue are {lengths} tokens long: continue them "
+            "one by one"
+        )
     if bool((~mask.all(-1) & (after.lengths > 0)).any()):
         raise LincompileError(
             "rows that continue a state must get prompts of one length (padding would stand between their tokens): "

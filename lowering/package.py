@@ -34,15 +34,23 @@ from ..passes.stateful import StateSpec, StepProgram
 from ..passes.writing import one_line
 from .artefact.files import MANIFEST, OTHER_RUNTIMES, records, replace_text, sha256
 from .artefact.graph_file import read_graph, weights_of, write_graph
+from .artefact.manifest import (
+    CHECKSUM,
+    FORMAT_VERSION,
+    PROGRAM,
+    WEIGHTS,
+    checksum,
+    read_manifest,
+    state_record,
+    state_spec,
+)
 from .artefact.report import render_report
 from .artefact.state_file import SavedState, load_state, running_hash, save_state
 from .generate import Generation, Prefilled, Session, generate
 from .tokenizer import TextCodec
 from .triton import lower
 
-FORMAT_VERSION = 1
-WEIGHTS, PROGRAM, REPORT = "model.safetensors", "program.pt2", "report.html"
-CONFIG = "config.json"
+REPORT, CONFIG = "report.html", "config.json"
 REPORTED_PACKAGES = ("lincompile", "torch", "triton", "onnx", "onnxruntime", "transformers", "safetensors", "numpy")
 
 
@@ -128,7 +136,7 @@ def save(
         document = {
             "format_version": FORMAT_VERSION,
             **manifest,
-            "states": [_state_record(spec) for spec in states],
+            "states": [state_record(spec) for spec in states],
             "windows": step.windows,
             "max_positions": step.max_positions,
             "uniform_positions": step.uniform_positions,
@@ -142,8 +150,10 @@ def save(
         if states:
             (folder / CONFIG).write_text(json.dumps(hf_config(document), indent=2) + "\n", encoding="utf-8")
         document["files"] = records(folder)
+        document = jsonable(document)
+        document[CHECKSUM] = checksum(document)
         (folder / REPORT).write_text(render_report(document), encoding="utf-8")
-        (folder / MANIFEST).write_text(json.dumps(jsonable(document), indent=2) + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         _put_in_place(folder, directory)
     return directory
 
@@ -227,26 +237,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _state_record(spec: StateSpec) -> dict[str, Any]:
-    return {
-        "name": spec.name,
-        "site": spec.site,
-        "role": spec.role,
-        "shape": list(spec.shape),
-        "dtype": str(spec.dtype).removeprefix("torch."),
-    }
-
-
-def _state_spec(record: Mapping[str, Any]) -> StateSpec:
-    return StateSpec(
-        name=record["name"],
-        site=record["site"],
-        role=record["role"],
-        shape=tuple(record["shape"]),
-        dtype=getattr(torch, record["dtype"]),
-    )
-
-
 @dataclass
 class Artefact:
     """An opened artefact folder. The program and the tokenizer are loaded when they are first needed."""
@@ -258,7 +248,7 @@ class Artefact:
     @property
     def states(self) -> list[StateSpec]:
         """The states that the program carries from step to step."""
-        return [_state_spec(record) for record in self.manifest["states"]]
+        return [state_spec(record) for record in self.manifest["states"]]
 
     @property
     def eos_ids(self) -> list[int]:
@@ -375,17 +365,6 @@ class Artefact:
             )
 
 
-# What opening and running read without asking; a manifest edited by hand may lack it.
-MANIFEST_TYPES: dict[str, type] = {
-    "files": dict,
-    "states": list,
-    "windows": dict,
-    "eos_ids": list,
-    "parameter_names": list,
-    "tied": dict,
-}
-
-
 def open_artefact(directory: Path | str, *, device: str | torch.device = "cpu", verify: bool = True) -> Artefact:
     """Opens an artefact folder.
 
@@ -398,25 +377,7 @@ def open_artefact(directory: Path | str, *, device: str | torch.device = "cpu", 
         ArtefactError: not an artefact, of a newer format, a missing file, or a file that doesn't match its hash.
     """
     directory = Path(directory)
-    file = directory / MANIFEST
-    if not directory.is_dir():
-        raise ArtefactError(f"{directory} isn't a folder: give the one that 'lincompile MODEL -o' wrote")
-    if not file.is_file():
-        raise ArtefactError(f"{directory} isn't a lincompile artefact: it has no {MANIFEST}")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtefactError(f"{file} can't be read ({error}): compile the model again") from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if not isinstance(version, int):
-        raise ArtefactError(f"{file} has no format_version: it isn't a lincompile manifest")
-    if version > FORMAT_VERSION:
-        raise ArtefactError(
-            f"{directory} has format version {version}, this lincompile reads {FORMAT_VERSION}: upgrade lincompile"
-        )
-    broken = [name for name, kind in MANIFEST_TYPES.items() if not isinstance(manifest.get(name), kind)]
-    if broken:
-        raise ArtefactError(f"{file} is damaged: '{broken[0]}' is missing or isn't what it should be; compile again")
+    manifest = read_manifest(directory)
     for name, record in manifest["files"].items():
         runtime = name.partition("/")[0]
         if runtime not in OTHER_RUNTIMES or (directory / runtime).exists():

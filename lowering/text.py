@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..passes.distil.retrieval import Needles
 from ..passes.errors import LincompileError
-from .tokenizer import TextCodec, codec_of
+from .tokenizer import TextCodec, codec_of, valid
 
 SEPARATOR = "\n\n"
 NEEDLES = 512
@@ -151,7 +151,7 @@ def read_texts(source: str) -> Iterator[str]:
             )
         else:
             yield path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, OSError) as error:
         raise LincompileError(f"the text file {path} can't be read: {type(error).__name__}: {error}") from error
 
 
@@ -167,8 +167,11 @@ def _ready(source: Any) -> Tensor | None:
             values = np.load(path)
         except (ValueError, OSError, EOFError) as error:
             raise LincompileError(f"the token file {path} can't be read: {error}") from error
-        if values.dtype.kind not in "iu":
-            raise LincompileError(f"the token file {path} holds {values.dtype}: token ids are integers")
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in "iu":
+            held = values.dtype if isinstance(values, np.ndarray) else "several arrays (.npz)"
+            raise LincompileError(f"the token file {path} holds {held}: token ids are one array of integers")
+        if values.size and int(values.max()) > torch.iinfo(torch.int64).max:
+            raise LincompileError(f"the token file {path} holds {int(values.max())}, which is no token id")
         ids = torch.from_numpy(values.astype("int64")).flatten()
     else:
         return None
@@ -230,4 +233,4 @@ def _text(value: Any, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise LincompileError(f"{where} holds a {type(value).__name__} where text is wanted: {str(value)[:40]!r}")
-    return value
+    return valid(value, where)

@@ -46,8 +46,12 @@ class TextCodec:
         return config
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of ``text``, with the special tokens that the tokenizer itself adds (unless ``special`` is off)."""
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        """Token ids of ``text``, with the special tokens that the tokenizer itself adds (unless ``special`` is off).
+
+        Raises:
+            LincompileError: text that isn't Unicode, as bytes of another encoding become on a command line.
+        """
+        return list(self._tokenizer.encode(valid(text, "the text"), add_special_tokens=special).ids)
 
     def encode_all(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """``encode`` of each text, on all processors."""
@@ -94,6 +98,22 @@ class TextCodec:
             return template.render(messages=list(messages), add_generation_prompt=True, **names)
         except TemplateError as error:
             raise LincompileError(f"the chat template refuses the conversation: {error}") from error
+
+
+def valid(text: str, where: str) -> str:
+    """The text, if a tokenizer can read it: a half of a surrogate pair, which JSON and ``sys.argv`` let through, can't.
+
+    Raises:
+        LincompileError: it holds one; ``where`` is named.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise LincompileError(
+            f"{where} isn't valid Unicode: character {error.start + 1} is {text[error.start]!r}, half of a pair or a "
+            "byte of another encoding; write it as UTF-8"
+        ) from None
+    return text
 
 
 def _content(value: Any) -> str:

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from .capture_check import check_capture
 from .errors import CaptureError, LincompileError
-from .graph import expression, get_attribute, is_symbolic, set_tensor, tensor_of
+from .graph import aten, expression, get_attribute, is_symbolic, set_tensor, target_of, tensor_of
 from .program import Program, ProgramInput
 
 MIN_BATCH = 2
@@ -75,6 +75,7 @@ def from_exported(
 ) -> Program:
     """A ``Program`` from an ``ExportedProgram`` (a loaded ``.pt2`` file, say). Parameters stay shared with it."""
     graph_module = _own_graph_module(exported, prefix)
+    _check_strides(graph_module)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     given = dict(example or {})
     inputs = []
@@ -283,6 +284,25 @@ def _own_graph_module(exported: ExportedProgram, prefix: str) -> GraphModule:
     graph._tracer_cls = None  # export's tracer needs arguments when unpickled
     graph_module = GraphModule(root, graph)
     return graph_module.eval()
+
+
+def _check_strides(graph_module: GraphModule) -> None:
+    """Refuses ``as_strided`` of a weight that isn't laid out as its shape says: it reads the storage, not the values.
+
+    Copies, files and devices keep a tensor's values and not where they lie.
+    """
+    for node in graph_module.graph.nodes:
+        if target_of(node) != aten.as_strided.default or node.args[0].op != "get_attr":
+            continue
+        name = str(node.args[0].target)
+        tensor = get_attribute(graph_module, name)
+        stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+        if not tensor.is_contiguous() or tensor.storage_offset() or stored != tensor.numel():
+            raise CaptureError(
+                f"'{node.name}' reads the storage of '{name}' by as_strided, and that tensor is a view of it (shape "
+                f"{list(tensor.shape)}, strides {list(tensor.stride())}, offset {tensor.storage_offset()}): make it "
+                "contiguous before (parameter.data = parameter.data.clone(memory_format=torch.contiguous_format))"
+            )
 
 
 def _example_for(fake: Tensor) -> Tensor:

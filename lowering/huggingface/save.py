@@ -17,7 +17,8 @@ from ...passes.graph import set_tensor
 from ...passes.program import share_tensors
 from ...passes.writing import one_line
 from ..artefact.files import MANIFEST, OTHER_RUNTIMES
-from ..package import CONFIG, PROGRAM, REPORT, WEIGHTS, Artefact, save
+from ..artefact.manifest import PROGRAM, WEIGHTS
+from ..package import CONFIG, REPORT, Artefact, save
 
 GENERATION_CONFIG = "generation_config.json"
 NOTE = "saved by transformers with weights changed since compilation"

@@ -142,6 +142,10 @@ def export_onnx(
         raise LincompileError(f"opset {opset} is not supported (choose {OPSETS[0]} to {OPSETS[-1]}, or {STANDARD})")
     if layout not in LAYOUTS:
         raise LincompileError(f"unknown int6 layout '{layout}' (choose from: {', '.join(LAYOUTS)})")
+    if standard and layout == "native":
+        raise LincompileError(
+            f"--layout native has operators of its own, --opset {STANDARD} standard ones: leave out one"
+        )
     if embeddings not in EMBEDDINGS:
         raise LincompileError(f"unknown embeddings '{embeddings}' (choose from: {', '.join(EMBEDDINGS)})")
     destination = Path(folder)
@@ -151,7 +155,7 @@ def export_onnx(
     given, (step, halves) = step, widened(step)
     notes: list[str] = []
     fused, unfused = step, ""
-    if layout == "native" and not standard:
+    if layout == "native":
         fused, _, unfused = fuse_sites(step)
         if unfused:
             notes.append(f"attention beside a window stays in stock operators: {unfused}")
@@ -176,7 +180,7 @@ def export_onnx(
     _clean(model)
     simplify(model)
     _clean(model)
-    if layout == "native" and not standard:
+    if layout == "native":
         lower_attention(model)
         fuse_layers(model)
     if standard:

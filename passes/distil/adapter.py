@@ -180,9 +180,15 @@ def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash
         methods = sorted({site.partition(FLOOR)[0].removesuffix(" none") for site in sites.values()})
         linear = [site for site in student.sites if sites.get(site.path, "softmax") != "softmax"]
         wanted = Settings.of(sites, _switches(linear).union(_recorded_switches(metadata)))
-        floor = "" if wanted.lowest == Settings.of(_sites(student)).lowest else f" (in Python, lowest={wanted.lowest})"
+        own = Settings.of(_sites(student))
+        without = "".join(
+            f" without --{name.replace('_', '-')}"
+            for name in ("window", "keep_softmax")
+            if getattr(own, name) and not getattr(wanted, name)
+        )
+        floor = "" if wanted.lowest == own.lowest else f" (in Python, lowest={wanted.lowest})"
         raise LincompileError(
-            f"the adapter {path} is for {len(sites)} sites with {', '.join(methods)}: give {wanted}{floor}"
+            f"the adapter {path} is for {len(sites)} sites with {', '.join(methods)}: give {wanted}{without}{floor}"
         )
     own_parameters(student, teacher)
     parameters = dict(student.graph_module.named_parameters(remove_duplicate=False))

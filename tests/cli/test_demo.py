@@ -39,14 +39,14 @@ SCRATCH = FIGURES | {"adapter": None, "distillation": {"seconds": 30.0, "tokens"
 
 
 @pytest.mark.parametrize(
-    ("figures", "better"),
+    ("figures", "other"),
     [
-        (FIGURES, ("41,000,000 tokens in 460 s on one GPU", f"--adapter {demo.TWO_HEADS}")),
+        (FIGURES, ("41,000,000 tokens in 460 s on one GPU", f"--adapter {demo.PURE}")),
         (SCRATCH, ("4,096 tokens in 30 s on this CPU", "--distil YOUR_TEXT.txt")),
     ],
 )
 def test_tables_show_every_figure_and_the_honest_ratio(
-    figures: dict[str, Any], better: tuple[str, str], capfd: pytest.CaptureFixture[str]
+    figures: dict[str, Any], other: tuple[str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     demo.print_tables(figures, Path("out"), Path("model.gguf"))
     shown = capfd.readouterr().out
@@ -60,7 +60,7 @@ def test_tables_show_every_figure_and_the_honest_ratio(
         "+ 2,345",
         "Hello ⏎ world [bold]",
         "2.50 times the teacher's",
-        *better,
+        *other,
     ):
         assert text in shown, text
     assert "4.000" in shown and "0.750" in shown, "the last layer's error before and after"
@@ -81,8 +81,8 @@ def test_time_without_distillation_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("smollm2-135m-lawcat-window64", {"lawcat+64 kept"}),
-        ("smollm2-135m-lawcat-window64-heads2", {"lawcat+64 removed", "softmax"}),
+        ("smollm2-135m-lawcat", {"lawcat removed floor -1.0"}),
+        ("smollm2-135m-lawcat-window64", {"lawcat+64 removed floor -1.0"}),
         ("smollm2-135m-lawcat-window64-passkey", {"lawcat+64 removed floor -1.0"}),
         ("smollm2-135m-lawcat-window64-softmax6", {"lawcat+64 kept", "softmax"}),
     ],
@@ -94,7 +94,7 @@ def test_adapters_ship_with_their_record(name: str, expected: set[str]) -> None:
     record = json.loads(metadata["record"])
     assert file.stat().st_size <= 12_000_000
     assert record["tokens"] > 20_000_000 and record["seconds"] <= 600 and record["gpu"] and record["command"]
-    assert set(record["perplexity"]) == {"valid", "wikitext2"}
+    assert {"valid", "wikitext2"} <= set(record["perplexity"])
     methods = set(json.loads(metadata["sites"]).values())
     assert methods == expected
 

@@ -90,6 +90,20 @@ def test_models_that_count_positions_themselves_take_no_padding(toy: SimpleNames
     assert len(generate(session, [PROMPTS[0], PROMPTS[0]], 3).tokens) == 2
 
 
+@pytest.mark.parametrize("more", [[[3], [4]], [[], []]])
+def test_rows_of_different_lengths_are_not_continued_where_the_model_counts_positions(
+    toy: SimpleNamespace, more: list[list[int]]
+) -> None:
+    session = Session(replace(toy.step, uniform_positions=True))
+    first = generate(session, [PROMPTS[0], PROMPTS[0]], 3)
+    assert len(generate(session, more, 3, after=first.state).tokens) == 2
+    apart = replace(first.state, lengths=first.state.lengths - torch.tensor([1, 0]))
+    with pytest.raises(
+        LincompileError, match=r"counts positions itself, and the rows to continue are 10, 11 tokens long"
+    ):
+        generate(session, more, 3, after=apart)
+
+
 def test_streaming_reports_every_token_in_order(session: Session) -> None:
     seen: list[tuple[int, int]] = []
     result = generate(session, PROMPTS, 4, stream=lambda row, token: seen.append((row, token)))

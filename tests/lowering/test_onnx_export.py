@@ -410,6 +410,8 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
         export_onnx(tiny_step(), tmp_path / "file")
     with pytest.raises(LincompileError, match="unknown int6 layout 'int4'"):
         export_onnx(tiny_step(), tmp_path / "a", layout="int4")
+    with pytest.raises(LincompileError, match="--layout native has operators of its own, --opset std standard ones"):
+        export_onnx(tiny_step(), tmp_path / "a", layout="native", opset="std")
     assert not (tmp_path / "a").exists() or not any((tmp_path / "a").iterdir())
 
 

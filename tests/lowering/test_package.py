@@ -254,6 +254,11 @@ def change_manifest(folder: Path, **values: Any) -> None:
     (folder / "lincompile.json").write_text(json.dumps({**manifest, **values}))
 
 
+def change_state(folder: Path, **values: Any) -> None:
+    first, *rest = json.loads((folder / "lincompile.json").read_text())["states"]
+    change_manifest(folder, states=[first | values, *rest])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -267,6 +272,18 @@ def change_manifest(folder: Path, **values: Any) -> None:
         (lambda f: change_manifest(f, format_version=99), "format version 99, .* upgrade lincompile"),
         (lambda f: (f / "lincompile.json").write_text('{"format_version": 1}'), "is damaged: 'files' is missing"),
         (lambda f: change_manifest(f, states=None), "is damaged: 'states' is missing"),
+        (lambda f: change_manifest(f, states=[1]), "is damaged: 'states.0' is missing"),
+        (lambda f: change_state(f, dtype="float99"), r"is damaged: 'states\.0\.dtype' is missing or isn't"),
+        (lambda f: change_state(f, shape=None), r"is damaged: 'states\.0\.shape'"),
+        (lambda f: change_manifest(f, files={}), "is damaged: 'files.model.safetensors' is missing"),
+        (
+            lambda f: change_manifest(f, files={"model.safetensors": {"bytes": 1}}),
+            r"'files\.model\.safetensors\.sha256'",
+        ),
+        (lambda f: change_manifest(f, max_positions="64"), "is damaged: 'max_positions'"),
+        (lambda f: change_manifest(f, windows={"blocks.0": 7}), "doesn't match its checksum: .* windows"),
+        (lambda f: change_manifest(f, tied={"a": "b"}), "doesn't match its checksum"),
+        (lambda f: change_state(f, role="conv"), "doesn't match its checksum"),
     ],
 )
 def test_damage_is_named(toy: SimpleNamespace, tmp_path: Path, damage: Any, message: str) -> None:
@@ -274,6 +291,16 @@ def test_damage_is_named(toy: SimpleNamespace, tmp_path: Path, damage: Any, mess
     damage(folder)
     with pytest.raises(ArtefactError, match=message):
         package.open_artefact(folder)
+
+
+def test_artefacts_of_before_the_checksum_and_what_is_added_later_open(toy: SimpleNamespace, tmp_path: Path) -> None:
+    folder = write(toy, tmp_path / "out")
+    package.add_metrics(folder, {"perplexity": 2.0})
+    assert package.open_artefact(folder).manifest["metrics"]["perplexity"] == 2.0
+    manifest = json.loads((folder / "lincompile.json").read_text())
+    del manifest["checksum"]
+    (folder / "lincompile.json").write_text(json.dumps(manifest))
+    assert package.open_artefact(folder).generate([1, 2], 1)[:2] == [1, 2]
 
 
 def test_opening_what_is_not_there(tmp_path: Path) -> None:

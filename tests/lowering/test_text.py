@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lincompile.lowering.text import read_corpus, read_texts, read_tokens, retrieval_needles
+from lincompile.lowering.tokenizer import TextCodec
 from lincompile.passes.errors import LincompileError
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -93,6 +94,7 @@ def test_tokens_of_one_text_have_blank_lines_between_documents() -> None:
         ("a.jsonl", [{"text": ["x"]}], r"line 1 holds a list where text is wanted"),
         ("a.json", {"text": "x"}, r"a\.json holds no list: write a list of texts"),
         ("a.json", ["x", 3], r"item 2 has no key 'text' but a int"),
+        ("a.jsonl", [{"text": "x"}, {"text": "a\udc00"}], r"line 2 isn't valid Unicode: character 2 is '\\udc00'"),
         ("a.jsonl", [{"text": ""}, {"text": None}], r"the text .*a\.jsonl is empty"),
         ("a.txt", " \n", r"the text .*a\.txt is empty"),
     ],
@@ -109,6 +111,7 @@ def test_rows_that_are_no_text_are_named(tmp_path: Path, name: str, rows: Any, m
         ("a.jsonl", b'{"text": "x"}\n{"te', r"a\.jsonl can't be read: JSONDecodeError"),
         ("a.txt", b"\xff\xfe\xff", r"a\.txt can't be read: UnicodeDecodeError"),
         ("a.npy", b"no array", r"a\.npy can't be read"),
+        ("a.json", b"[" * 100_000, r"a\.json can't be read: RecursionError"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -124,8 +127,25 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, mess
 @pytest.mark.parametrize("values", [np.zeros(3), np.zeros(0, dtype=np.int64)])
 def test_arrays_without_token_ids_are_refused(tmp_path: Path, values: Any) -> None:
     np.save(tmp_path / "a.npy", values)
-    with pytest.raises(LincompileError, match=r"holds float64: token ids are integers|holds no tokens"):
+    with pytest.raises(LincompileError, match=r"holds float64: token ids are one array of integers|holds no tokens"):
         read_corpus(str(tmp_path / "a.npy"), None)
+
+
+def test_numbers_that_no_token_has_and_several_arrays_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([1, 2**63], dtype=np.uint64))
+    with pytest.raises(LincompileError, match="holds 9223372036854775808, which is no token id"):
+        read_corpus(str(tmp_path / "a.npy"), None)
+    np.savez(tmp_path / "b.npz", np.arange(3))
+    (tmp_path / "b.npz").rename(tmp_path / "b.npy")
+    with pytest.raises(LincompileError, match=r"holds several arrays \(\.npz\): token ids are one array"):
+        read_corpus(str(tmp_path / "b.npy"), None)
+
+
+def test_prompts_that_are_no_unicode_are_refused(tmp_path: Path) -> None:
+    tokenizer(tmp_path)
+    for text in ("a\udcff", "\ud800"):
+        with pytest.raises(LincompileError, match=r"the text isn't valid Unicode: character \d is"):
+            TextCodec(tmp_path).encode(text)
 
 
 def test_needles_give_words_of_the_text_numbers() -> None:

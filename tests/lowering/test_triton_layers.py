@@ -15,12 +15,13 @@ from torch.utils import _pytree as pytree
 
 import lincompile
 from lincompile.lowering.artefact.graph_file import read_graph, weights_of
+from lincompile.lowering.artefact.manifest import PROGRAM
 from lincompile.lowering.fusion import layers
 from lincompile.lowering.fusion.chains import Lowered
 from lincompile.lowering.fusion.layers import fuse_norms, join_layers, merge_masks
 from lincompile.lowering.fusion.one_token import fuse_packed
 from lincompile.lowering.generate import Session
-from lincompile.lowering.package import PROGRAM, open_artefact
+from lincompile.lowering.package import open_artefact
 from lincompile.lowering.triton import lower
 from lincompile.passes.stateful import StepProgram
 from lincompile.passes.stepping.last_token import last_token_only

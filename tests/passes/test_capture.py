@@ -297,3 +297,23 @@ def test_function_transforms_are_refused() -> None:
     where = r"a function transform \(torch\.vmap\) can't be compiled, at .*test_capture\.py:\d+: write the batched ops"
     with pytest.raises(CaptureError, match=where):
         capture(Mapped(), torch.randn(2, 5, 16))
+
+
+class Strided(nn.Module):
+    """Reads a weight's storage by its place, not by its shape."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.embedding, self.weight = nn.Embedding(8, 6), nn.Parameter(weight)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.embedding(tokens) + torch.as_strided(self.weight, (6,), (1,), 3)
+
+
+def test_storage_read_behind_a_weights_shape_is_refused() -> None:
+    tokens = torch.zeros(2, 5, dtype=torch.int64)
+    values = torch.arange(24.0).reshape(6, 4)
+    assert capture(Strided(values), tokens).graph_module
+    for view in (values.t(), values[1:], values.view(-1)[:12].view(3, 4)):
+        with pytest.raises(CaptureError, match=r"reads the storage of 'weight' by as_strided.*make it contiguous"):
+            capture(Strided(view), tokens)

@@ -374,11 +374,14 @@ def test_an_adapter_of_another_teacher_is_refused(teacher: Program, adapted: tup
     assert apply_adapter(adapted[0], other, student, source_hash="abc"), "the same source file, loaded differently"
 
 
-@pytest.mark.parametrize("options", [{"attn": "gla"}, {"keep": (0,)}])
+@pytest.mark.parametrize(
+    ("options", "without"),
+    [({"attn": "gla"}, ""), ({"keep": (0,)}, " without --keep-softmax"), ({"window": 8}, " without --window")],
+)
 def test_an_adapter_of_other_sites_is_refused(
-    teacher: Program, adapted: tuple[Path, Program], options: dict[str, Any]
+    teacher: Program, adapted: tuple[Path, Program], options: dict[str, Any], without: str
 ) -> None:
-    with pytest.raises(LincompileError, match=r"is for 2 sites with lawcat: give --attn lawcat$"):
+    with pytest.raises(LincompileError, match=rf"is for 2 sites with lawcat: give --attn lawcat{without}$"):
         apply_adapter(adapted[0], teacher, linear(teacher, **options))
 
 
