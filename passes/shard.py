@@ -156,7 +156,7 @@ def splittable(program: Program) -> Any:
             f"{unproved[0].reason}{others}"
         )
     sequence = sequence_symbol(program.placeholder(tokens.name))
-    reason = mixing(program, sequence)
+    reason = mixing(program, sequence, across_rows=False)
     if reason is not None:
         raise RefusedError(f"shard: {reason}, across the slices of other ranks")
     output = next(node for node in program.graph_module.graph.nodes if node.op == "output")

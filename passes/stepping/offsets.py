@@ -7,6 +7,8 @@ sequence-parallel rank (everything before is on other ranks).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ from ..program import Program, content_nodes
 from ..proof.evaluate import Opaque, Sizes, evaluate
 
 LONGEST = 12  # length of the tables compared
+FAR = (100, 1_000, 5_000)  # and looked at again: they read no data, so that is cheap
 
 
 def sequence_symbol(tokens: Node) -> str:
@@ -52,8 +55,8 @@ def continue_positions(program: Program, sequence: str, make_offset: Callable[[]
     """Makes position counters start at an offset instead of 0.
 
     The size-only tensors that data reads (tables of positions) are found; each must be a prefix-stable function of the
-    length; their counters (arange, a cumulated sum of ones, a slice ``table[:T]``) are shifted, and the shifted tables
-    compared with the originals at an offset.
+    length; their counters (arange, a cumulated sum of ones, a slice ``table[:T]``) are shifted, and shifted counters
+    and tables compared with the originals at offsets. That sees some lengths; for all of them ``mixing`` reads the ops.
 
     Args:
         program: changed in place.
@@ -70,38 +73,76 @@ def continue_positions(program: Program, sequence: str, make_offset: Callable[[]
     tables = position_tables(module, sequence)
     if not tables:
         return False
-    longest = min(LONGEST, program.max_positions or LONGEST)
-    short, start = max(1, longest - 5), max(1, longest - 4)
-
-    def sizes(length: int) -> Sizes:
-        return Sizes(program.bind(batch=2, sequence=length))
-
-    wanted: dict[Node, tuple[int, Tensor]] = {}
+    limit = program.max_positions or FAR[-1]
+    longest, *far = sorted({min(length, limit) for length in (LONGEST, *FAR)})
+    wanted = {node: _beginning(program, node, sequence, max(1, longest - 5), longest) for node in tables}
     for node in tables:
-        axes = [i for i, dim in enumerate(tensor_of(node).shape) if sequence in symbols_in(dim)]
-        if len(axes) != 1:
-            raise RefusedError(
-                f"no step form: '{node.name}' pairs positions with positions (a mask that wasn't rewritten?)"
-            )
-        try:
-            full, part = evaluate(module, node, sizes(longest)), evaluate(module, node, sizes(short))
-        except Opaque as error:
-            raise RefusedError(
-                f"no step form: the position table '{node.name}' can't be evaluated: it {error}"
-            ) from error
-        if not torch.equal(part, full.narrow(axes[0], 0, short)):
-            raise RefusedError(
-                f"no step form: the position table '{node.name}' changes with the sequence length (dynamic scaling)"
-            )
-        wanted[node] = (axes[0], full)
+        with suppress(Opaque, IndexError):  # a table that ends before
+            for short, length in pairwise([longest, *far]):
+                _beginning(program, node, sequence, short, length)
     offset = make_offset()
     shifted = _shift_counters(module, tables, sequence, offset)
-    count = longest - start
-    for node, (axis, full) in wanted.items():
-        seen = evaluate(module, shifted.get(node, node), sizes(count), {offset: torch.tensor(start)})
-        if not torch.allclose(seen.float(), full.narrow(axis, start, count).float(), atol=1e-6):
+
+    def at(node: Node, length: int, start: int) -> Tensor:
+        value: Tensor = evaluate(module, node, _sizes(program, length), {offset: torch.tensor(start)})
+        return value
+
+    for node in dict.fromkeys([*shifted, *tables]):
+        new = shifted.get(node, node)
+        axis, start = _axis(node, sequence), max(1, longest - 4)
+        full = wanted[node] if node in wanted else at(new, longest, 0)
+        same = _continues(full, at(new, longest - start, start), axis, start)
+        with suppress(Opaque, IndexError):
+            for length in far:
+                same &= _continues(at(new, length, 0), at(new, length - length // 2, length // 2), axis, length // 2)
+        if not same:
             raise RefusedError(f"no step form: the position table '{node.name}' can't be continued from an offset")
-    return True
+    return bool(shifted)
+
+
+def _sizes(program: Program, length: int) -> Sizes:
+    return Sizes(program.bind(batch=2, sequence=length))
+
+
+def _axis(node: Node, sequence: str) -> int:
+    """The axis that a table's positions are along."""
+    axes = [i for i, dim in enumerate(tensor_of(node).shape) if sequence in symbols_in(dim)]
+    if len(axes) != 1:
+        raise RefusedError(
+            f"no step form: '{node.name}' pairs positions with positions (a mask that wasn't rewritten?)"
+        )
+    return axes[0]
+
+
+def _beginning(program: Program, node: Node, sequence: str, short: int, length: int) -> Tensor:
+    """A table at a length. It must begin as the table of a shorter one does.
+
+    Raises:
+        RefusedError: it doesn't, or it can't be evaluated (``Opaque`` or ``IndexError`` beyond ``LONGEST``).
+    """
+    axis = _axis(node, sequence)
+    try:
+        full, part = (evaluate(program.graph_module, node, _sizes(program, size)) for size in (length, short))
+    except Opaque as error:
+        if length > LONGEST:
+            raise
+        raise RefusedError(f"no step form: the position table '{node.name}' can't be evaluated: it {error}") from error
+    exact = length <= LONGEST  # the ends of long tensors round differently
+    if not _continues(full.narrow(axis, 0, part.shape[axis]), part, axis, 0, exact):
+        raise RefusedError(
+            f"no step form: the position table '{node.name}' changes with the sequence length (dynamic scaling)"
+        )
+    assert isinstance(full, Tensor)
+    return full
+
+
+def _continues(full: Tensor, part: Tensor, axis: int, start: int, exact: bool = False) -> bool:
+    """Whether a table's end, from ``start``, is ``part``."""
+    end = full.narrow(axis, start, full.shape[axis] - start)
+    if exact or end.shape != part.shape:
+        return torch.equal(end, part)
+    part, end = (torch.view_as_real(x) if x.is_complex() else x.float() for x in (part, end))
+    return torch.allclose(part, end, atol=1e-6)
 
 
 def position_tables(module: GraphModule, sequence: str) -> list[Node]:
@@ -182,7 +223,9 @@ def _shift_counters(module: GraphModule, tables: list[Node], sequence: str, offs
 def _shifted(module: GraphModule, node: Node, sequence: str, offset: Node) -> Node | None:
     target = target_of(node)
     counts = target in (aten.arange.default, aten.arange.start, aten.arange.start_step)
-    if target is aten.cumsum.default or (counts and sequence in symbols_in(tensor_of(node))):
+    if target is aten.cumsum.default:  # of channels, it counts no tokens
+        counts = sequence in symbols_in(tensor_of(node).shape[argument(node, 1, "dim")])
+    if counts and sequence in symbols_in(tensor_of(node)):
         return Builder(module, node.next)(aten.add.Tensor, node, offset)
     if target is not aten.slice.Tensor:
         return None

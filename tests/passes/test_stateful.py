@@ -242,9 +242,17 @@ def test_rows_of_a_batch_that_influence_one_another_are_refused(
     mix: Callable[[Tensor], Tensor], op: str, dtype: torch.dtype
 ) -> None:
     program = prove(Mixer(mix).to(dtype), {"idx": zoo.tokens()})
-    with pytest.raises(
-        RefusedError, match=f"rows of a batch influence one another, first in 'aten.{op}.*test_stateful"
-    ):
+    reason = f"aten.{op}.*lets rows of a batch influence one another.*test_stateful"
+    with pytest.raises(RefusedError, match=reason):
+        make_stateful(Pipeline([LinearizeAttention("lawcat")])(program))
+
+
+def test_rows_that_a_layout_moves_are_found_by_running() -> None:
+    program = prove(
+        Mixer(lambda x: x + x.transpose(0, 1).flatten(0, 1).unflatten(0, x.shape[:2])), {"idx": zoo.tokens()}
+    )
+    reason = r"rows of a batch influence one another, first in 'aten.*test_stateful"
+    with pytest.raises(RefusedError, match=reason):
         make_stateful(Pipeline([LinearizeAttention("lawcat")])(program))
 
 
