@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from ..errors import LincompileError
 from ..graph import Builder, aten, finish, module_path, set_tensor, target_of, tensor_of
+from ..inputs import model_values, settle
 from ..linearization.methods import LinearMethod, method_class
 from ..linearize import PROJECTIONS, find_operands
 from ..program import Program, content_nodes, is_lincompile_op
@@ -188,6 +189,7 @@ def _instrument(
 
 def _prepared(program: Program) -> tuple[Program, torch.dtype | None, set[Node]]:
     """A copy to train with, the dtype of its matrix products, and its content nodes."""
+    settle(program)
     twin = program.clone()
     autocast = _autocast(twin)
     if (tokens := twin.input_with_role("tokens")) is not None:
@@ -307,8 +309,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 def batch_of(program: Program, tokens: Tensor) -> dict[str, Tensor]:
     """:func:`model_inputs` by name."""
-    names = (item.name for item in program.inputs)
-    return dict(zip(names, model_inputs(program, tokens), strict=True))
+    return model_values(program, tokens)
 
 
 def model_inputs(program: Program, tokens: Tensor) -> list[Tensor]:
@@ -317,20 +318,4 @@ def model_inputs(program: Program, tokens: Tensor) -> list[Tensor]:
     Raises:
         LincompileError: the program takes something that tokens don't determine.
     """
-    values = []
-    for item in program.inputs:
-        fake = tensor_of(program.placeholder(item.name))
-        if item.role == "tokens":
-            value = tokens
-        elif item.role == "mask":
-            value = torch.ones_like(tokens)
-        elif item.role == "positions":
-            value = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape).contiguous()
-        elif fake.dim() == 2 and not fake.is_floating_point():
-            value = torch.zeros_like(tokens)  # token types
-        else:
-            raise LincompileError(
-                f"the model takes '{item.name}', which text doesn't give: distil it from Python with your own data"
-            )
-        values.append(value.to(fake.dtype))
-    return values
+    return list(model_values(program, tokens).values())

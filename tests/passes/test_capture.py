@@ -297,3 +297,18 @@ def test_function_transforms_are_refused() -> None:
     where = r"a function transform \(torch\.vmap\) can't be compiled, at .*test_capture\.py:\d+: write the batched ops"
     with pytest.raises(CaptureError, match=where):
         capture(Mapped(), torch.randn(2, 5, 16))
+
+
+def test_one_tensor_for_two_inputs_is_two_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Embedding(50, 8), nn.Embedding(50, 8)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.first(a) - self.second(b)
+
+    same = torch.randint(0, 50, (2, 9))
+    module = Two()
+    program = capture(module, {"a": same, "b": same})
+    torch.testing.assert_close(program(same, same.flip(1)), module(same, same.flip(1)))
