@@ -134,7 +134,7 @@ def widen(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def apart(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies a tensor that is given for several inputs: export takes it for one input, which it calls by either name."""
+    """Copies a tensor that is given for several inputs: export would take them for one input."""
     seen: set[int] = set()
     result = {}
     for name, value in inputs.items():

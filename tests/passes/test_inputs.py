@@ -242,6 +242,18 @@ def test_a_mask_that_is_no_padding_mask_is_refused(causal: bool) -> None:
         model_inputs(program, IDS)
 
 
+def test_a_bool_mask_whose_both_values_are_sequences_is_no_padding_mask() -> None:
+    class Apart(Attention):
+        def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+            apart = (mask[:, None, :, None] != mask[:, None, None, :]) * -1e9
+            return self.head(self.attend(self.embed(tokens), None, apart))
+
+    for causal in (False, True):
+        program = prove(Apart(causal), tokens=IDS, mask=NONE)
+        assert (program.sites[0].kind, program.sites[0].verdict) == ("packed", "refuse")
+        assert "the values in 'mask' separate packed sequences" in program.sites[0].reason
+
+
 def test_a_mask_that_packs_sequences_by_both_its_values_is_refused() -> None:
     class Packed(Biased):
         def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
