@@ -27,6 +27,7 @@ from ..passes.formats.load import load_model
 from ..passes.formats.loaded import LoadedModel, check_finite
 from ..passes.half_lives import HalfLives
 from ..passes.identity import ProveAttention
+from ..passes.inputs import settle, token_types
 from ..passes.linearize import LinearizeAttention, parse_keep
 from ..passes.pipeline import Pass, Pipeline
 from ..passes.program import Program
@@ -287,7 +288,9 @@ def prove(program: Program, asked: Options) -> Program:
             apart = [ChooseHeads(count, asked.window or 0, asked.seed)]
         elif heads := parse_heads(asked.keep_softmax):
             apart = [SplitHeads(heads)]
-    return Pipeline([Canonicalize(), ProveAttention(alibi=asked.alibi), *apart])(program)
+    program = Pipeline([Canonicalize(), ProveAttention(alibi=asked.alibi)])(program)
+    settle(program)
+    return Pipeline(apart)(program)
 
 
 def rewrite(teacher: Program, asked: Options) -> Program:
@@ -425,7 +428,7 @@ def shared(teacher: Program, shard: str | None) -> AbstractContextManager[object
     if shard is None:
         return nullcontext()
     group, world = SequenceParallel().resolve()
-    inputs = [(item.name, item.role) for item in teacher.inputs]
+    inputs = [(item.name, item.role, item.inverted) for item in teacher.inputs]
     check_fingerprints(fingerprint(teacher.graph_module, inputs), group, world)
     return spread(teacher, group, world)
 
@@ -480,12 +483,20 @@ def deployable(student: Program, notes: list[str]) -> StepProgram:
     """The step form, or the whole-sequence form where the model isn't causal."""
     if any(site.node is not None and site.kind == "full" for site in student.sites) or not student.sites:
         notes.append("bidirectional or attention-free model: the artefact runs whole sequences, without states")
-        return make_full(student)
+        return whole(student, notes)
     try:
         return make_stateful(student)
     except RefusedError as error:
         notes.append(f"{error}; the artefact runs whole sequences, without states")
-        return make_full(student)
+        return whole(student, notes)
+
+
+def whole(student: Program, notes: list[str]) -> StepProgram:
+    """The whole-sequence form; what it decides for the user is noted."""
+    step = make_full(student)
+    if types := token_types(student):
+        notes.append(f"the artefact gives the model 0 for every '{types[0]}': one segment")
+    return step
 
 
 def redeployed(student: Program, checked: StepProgram) -> StepProgram:

@@ -16,6 +16,7 @@ from ..kernels.sequence_parallel.group import gather, process_group
 from ..passes.canonicalize import Canonicalize
 from ..passes.errors import LincompileError, RefusedError
 from ..passes.identity import ProveAttention
+from ..passes.inputs import beyond_text, model_values
 from ..passes.pipeline import Pipeline
 from ..passes.program import Program
 from ..passes.shard import SequenceParallel, shard_batch
@@ -196,24 +197,17 @@ def logits_of_slices(program: Program) -> LogitsOf:
     """
     import torch.distributed as dist
 
-    if unknown := [item.name for item in program.inputs if item.role not in ("tokens", "mask", "positions")]:
+    if unknown := beyond_text(program):
         raise RefusedError(f"perplexity needs a language model: this one takes '{unknown[0]}'")
     sharded = Pipeline([Canonicalize(), ProveAttention(), SequenceParallel()])(program)
     rank, world, alone = dist.get_rank(), dist.get_world_size(), logits_of_program(program)
-    dtypes = {item.name: program.example[item.name].dtype for item in program.inputs}
 
     def logits_of(tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
         length = tokens.shape[1]
         if length < world:
             yield from alone(tokens) if rank == 0 else ()
             return
-        values = {
-            "tokens": tokens,
-            "mask": torch.ones_like(tokens),
-            "positions": torch.arange(length, device=tokens.device).expand_as(tokens),
-        }
-        inputs = {item.name: values[item.role].to(dtypes[item.name]) for item in program.inputs}
-        part = shard_batch(inputs, rank, world, program=program)
+        part = shard_batch(model_values(program, tokens), rank, world, program=program)
         size = next(iter(part.values())).shape[1]
         with torch.no_grad():
             logits = sharded(**part)

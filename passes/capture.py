@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from .capture_check import check_capture
 from .errors import CaptureError, LincompileError
 from .graph import aten, expression, get_attribute, is_symbolic, set_tensor, target_of, tensor_of
+from .inputs import is_token_types
 from .program import Program, ProgramInput
 
 MIN_BATCH = 2
@@ -52,7 +53,7 @@ def capture(
         CaptureError: ``torch.export`` fails, the batch axis can't stay dynamic, the model takes another path at
             other sizes than the example's (a batch of 1 and 1 token included), or it uses ``torch.vmap``.
     """
-    inputs = widen(named_inputs(module, example))
+    inputs = apart(widen(named_inputs(module, example)))
     axes = {name: dict(dynamic_shapes[name]) if dynamic_shapes and name in dynamic_shapes else {} for name in inputs}
     if dynamic_shapes is None:
         axes = guess_axes(inputs)
@@ -133,6 +134,16 @@ def widen(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+def apart(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies a tensor that is given for several inputs: export would take them for one input."""
+    seen: set[int] = set()
+    result = {}
+    for name, value in inputs.items():
+        result[name] = value.clone() if id(value) in seen else value
+        seen.add(id(value))
+    return result
+
+
 def guess_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
     """Names for the dynamic axes: equal lengths share a name, so that related inputs share a symbol."""
     names_by_length: dict[int, str] = {}
@@ -154,7 +165,7 @@ def role_of(name: str, fake: Tensor) -> str:
         return "positions"
     if "mask" in lowered and fake.dim() == 2:
         return "mask"
-    if "type" in lowered or fake.dim() != 2:
+    if "type" in lowered or is_token_types(name, fake) or fake.dim() != 2:
         return "features" if fake.is_floating_point() else "other"
     return "other" if fake.is_floating_point() or fake.dtype == torch.bool else "tokens"
 

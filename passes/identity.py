@@ -28,6 +28,7 @@ from .graph import (
     walk_up,
     written_nodes,
 )
+from .inputs import read_by
 from .linearization.alibi import with_positions
 from .pipeline import PassResult, register
 from .program import AttentionSite, Program
@@ -74,6 +75,7 @@ class ProveAttention:
                 _count_heads(program, candidate, site)
             found.append(site)
         finish(program.graph_module)
+        read_by(program, cache.readings)
         order = order_of(program.graph_module)
         end = len(order)
         program.sites = sorted(
@@ -93,6 +95,7 @@ class Cache:
     written: set[Node] = field(default_factory=set)
     alibi: bool = False
     findings: dict[Any, tuple[Candidate, Findings]] = field(default_factory=dict)  # and whose they are
+    readings: dict[str, dict[bool, str]] = field(default_factory=dict)  # mask input → what 1 means → a site's path
     errors: dict[Any, float] = field(default_factory=dict)
 
 
@@ -125,6 +128,8 @@ def examine(program: Program, candidate: Candidate, site: AttentionSite, toleran
     if not findings.supported:
         site.reason = of_twin(findings.reason, first, candidate)
         return None
+    for name, inverted in findings.padding.items():
+        cache.readings.setdefault(name, {}).setdefault(inverted, site.path)
     try:
         with _Attempt(program.graph_module) as attempt:
             replacement = build(program, candidate, findings)

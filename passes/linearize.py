@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -191,6 +191,7 @@ class LinearizeAttention:
         operands = find_operands(site, cls, make, content, self.window, keep)
         if isinstance(operands, str):
             return operands
+        operands = operands.in_one_dtype(make)
         shape_class: Callable[..., SiteShape] = SiteShape
         if site.bias == "alibi":
             assert site.slopes is not None and site.kv_heads is not None
@@ -259,6 +260,16 @@ class Operands:
         """In the order of ``LinearMethod.forward``; v stands in for hidden states that the method doesn't read."""
         mask = [self.mask] if self.mask is not None else []
         return [self.q, self.k, self.v, self.hidden or self.v, *self.near, *mask]
+
+    def in_one_dtype(self, make: Builder) -> Operands:
+        """All in v's dtype, the method's own: where attention runs in another than the model, the others may not be."""
+        dtype = tensor_of(self.v).dtype
+
+        def cast(node: Node) -> Node:
+            return node if tensor_of(node).dtype == dtype else make(aten.to.dtype, node, dtype)
+
+        hidden = None if self.hidden is None else cast(self.hidden)
+        return replace(self, q=cast(self.q), k=cast(self.k), hidden=hidden, near=tuple(map(cast, self.near)))
 
 
 def find_operands(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .errors import LincompileError
+from .errors import LincompileError, RefusedError
 from .graph import expression, is_symbolic, symbols_in, target_of, tensor_of, value_inputs, value_of
 
 
@@ -23,14 +23,31 @@ from .graph import expression, is_symbolic, symbols_in, target_of, tensor_of, va
 class ProgramInput:
     """One input of the captured graph.
 
-    ``role`` is ``tokens`` (integer ids ``[B, T]``), ``mask`` (1 or True = real token, ``[B, T]``), ``positions``
-    (``[B, T]``), ``features`` (floating point) or ``other``. ``axes`` names the dynamic axes:
-    ``{0: "batch", 1: "sequence"}``.
+    ``role`` is ``tokens`` (integer ids ``[B, T]``), ``mask`` (``[B, T]``), ``positions`` (``[B, T]``), ``features``
+    (floating point) or ``other``. ``axes`` names the dynamic axes: ``{0: "batch", 1: "sequence"}``.
+    ``inverted`` says what a mask holds, as far as it is known: False, 1 or True for real tokens; True, for padding.
+    ``problem``: why nobody but the model's user can say what the input is to hold.
     """
 
     name: str
     role: str
     axes: dict[int, str]
+    inverted: bool | None = None
+    problem: str = ""
+
+    def masking(self, real: Tensor) -> Tensor:
+        """What a mask input holds for tokens that are ``real`` (1 or True) and padding (0 or False).
+
+        Raises:
+            RefusedError: it isn't known.
+        """
+        if self.problem:
+            raise RefusedError(self.problem)
+        return real == 0 if self.inverted else real
+
+    def real(self, mask: Tensor) -> Tensor:
+        """Which tokens are real, bool, as the values of a mask input say."""
+        return mask == 0 if self.inverted else mask != 0
 
 
 @dataclass

@@ -80,7 +80,7 @@ class SequenceParallel:
         if program.metadata.get("sequence_parallel"):
             return PassResult(program, False, dict(program.metadata["sequence_parallel"]))
         group, world = self.resolve()
-        inputs = [(item.name, item.role) for item in program.inputs]
+        inputs = [(item.name, item.role, item.inverted) for item in program.inputs]
         check_fingerprints(fingerprint(program.graph_module, inputs), group, world)
         tokens = splittable(program)
         twin = program.clone()

@@ -27,9 +27,11 @@ from .graph import (
     fake_mode_of,
     finish,
     redirect,
+    target_of,
     tensor_of,
     value_of,
 )
+from .inputs import readers, reads_padding, settle, token_types
 from .program import AttentionSite, Program
 from .stepping.check import check_step
 from .stepping.offsets import continue_positions, sequence_symbol
@@ -150,6 +152,7 @@ def make_stateful(program: Program, *, check: bool = True) -> StepProgram:
     reason = mixing(program, sequence_symbol(program.placeholder(tokens.name)))
     if reason is not None:
         raise RefusedError(f"no step form: {reason}")
+    settle(program)
     twin = program.clone()
     stepper = _Stepper(twin, tokens.name)
     step = stepper.build()
@@ -161,14 +164,18 @@ def make_stateful(program: Program, *, check: bool = True) -> StepProgram:
 def make_full(program: Program) -> StepProgram:
     """The whole-sequence form of a model that has no step form: the same signature, without states.
 
+    Token types, where the model takes them, are 0: one segment.
+
     Raises:
-        RefusedError: the model takes something other than tokens, a mask, positions and token types.
+        RefusedError: the model takes something other than tokens, a mask, positions and token types, or a mask of which
+            it isn't known what 1 means.
     """
     tokens = program.input_with_role("tokens")
     if tokens is None:
         raise RefusedError(
             "the model takes no tokens, so it has no program to save; use it from Python (compiled.program)"
         )
+    settle(program)
     return _Stepper(program.clone(), tokens.name).build_full()
 
 
@@ -224,17 +231,27 @@ class _Stepper:
         batch, length = tensor_of(self.tokens).shape[:2]
         self.mask = self._input("step_mask", (batch, length), torch.bool)
         self.positions = self._input("step_positions", (batch, length), torch.int64)
+        types, kept = token_types(self.program), []
         for item in self.program.inputs:
             node = self.program.placeholder(item.name)
-            if item.role == "other" and item.name != self.tokens.name and not tensor_of(node).is_floating_point():
+            if node is self.tokens:
+                kept.append(item)
+                continue
+            unread = not readers(self.program, item.name) and tensor_of(node).shape == tensor_of(self.tokens).shape
+            if item.name in types or unread:
                 anchor = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
-                zeros = Builder(self.module, anchor)(aten.zeros_like.default, self.tokens)  # token types: one segment
-                node.replace_all_uses_with(zeros)
+                dtype = tensor_of(node).dtype
+                redirect(node, Builder(self.module, anchor)(aten.zeros_like.default, self.tokens, dtype=dtype))
+            if not node.users:
                 self.graph.erase_node(node)
-        self.program.inputs = [
-            i for i in self.program.inputs if i.role in ("mask", "positions") or i.name == self.tokens.name
-        ]
-        self._rewire_inputs()
+            else:
+                kept.append(item)
+        self.program.inputs = kept
+        self._rewire_inputs(
+            "",
+            "an artefact can't give (it has tokens, positions and a padding mask): give it a fixed value in a module "
+            "around the model",
+        )
         self._outputs()
         finish(self.module)
         return StepProgram(
@@ -371,31 +388,36 @@ class _Stepper:
 
     @property
     def masked(self) -> bool:
-        """Whether the model takes a padding mask itself (its linear sites are then masked already)."""
-        return self.program.input_with_role("mask") is not None
+        """Whether the model reads a padding mask itself (its linear sites are then masked already)."""
+        return reads_padding(self.program)
 
-    def _rewire_inputs(self) -> None:
-        """The model's own mask and position inputs become ``step_mask`` and ``step_positions``."""
+    def _rewire_inputs(self, prefix: str = "no step form: ", unknown: str = "has no meaning token by token") -> None:
+        """The model's own mask and position inputs become ``step_mask`` and ``step_positions``; others are refused."""
         for item in self.program.inputs:
+            if item.name == self.tokens.name:
+                continue
             node = self.program.placeholder(item.name)
             source = {"mask": self.mask, "positions": self.positions}.get(item.role)
-            if source is None:
-                continue
-            dtype = tensor_of(node).dtype
+            if source is None or (item.role == "positions" and tensor_of(node).dim() != 2):
+                raise RefusedError(f"{prefix}the model also takes '{item.name}', which {unknown}")
+            if item.problem:
+                raise RefusedError(f"{prefix}{item.problem}")
             if node.users:
-                anchor = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
-                cast = (
-                    source
-                    if dtype == tensor_of(source).dtype
-                    else Builder(self.module, anchor)(aten.to.dtype, source, dtype)
-                )
-                redirect(node, cast)
+                self._replace_input(node, source, bool(item.inverted))
             self.graph.erase_node(node)
-        extra = [
-            i.name for i in self.program.inputs if i.role not in ("mask", "positions") and i.name != self.tokens.name
-        ]
-        if extra:
-            raise RefusedError(f"no step form: the model also takes '{extra[0]}', which has no meaning token by token")
+
+    def _replace_input(self, node: Node, source: Node, inverted: bool) -> None:
+        make = Builder(self.module, next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")))
+        if inverted:
+            for user in list(node.users):
+                if target_of(user) is aten.eq.Scalar and user.args[1] == 0:  # what proved attention masks by
+                    redirect(user, source)
+                    self.graph.erase_node(user)
+            if not node.users:
+                return
+            source = make(aten.logical_not.default, source)
+        dtype = tensor_of(node).dtype
+        redirect(node, source if dtype == tensor_of(source).dtype else make(aten.to.dtype, source, dtype))
 
     def _outputs(self) -> None:
         output = next(node for node in self.graph.nodes if node.op == "output")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...passes.errors import LincompileError
+from ...passes.inputs import beyond_text, model_values, settle
 from ...passes.program import Program
 from ..generate import StepSession, generate, prefill
 
@@ -41,21 +42,15 @@ def logits_of_program(program: Program) -> LogitsOf:
     """One forward of the captured graph per window.
 
     Raises:
-        LincompileError: the program takes something other than tokens, a mask and positions.
+        LincompileError: the program takes something other than tokens, a padding mask and positions.
     """
-    roles = [item.role for item in program.inputs]
-    if unknown := [item.name for item in program.inputs if item.role not in ("tokens", "mask", "positions")]:
+    if unknown := beyond_text(program):
         raise LincompileError(f"perplexity needs a language model: this one takes '{unknown[0]}'")
-    dtypes = [program.example[item.name].dtype for item in program.inputs]
+    settle(program)
 
     def logits_of(tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
-        values = {
-            "tokens": tokens,
-            "mask": torch.ones_like(tokens),
-            "positions": torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens),
-        }
         with torch.no_grad():
-            logits = program(*(values[role].to(dtype) for role, dtype in zip(roles, dtypes, strict=True)))
+            logits = program(**model_values(program, tokens))
         yield 0, logits[0] if isinstance(logits, (tuple, list)) else logits
 
     return logits_of

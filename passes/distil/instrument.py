@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from ..errors import LincompileError
 from ..graph import Builder, aten, finish, module_path, set_tensor, target_of, tensor_of
+from ..inputs import model_values, settle
 from ..linearization.methods import LinearMethod, method_class
 from ..linearize import PROJECTIONS, find_operands
 from ..program import Program, content_nodes, is_lincompile_op
@@ -159,6 +160,8 @@ def _instrument(
         kept = twin.details["rotary"] == "kept"
         operands = find_operands(site, method_class(twin.method), make, content, branch.shape.window, kept)
         assert not isinstance(operands, str), operands
+        if autocast is None:  # which casts what each op reads
+            operands = operands.in_one_dtype(make)
         name = twin.details["module"]
         modules[name] = site.path
         module.add_submodule(name, wrap(site.path, branch))
@@ -188,6 +191,7 @@ def _instrument(
 
 def _prepared(program: Program) -> tuple[Program, torch.dtype | None, set[Node]]:
     """A copy to train with, the dtype of its matrix products, and its content nodes."""
+    settle(program)
     twin = program.clone()
     autocast = _autocast(twin)
     if (tokens := twin.input_with_role("tokens")) is not None:
@@ -225,7 +229,9 @@ def _keep_positions_exact(program: Program, autocast: torch.dtype | None, conten
 
 
 def _autocast(program: Program) -> torch.dtype | None:
-    """bfloat16 for a float32 model on a GPU; anything else computes in its own dtype."""
+    """bfloat16 for a float32 model on a GPU; anything else computes in its own dtype, as does float64 attention."""
+    if any(site.node is not None and tensor_of(site.node).dtype == torch.float64 for site in program.sites):
+        return None
     weights = [p for p in program.graph_module.parameters() if p.is_floating_point()]
     return torch.bfloat16 if weights and all(p.is_cuda and p.dtype == torch.float32 for p in weights) else None
 
@@ -307,8 +313,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 def batch_of(program: Program, tokens: Tensor) -> dict[str, Tensor]:
     """:func:`model_inputs` by name."""
-    names = (item.name for item in program.inputs)
-    return dict(zip(names, model_inputs(program, tokens), strict=True))
+    return model_values(program, tokens)
 
 
 def model_inputs(program: Program, tokens: Tensor) -> list[Tensor]:
@@ -317,20 +322,4 @@ def model_inputs(program: Program, tokens: Tensor) -> list[Tensor]:
     Raises:
         LincompileError: the program takes something that tokens don't determine.
     """
-    values = []
-    for item in program.inputs:
-        fake = tensor_of(program.placeholder(item.name))
-        if item.role == "tokens":
-            value = tokens
-        elif item.role == "mask":
-            value = torch.ones_like(tokens)
-        elif item.role == "positions":
-            value = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape).contiguous()
-        elif fake.dim() == 2 and not fake.is_floating_point():
-            value = torch.zeros_like(tokens)  # token types
-        else:
-            raise LincompileError(
-                f"the model takes '{item.name}', which text doesn't give: distil it from Python with your own data"
-            )
-        values.append(value.to(fake.dtype))
-    return values
+    return list(model_values(program, tokens).values())

@@ -396,6 +396,14 @@ def _check_padding(probe: Probe, node: Node, plain_view: View, masked_view: obje
                 "unknown-mask",
                 f"the input '{node.name}' changes the mask beyond removing padded keys ({pattern} padding)",
             )
+        # Whoever sees their like alone, and not the real tokens, isn't padding but another sequence.
+        unreal = ~valid & wanted.any(-1, keepdim=True) & ~(seen & real[:, None, None, :]).any(-1, keepdim=True)
+        if plain.shape[-2] == shape[1] and bool((seen & unreal & ~real[:, None, None, :]).any()):
+            values = "values" if tensor_of(node).dtype == torch.bool else "numbers"
+            raise Unstable(
+                "packed",
+                f"the {values} in '{node.name}' separate packed sequences; the canonical mask only knows padding",
+            )
     if (
         not tensor_of(node).dtype.is_floating_point
         and tensor_of(node).dtype != torch.bool

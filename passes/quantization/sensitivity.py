@@ -368,7 +368,7 @@ def real_tokens(program: Program, batch: Batch, output: Tensor) -> Tensor:
     mask = program.input_with_role("mask")
     shape = output.shape[:-1]
     if mask is not None and batch[mask.name].shape == shape:
-        return batch[mask.name].to(torch.bool).to(torch.float64)
+        return mask.real(batch[mask.name]).to(torch.float64)
     return torch.ones(shape, dtype=torch.float64, device=output.device)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...kernels.sequence_parallel.op import process_group
-from ..errors import LincompileError
+from ..errors import LincompileError, RefusedError
 from ..program import Program
 
 IGNORED = -100  # the label that no loss counts
@@ -27,13 +27,13 @@ def shard_batch(
     """One rank's slice of a batch, padded at the end to equal slices.
 
     Args:
-        inputs: tensors ``[B, T, …]`` by name; a name with "mask" is padded with zeros, "position" by counting on, the
-            others by repeating the last token.
+        inputs: tensors ``[B, T, …]`` by name; a name with "mask" is padded with zeros (ones, where the program reads 1
+            as padding), "position" by counting on, the others by repeating the last token.
         labels: ``[B, T]`` next-token labels; token t is trained to predict ``labels[:, t + 1]``, so labels are shifted
             *before* they are cut: the last token of a slice predicts the first of the next. Padding gets −100.
         multiple: slices are as long as a multiple of it (2 for ``SequenceParallel(balance=True)``).
-        program: what will read the slices; needed where a batch without a padding mask must be padded, because a
-            bidirectional model would read the padding.
+        program: what will read the slices; needed where a batch must be padded that has no padding mask, because a
+            bidirectional model would read the padding, or one (``key_padding_mask``) whose 1 may say padding.
 
     Returns:
         The slices, and ``labels`` (already shifted: use them without shifting again) where labels were given.
@@ -67,7 +67,7 @@ def shard_batch(
         if missing:
             extra = value[:, -1:].expand(-1, missing, *value.shape[2:])
             if "mask" in name:
-                extra = torch.zeros_like(extra)
+                extra = torch.full_like(extra, _padding_value(program, name))
             elif "position" in name:
                 extra = extra + torch.arange(1, missing + 1, device=value.device)
             value = torch.cat([value, extra], 1)
@@ -77,6 +77,21 @@ def shard_batch(
         shifted = torch.cat([labels[:, 1:], ignored], 1)
         result["labels"] = shifted[:, rank * size : (rank + 1) * size].contiguous()
     return result
+
+
+def _padding_value(program: Program | None, name: str) -> int:
+    """What a padding mask holds for a padded token."""
+    known = next((item for item in program.inputs if item.name == name), None) if program is not None else None
+    if known is not None and known.problem:
+        raise RefusedError(f"shard_batch: {known.problem}")
+    if known is not None and known.inverted is not None:
+        return int(known.inverted)
+    if "pad" in name:
+        raise LincompileError(
+            f"shard_batch: 1 in '{name}' may say padding or a real token: give program=…, its attention proved, which "
+            "says what it reads there"
+        )
+    return 0
 
 
 def _check_padding(program: Program | None, length: int, multiple: int) -> None:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from ...kernels.sequence_parallel.op import process_group
 from ..errors import RefusedError
 from ..graph import tensor_of
+from ..inputs import reads_padding
 from ..program import Program
 
 TOLERANCE = 1e-4
@@ -70,7 +71,7 @@ def check_shard(program: Program, sharded: Program, group: str, world: int, even
     real = torch.ones(wanted.shape[:2], dtype=torch.bool, device=wanted.device)
     for item in program.inputs:
         if item.role == "mask":
-            real = inputs[item.name][:, mine] != 0
+            real = real & item.real(inputs[item.name][:, mine])
     difference = (part.double() - wanted)[real]
     largest = difference.abs().max() if difference.numel() else wanted.new_zeros(())
     worst = torch.stack([largest, whole.double().abs().max()])
@@ -91,12 +92,12 @@ def example(program: Program, length: int) -> dict[str, Tensor] | None:
     generator = torch.Generator().manual_seed(3)
     values: dict[str, Tensor] = {}
     mask = torch.ones(2, length, dtype=torch.bool)
-    if program.input_with_role("mask") is not None:
+    if reads_padding(program):
         mask[0, : length // 3] = False
     for item in program.inputs:
         given, fake = program.example[item.name], tensor_of(program.placeholder(item.name))
         if item.role in ("mask", "positions"):
-            value = mask if item.role == "mask" else (mask.long().cumsum(1) - 1).clamp(min=0)
+            value = item.masking(mask) if item.role == "mask" else (mask.long().cumsum(1) - 1).clamp(min=0)
         elif item.role == "tokens":
             value = torch.randint(0, max(int(given.max()) + 1, 2), (2, length), generator=generator)
         elif item.role == "features":

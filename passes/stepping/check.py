@@ -10,6 +10,7 @@ from torch.fx import Interpreter, Node
 
 from ..errors import RefusedError
 from ..graph import module_path, same_dim, source_line, tensor_of
+from ..inputs import reads_padding
 from ..program import Program
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def check_step(program: Program, step: StepProgram, tokens: str) -> float:
     else:
         high = int(example.max()) + 1
         ids = torch.randint(0, max(high, 2), (2, limit), generator=generator).to(device)
-    padded = program.input_with_role("mask") is not None
+    padded = reads_padding(program)
     mask = torch.ones(2, limit, dtype=torch.bool, device=device)
     if padded and not step.uniform_positions:
         mask[0, : limit // 3] = False
@@ -53,7 +54,7 @@ def check_step(program: Program, step: StepProgram, tokens: str) -> float:
     inputs: dict[str, Tensor] = {}
     for item in program.inputs:
         fake = tensor_of(program.placeholder(item.name))
-        source = {"mask": mask, "positions": positions}.get(item.role, ids)
+        source = item.masking(mask) if item.role == "mask" else positions if item.role == "positions" else ids
         inputs[item.name] = source.to(fake.dtype)
     worst = 0.0
     with torch.no_grad():

@@ -185,20 +185,22 @@ def _rows_left(program: Program, lookup: Node) -> int | None:
     index = lookup.args[1]
     assert isinstance(index, Node)
     sizes = Sizes(program.bind(batch=2, sequence=3))
+    for real in (1, 0):  # before attention is proved nobody knows which of them is a real token in a mask
 
-    def leaf(node: Node) -> Tensor | None:
-        item = next(i for i in program.inputs if i.name == node.name)
-        shape = sizes.shape(tensor_of(node))
-        if item.role == "positions":
-            return torch.arange(shape[-1]).expand(shape)
-        return torch.ones(shape, dtype=torch.int64) if item.role == "mask" else None
+        def leaf(node: Node, real: int = real) -> Tensor | None:
+            item = next(i for i in program.inputs if i.name == node.name)
+            shape, dtype = sizes.shape(tensor_of(node)), tensor_of(node).dtype
+            if item.role == "positions":
+                return torch.arange(shape[-1]).expand(shape)
+            return torch.full(shape, real, dtype=dtype) if item.role == "mask" else None
 
-    try:
-        rows = evaluate(program.graph_module, index, sizes, leaf=leaf).reshape(-1)
-    except Opaque:
-        return None
-    counts = rows.numel() >= 3 and torch.equal(rows[:3] - rows[0], torch.arange(3, dtype=rows.dtype))
-    return int(tensor_of(lookup.args[0]).shape[0]) - int(rows[0]) if counts else None
+        try:
+            rows = evaluate(program.graph_module, index, sizes, leaf=leaf).reshape(-1)
+        except Opaque:
+            return None
+        if rows.numel() >= 3 and torch.equal(rows[:3] - rows[0], torch.arange(3, dtype=rows.dtype)):
+            return int(tensor_of(lookup.args[0]).shape[0]) - int(rows[0])
+    return None
 
 
 def _shift_counters(module: GraphModule, tables: list[Node], sequence: str, offset: Node) -> dict[Node, Node]:

@@ -187,3 +187,54 @@ def test_bad_options_are_one_line_errors(options: dict[str, object], message: st
     with pytest.raises(LincompileError, match=message) as caught:
         lincompile.compile(module, example=example, **{"attn": "gla", **options})
     assert "\n" not in str(caught.value)
+
+
+class Wider(nn.Module):
+    """Rotary attention by hand that runs in another dtype than the rest of the model."""
+
+    def __init__(self, inner: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = inner
+        self.embed, self.qkv, self.head = nn.Embedding(64, 32), nn.Linear(32, 96), nn.Linear(32, 64)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2).to(self.inner) for y in self.qkv(x).chunk(3, -1))
+        angle = torch.arange(ids.shape[1])[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.001] * 2)
+        cos, sin = angle.cos().to(self.inner), angle.sin().to(self.inner)
+        q, k = (y * cos + torch.cat([-y.chunk(2, -1)[1], y.chunk(2, -1)[0]], -1) * sin for y in (q, k))
+        hidden = ~torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        weights = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+        return self.head(x + (weights @ v).to(x.dtype).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("attn", ["gla", "lawcat", "hedgehog", "gated-delta"])
+@pytest.mark.parametrize(("dtype", "inner"), [("bfloat16", torch.float32), ("float32", torch.float64)])
+def test_attention_in_a_wider_dtype_than_the_model(
+    attn: str, window: int | None, dtype: str, inner: torch.dtype, tmp_path: Path
+) -> None:
+    """Gates, shares and convolutions are the attention's, the hidden states that they read the model's."""
+    ids = torch.randint(0, 64, (2, 9))
+    compiled = lincompile.compile(Wider(inner), example=ids, attn=attn, window=window, dtype=dtype)
+    plain = lincompile.compile(Wider(torch.float32), example=ids, attn=attn, window=window)
+    added = [p for n, p in compiled.program.graph_module.named_parameters() if n.startswith("lincompile_attention")]
+    assert {p.dtype for p in added} == {inner} and compiled.step.causal
+    close = {"rtol": 0.05, "atol": 0.02} if dtype == "bfloat16" else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(compiled.program(ids).float(), plain.program(ids), **close)
+    artefact = lincompile.open(compiled.save(tmp_path / "out"))
+    one = torch.ones(2, 9, dtype=torch.bool)
+    with torch.no_grad():
+        out, _ = artefact.step(ids, torch.arange(9).expand(2, 9), one, compiled.step.initial_states(2))
+        torch.testing.assert_close(out, compiled.program(ids), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("dtype", "inner"), [("bfloat16", torch.float32), ("float32", torch.float64)])
+def test_attention_in_a_wider_dtype_is_distilled(dtype: str, inner: torch.dtype) -> None:
+    options = {"attn": "lawcat", "window": 4, "distil": tokens(2000, 64), "tokens": 1024, "length": 32, "batch": 2}
+    compiled = lincompile.compile(
+        Wider(inner), example=torch.randint(0, 64, (2, 9)), dtype=dtype, train="full", **options
+    )
+    assert compiled.transfer is not None
+    assert sum(compiled.transfer.after.values()) < sum(compiled.transfer.before.values())

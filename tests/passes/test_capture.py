@@ -317,3 +317,18 @@ def test_storage_read_behind_a_weights_shape_is_refused() -> None:
     for view in (values.t(), values[1:], values.view(-1)[:12].view(3, 4)):
         with pytest.raises(CaptureError, match=r"reads the storage of 'weight' by as_strided.*make it contiguous"):
             capture(Strided(view), tokens)
+
+
+def test_one_tensor_for_two_inputs_is_two_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Embedding(50, 8), nn.Embedding(50, 8)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.first(a) - self.second(b)
+
+    same = torch.randint(0, 50, (2, 9))
+    module = Two()
+    program = capture(module, {"a": same, "b": same})
+    torch.testing.assert_close(program(same, same.flip(1)), module(same, same.flip(1)))
