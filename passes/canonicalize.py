@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from .canonical.flex import lower_flex
 from .canonical.parts import assemble_parts
 from .canonical.products import order_products
+from .canonical.spelling import respell
 from .graph import (
     INT_MAX,
     Builder,
@@ -67,7 +68,8 @@ FUNCTIONAL = {
 class Canonicalize:
     """Removes no-op casts, slices, dropouts and asserts, inlines grad-mode regions, folds hand-written softmax.
 
-    Tensors written part by part become concatenations, and products are brought into one order of factors.
+    Tensors written part by part become concatenations, products are brought into one order of factors, and ops that
+    torch has under two names get the first of them.
     """
 
     name: str = field(default="canonicalize", init=False, metadata={"text": False})
@@ -77,6 +79,7 @@ class Canonicalize:
         before = len(module.graph.nodes)
         counts = {
             "inlined regions": inline_regions(module),
+            "ops respelled": respell(module),
             "flex_attention written out": lower_flex(module),
             "tensors assembled": assemble_parts(module),
             "no-ops removed": remove_noops(module),

@@ -63,6 +63,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "exp-sum": lambda x: torch.exp(x) / torch.exp(x).sum(-1, keepdim=True),
     "shifted": lambda x: (e := torch.exp(x - x.amax(-1, keepdim=True))) / e.sum(-1, keepdim=True),
     "log-softmax": lambda x: F.log_softmax(x, -1).exp(),
+    "respelled": lambda x: torch.concat([torch.moveaxis(torch.swapaxes(torch.multiply(x, 2), 1, -1), 1, 2), x], -1),
     "other-axis": lambda x: (e := torch.exp(x)) / e.sum(1, keepdim=True),
     "not-a-softmax": lambda x: (e := torch.exp(x)) / (e.sum(-1, keepdim=True) + 1),
 }
@@ -89,6 +90,10 @@ def test_values_and_gradients_stay(name: str) -> None:
     assert bool(counts.get("aten.softmax.int")) == folded
     if name == "no-ops":
         assert set(counts) == {"aten.linear.default"}
+    if name == "respelled":
+        assert set(counts) == {
+            f"aten.{op}" for op in ("linear.default", "mul.Tensor", "transpose.int", "permute.default", "cat.default")
+        }
     if name == "in-place":
         assert not any("_." in op for op in counts)
     before = str(program.graph_module.graph)
@@ -122,3 +127,32 @@ def test_flex_attention_is_written_out_with_its_gradients() -> None:
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
     x.requires_grad_()
     torch.autograd.grad(sum(y.sum() for y in program(x)), x)
+
+
+class Respelled(nn.Module):
+    """Causal attention in the second names of its ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv = nn.Embedding(20, 16), nn.Linear(16, 48)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        batch, length, _ = x.shape
+        q, k, v = (torch.movedim(part.view(batch, length, 2, 8), 2, 1) for part in self.qkv(x).chunk(3, -1))
+        scores = torch.divide(torch.multiply(q, 1.0) @ torch.swapdims(k, -1, -2), 8**0.5)
+        places = torch.arange(length)
+        hidden = torch.less(places[:, None], places[None, :])
+        p = torch.special.softmax(scores.masked_fill(hidden, -float("inf")), -1)
+        return torch.subtract(torch.moveaxis(p @ v, (1,), (2,)).flatten(2), torch.negative(x))
+
+
+def test_attention_in_second_names_is_proved() -> None:
+    module = Respelled().eval()
+    program = Pipeline([Canonicalize(), ProveAttention()])(capture(module, torch.randint(0, 20, (2, 9))))
+    (site,) = program.sites
+    assert site.proved and site.kind == "causal", site.reason
+    assert program.history[0]["report"]["ops respelled"] == 11
+    for length in (1, 33):
+        tokens = torch.randint(0, 20, (3, length))
+        torch.testing.assert_close(program(tokens), module(tokens), rtol=1e-5, atol=1e-5)
