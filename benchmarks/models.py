@@ -368,7 +368,10 @@ def page(rows: list[tuple[str, ...]]) -> str:
         "captured and proved with `--alibi`; written by",
         "`python benchmarks/models.py`. Nothing in lincompile knows these names. *Difference*: between the program, "
         "its proved sites rewritten to the",
-        "canonical op, and the model: relative, at lengths and batches that weren't captured.",
+        "canonical op, and the model: relative, at lengths and batches that weren't captured. Vision models and those "
+        "with a second sequence",
+        "(`decoder_input_ids`) have a program and no artefact, which has "
+        "[tokens and their mask alone](passes.md#what-an-artefact-gives-the-model).",
         "",
         "| model | sites proved | kinds | remarks | difference |",
         "|---|---|---|---|---|",

@@ -230,7 +230,7 @@ def _keep_positions_exact(program: Program, autocast: torch.dtype | None, conten
 
 def _autocast(program: Program) -> torch.dtype | None:
     """bfloat16 for a float32 model on a GPU; anything else computes in its own dtype, as does float64 attention."""
-    if any(site.node is not None and tensor_of(site.node).dtype == torch.float64 for site in program.sites):
+    if any(site.node is not None and tensor_of(site.node.args[2]).dtype == torch.float64 for site in program.sites):
         return None
     weights = [p for p in program.graph_module.parameters() if p.is_floating_point()]
     return torch.bfloat16 if weights and all(p.is_cuda and p.dtype == torch.float32 for p in weights) else None
