@@ -3,10 +3,10 @@
     python benchmarks/background.py start FOLDER --gpu 0 'python benchmarks/distil.py … --out FOLDER/rows' --gpu 1 '…'
     python benchmarks/background.py wait FOLDER --seconds 560 --copy OUT
 
-``start`` returns at once; commands of one GPU (or of ``--cpu NAME``) follow each other, those of others run beside them.
-``wait`` returns when all have ended (0 if all succeeded, 1 if not), or after so many seconds (3), prints the end of
-every log, and copies what was written so far: files of FOLDER and one folder below, by the endings of ``--take``, at
-most 16 MiB each. Where nothing was started it fails at once (2): a machine that is held costs what it costs, busy or not.
+``start`` returns at once; commands of one GPU (or of ``--cpu NAME``) follow each other, those of others run beside
+them. ``wait`` returns when all have ended (0 if all succeeded, 1 if not), or after so many seconds (3), prints the end
+of every log, and copies what was written so far: files of FOLDER and one folder below, by the endings of ``--take``,
+at most 16 MiB each. Where nothing was started it fails at once (2): a machine that is held costs what it costs.
 """
 
 from __future__ import annotations
