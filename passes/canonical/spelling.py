@@ -58,6 +58,7 @@ def _twins() -> dict[Any, Any]:
 
 TWINS = _twins()
 MOVES = frozenset({aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist})
+TRANSPOSES = frozenset({aten.mT.default, aten.mH.default, aten.adjoint.default})  # of what isn't complex
 
 
 def _as_permutation(node: Node) -> None:
@@ -76,6 +77,10 @@ def respell(module: GraphModule) -> int:
     for node in module.graph.nodes:
         if target_of(node) in MOVES:
             _as_permutation(node)
+            changed += 1
+            continue
+        if target_of(node) in TRANSPOSES and not tensor_of(node).is_complex():
+            node.target, node.args = aten.transpose.int, (node.args[0], -2, -1)
             changed += 1
             continue
         if (twin := TWINS.get(target_of(node))) is None:

@@ -140,7 +140,7 @@ class Respelled(nn.Module):
         x = self.embed(tokens)
         batch, length, _ = x.shape
         q, k, v = (torch.movedim(part.view(batch, length, 2, 8), 2, 1) for part in self.qkv(x).chunk(3, -1))
-        scores = torch.divide(torch.multiply(q, 1.0) @ torch.swapdims(k, -1, -2), 8**0.5)
+        scores = torch.divide(torch.multiply(q, 1.0) @ k.mT, 8**0.5)
         places = torch.arange(length)
         hidden = torch.less(places[:, None], places[None, :])
         p = torch.special.softmax(scores.masked_fill(hidden, -float("inf")), -1)
