@@ -31,13 +31,14 @@ def start(folder: Path, queues: dict[str, list[str]]) -> None:
         state = folder / f"{name}.queue"
         state.write_text(json.dumps({"commands": commands, "ended": []}), encoding="utf-8")
         with (folder / f"{name}.log").open("ab") as log:
-            subprocess.Popen(
+            worker = subprocess.Popen(
                 [sys.executable, __file__, "work", str(state)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        (folder / f"{name}.pid").write_text(str(worker.pid), encoding="utf-8")
 
 
 def work(state: Path) -> None:
@@ -57,6 +58,15 @@ def work(state: Path) -> None:
         partial.replace(state)
 
 
+def alive(process: int) -> bool:
+    """Whether a process is there, and not only for want of someone who asks how it ended."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
 def wait(folder: Path, seconds: float, copy: Path | None, take: tuple[str, ...], lines: int) -> int:
     """See the module; returns the exit code."""
     states = sorted(folder.glob("*.queue"))
@@ -66,14 +76,19 @@ def wait(folder: Path, seconds: float, copy: Path | None, take: tuple[str, ...],
     end = time.monotonic() + seconds
     while True:
         queues = {state.stem: json.loads(state.read_text(encoding="utf-8")) for state in states}
-        running = [name for name, queue in queues.items() if len(queue["ended"]) < len(queue["commands"])]
+        unfinished = [name for name, queue in queues.items() if len(queue["ended"]) < len(queue["commands"])]
+        running = [name for name in unfinished if alive(int((folder / f"{name}.pid").read_text(encoding="utf-8")))]
         if not running or time.monotonic() >= end:
             break
         time.sleep(0.5)
     if copy is not None:
         copy.mkdir(parents=True, exist_ok=True)
         for file in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-            if file.suffix in take and file.is_file() and file.stat().st_size <= LARGEST:
+            if file.suffix not in take or not file.is_file():
+                continue
+            if file.stat().st_size > LARGEST:
+                print(f"not copied, {file.stat().st_size:,} bytes: {file}")
+            else:
                 shutil.copy(file, copy / "_".join(file.relative_to(folder).parts))
     for name, queue in queues.items():
         shown = (folder / f"{name}.log").read_text(errors="replace").splitlines()[-lines:]
@@ -82,7 +97,9 @@ def wait(folder: Path, seconds: float, copy: Path | None, take: tuple[str, ...],
         )
     if running:
         return UNFINISHED
-    return int(any(code for queue in queues.values() for code in queue["ended"]))
+    for name in unfinished:
+        print(f"the process of {name} has ended before its commands")
+    return int(bool(unfinished) or any(code for queue in queues.values() for code in queue["ended"]))
 
 
 def main() -> int:

@@ -35,11 +35,13 @@ PARAGRAPH = 80  # characters from which a paragraph may not repeat
 SHORTEST = 2000  # characters of a document
 # Of MediaWiki's markup: references, pictures and categories; headings; what stands after an article's text.
 NOT_PROSE = (
-    re.compile(r"<ref[^>/]*/>|<ref[^>]*>.*?</ref>", re.DOTALL),
+    re.compile(r"<ref\b[^>]*/>|<ref\b[^>]*>.*?</ref>", re.DOTALL),
     re.compile(r"\[\[(?:File|Image|Category):(?:[^\[\]]|\[\[[^\]]*\]\])*\]\]"),
 )
 HEADING = re.compile(r"^(=+)\s*(.+?)\s*\1\s*$", re.MULTILINE)
-APPENDIX = re.compile(r"\n=+ (?:See also|References|Notes|External links|Further reading|Bibliography)[^\n]* =+\n")
+APPENDIX = re.compile(
+    r"\n== (?:See also|References|Notes(?: and references)?|External links|Further reading|Bibliography) ==\n"
+)
 MARK = "\ue000"
 MARKUP = re.compile(r"^\s*(\.\. [a-z:-]+::.*|:[a-z-]+:.*|[=~^\"'*+#-]{4,})\s*$", re.MULTILINE)
 

@@ -48,7 +48,7 @@ from lincompile.passes.distil.instrument import instead, sites_of, unpadded
 from lincompile.passes.distil.logits import LogitDistillation, distil_logits, own_parameters
 from lincompile.passes.distil.loop import LoopOptions, LoopReport
 from lincompile.passes.distil.recipe import with_branches_of
-from lincompile.passes.distil.retrieval import WithRetrieval
+from lincompile.passes.distil.retrieval import WithRetrieval, check_stretch
 from lincompile.passes.distil.transfer import Transfer, transfer
 from lincompile.passes.errors import LincompileError
 from lincompile.passes.formats.load import load_model
@@ -348,8 +348,14 @@ def parsed() -> argparse.Namespace:
             parser.error("name a model")
         if (asked.train is None) == (asked.evaluate is None):
             parser.error("give --train TEXT, or --evaluate ADAPTER")
+        recipe = recipe_of(asked)
+        try:  # before anything is loaded or trained
+            for stage in filter(None, (recipe.transfer, recipe.logits, recipe.extension)):
+                check_stretch(stage.stretch, stage.retrieval, [recipe.attn])
+        except LincompileError as error:
+            parser.error(str(error))
         known = ("ablations", "generation", "int6", "passkey", "zero-shot")
-        if wrong := [name for name in recipe_of(asked).measures if name not in known]:
+        if wrong := [name for name in recipe.measures if name not in known]:
             parser.error(f"--measures: '{wrong[0]}' is none of {', '.join(known)}")
     return asked
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from lincompile.passes.distil.retrieval import check_stretch
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -36,9 +34,6 @@ class Stage:
     cross_entropy: float = 0.0
     echoes: float = 0.0
     rates: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_stretch(self.stretch, self.retrieval)
 
 
 # What a state must look up is a fifth of the tokens and most of what students lose on text that names things again.
@@ -117,7 +112,9 @@ RECIPES: dict[str, Recipe] = {
     "lawcat-passkey": SHORT,
     "lawcat-window64-passkey": replace(SHORT, window=64),
     "lawcat-window64-heads2-passkey": replace(SHORT, window=64, keep="heads:2"),
-    "gated-delta-passkey": replace(SHORT, attn="gated-delta", logits=ASKED, extension=ASKED_LONGER),  # unstretched
+    "gated-delta-passkey": replace(
+        SHORT, attn="gated-delta", logits=ASKED, extension=ASKED_LONGER
+    ),  # a token again isn't one scaled
     "gla": replace(PURE, attn="gla"),
     "gla-window64": replace(WINDOW, attn="gla"),
     "gla-window64-softmax6": replace(HYBRID, attn="gla"),

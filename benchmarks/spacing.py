@@ -65,8 +65,9 @@ def joined(text: str, moses: MosesDetokenizer) -> str:
     def line(tokens: str) -> str:
         tokens = re.sub(r" @([-,.])@ ", r"\1", tokens)
         tokens = re.sub(r'" ([^"]*) "', r'"\1"', tokens)
-        if re.match(r"\s*=.*=\s*$", tokens):
-            return re.sub(r"(?<==) (?==)", "", tokens.strip())
+        if marked := re.fullmatch(r"\s*((?:= )+)(.*?)((?: =)+)\s*", tokens):
+            marks = marked[1].replace(" ", "")
+            return f"{marks} {line(marked[2])} {marks}"
         return str(moses.detokenize(re.sub(r" (['’]\w)", r"\1", tokens).split()))
 
     return re.sub(r"\n{3,}", "\n\n", "\n".join(map(line, text.split("\n"))))

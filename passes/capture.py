@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from .capture_check import check_capture
 from .errors import CaptureError, LincompileError
-from .graph import aten, expression, get_attribute, is_symbolic, set_tensor, target_of, tensor_of
+from .graph import aten, expression, get_attribute, is_symbolic, set_tensor, storage_root, target_of, tensor_of
 from .inputs import is_token_types
 from .program import Program, ProgramInput
 
@@ -303,9 +303,9 @@ def _check_strides(graph_module: GraphModule) -> None:
     Copies, files and devices keep a tensor's values and not where they lie.
     """
     for node in graph_module.graph.nodes:
-        if target_of(node) != aten.as_strided.default or node.args[0].op != "get_attr":
+        if target_of(node) != aten.as_strided.default or (root := storage_root(node)).op != "get_attr":
             continue
-        name = str(node.args[0].target)
+        name = str(root.target)
         tensor = get_attribute(graph_module, name)
         stored = tensor.untyped_storage().nbytes() // tensor.element_size()
         if not tensor.is_contiguous() or tensor.storage_offset() or stored != tensor.numel():

@@ -141,28 +141,35 @@ def settle(program: Program) -> None:
         program.inputs[index] = replace(item, inverted=ways[0]) if len(ways) == 1 else replace(item, problem=problem)
 
 
-@torch.no_grad()
 def _removes_padding(program: Program, item: ProgramInput) -> bool:
+    """Whether others don't see padded tokens; at the right, too: a row may give what its first token gives alone."""
     tokens = program.input_with_role("tokens")
     if tokens is None or program.example[item.name].shape != program.example[tokens.name].shape:
         return False
+    length = program.example[tokens.name].shape[1]
+    padding = length // 3
+    return any(_hides(program, item, tokens, places) for places in (slice(padding), slice(length - padding, None)))
+
+
+@torch.no_grad()
+def _hides(program: Program, item: ProgramInput, tokens: ProgramInput, places: slice) -> bool:
+    """Whether other tokens at these places of the first row change what the rest gets, and with the mask don't."""
     ids = program.example[tokens.name]
-    padding = ids.shape[1] // 3
     other = ids.clone()
-    other[0, :padding] = (ids[0, :padding] + 1) % max(int(ids.max()) + 1, 2)
+    other[0, places] = (ids[0, places] + 1) % max(int(ids.max()) + 1, 2)
     every = torch.ones_like(ids, dtype=torch.bool)
     real = every.clone()
-    real[0, :padding] = False
+    real[0, places] = False
 
-    def first_row(ids: Tensor, real: Tensor) -> Tensor:
+    def first_row(ids: Tensor, mask: Tensor) -> Tensor:
         given = program.example | {tokens.name: ids}
-        for mask in program.inputs:
-            if mask.name == item.name or (mask.role == "mask" and mask.inverted is not None and not mask.problem):
-                value = item.masking(real) if mask.name == item.name else mask.masking(every)
-                given[mask.name] = value.to(given[mask.name].dtype)
+        for each in program.inputs:
+            if each.name == item.name or (each.role == "mask" and each.inverted is not None and not each.problem):
+                value = item.masking(mask) if each.name == item.name else each.masking(every)
+                given[each.name] = value.to(given[each.name].dtype)
         result = program(**given)
         row = (result if isinstance(result, Tensor) else result[0])[0].double()
-        return row[padding:] if row.dim() > 1 and row.shape[0] == ids.shape[1] else row
+        return row[real[0]] if row.dim() > 1 and row.shape[0] == ids.shape[1] else row
 
     try:
         without, left = (float((first_row(other, m) - first_row(ids, m)).abs().max()) for m in (every, real))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +43,12 @@ def test_waiting_ends_in_time_and_at_once_where_there_is_nothing(tmp_path: Path)
     assert background("wait", tmp_path / "work", "--seconds", 60).returncode == 0
     assert json.loads((tmp_path / "work" / "cpu-long.queue").read_text())["ended"] == [0]
     assert background("start", tmp_path / "other").returncode == 2
+
+
+def test_a_worker_that_was_killed_isnt_waited_for(tmp_path: Path) -> None:
+    assert background("start", tmp_path, "--cpu", "long", "sleep 30").returncode == 0
+    os.killpg(int((tmp_path / "cpu-long.pid").read_text()), signal.SIGKILL)
+    (tmp_path / "large.json").write_bytes(bytes((16 << 20) + 1))
+    waited = background("wait", tmp_path, "--seconds", 100, "--copy", tmp_path / "out")
+    assert waited.returncode == 1 and "the process of cpu-long has ended before its commands" in waited.stdout
+    assert "not copied, 16,777,217 bytes" in waited.stdout and not (tmp_path / "out" / "large.json").exists()

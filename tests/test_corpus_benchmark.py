@@ -98,10 +98,12 @@ def test_a_package_that_cannot_be_had_is_said(corpus: Any, tmp_path: Path, monke
 
 EXPORT = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/" xml:lang="en">
 <page><title>River</title><ns>0</ns><revision><text>{{Infobox|length=1}}
-A '''river''' ({{IPA|x}}) is a [[stream]]<ref>A book, p. 3</ref> of ''water''.<ref name="a" />
+A '''river''' ({{IPA|x}}) is a [[stream]]<ref>A book, p. 3</ref> of ''water''.<ref name="a/b" />
 [[File:Rhine.jpg|thumb|The [[Rhine]] in spring]]
 == Course ==
-It begins at a [[Spring (hydrology)|spring]] .
+It begins at a [[Spring (hydrology)|spring]] .<ref>Another, p. 4</ref>
+=== Notes ===
+It ends in the sea.
 
 ==References==
 &lt;references/&gt;
@@ -112,21 +114,24 @@ It begins at a [[Spring (hydrology)|spring]] .
 </mediawiki>"""
 
 
+NOTES = ["=== Notes ===", "It ends in the sea."]  # a section of the text, not what stands after it
+
+
 def test_articles_come_without_markup_references_and_redirects(corpus: Any) -> None:
     text = EXPORT.replace("<ref>", "&lt;ref&gt;").replace("</ref>", "&lt;/ref&gt;")
-    (article,) = corpus.read_wiki(text.replace('<ref name="a" />', '&lt;ref name="a" /&gt;'))
+    (article,) = corpus.read_wiki(text.replace('<ref name="a/b" />', '&lt;ref name="a/b" /&gt;'))
     lines = [line.strip() for line in article.splitlines() if line.strip()]
-    assert lines == ["= River =", "A river is a stream of water.", "== Course ==", "It begins at a spring."]
+    assert lines == ["= River =", "A river is a stream of water.", "== Course ==", "It begins at a spring.", *NOTES]
 
 
 def test_spacing_sets_tokens_apart_and_undo_joins_them(spacing: Any) -> None:
     moses, back = spacing.MosesTokenizer(lang="en"), spacing.MosesDetokenizer(lang="en")
-    text = '= River =\n\nThe river hadn\'t, in 1,000 half-hearted\ntries, found "the sea" (3.5 km).\n\n== Course ==\n'
+    text = "= River =\n\nThe river hadn't, in 1,000 half-hearted\ntries, found \"the sea\" (3.5 km).\n\n== Bob's car, the film ==\n"
     apart = spacing.spaced(text, moses)
     assert apart == (
         " = River = \n\n"
         ' The river hadn \'t , in 1 @,@ 000 half @-@ hearted tries , found " the sea " ( 3 @.@ 5 km ) . \n\n'
-        " = = Course = = \n"
+        " = = Bob 's car , the film = = \n"
     )
     assert spacing.joined(apart, back).split() == text.split()
 

@@ -38,16 +38,7 @@ FIELDS: dict[str, Kinds] = {
 }
 STATE: dict[str, Kinds] = {"name": str, "site": str, "role": str, "shape": list, "dtype": str}
 FILE: dict[str, Kinds] = {"bytes": int, "sha256": str}
-DECIDING = (
-    "states",
-    "windows",
-    "parameter_names",
-    "tied",
-    "max_positions",
-    "uniform_positions",
-    "causal",
-    "vocab_size",
-)
+DECIDING = tuple(name for name in FIELDS if name != "files")
 
 
 def state_record(spec: StateSpec) -> dict[str, Any]:
@@ -73,7 +64,7 @@ def state_spec(record: Mapping[str, Any]) -> StateSpec:
 
 
 def checksum(manifest: Mapping[str, Any]) -> str:
-    """Hexadecimal SHA-256 of what in a manifest decides the program's numbers (JSON-able values)."""
+    """Hexadecimal SHA-256 of what in a manifest decides what the program gives (JSON-able values)."""
     deciding = {name: manifest[name] for name in DECIDING}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 

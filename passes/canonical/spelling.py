@@ -37,6 +37,10 @@ NAMES = {
 }
 
 
+# Not an alias, but the same for what it can be given.
+CASES = {aten.broadcast_to.default: aten.expand.default}
+
+
 def _kinds(op: torch._ops.OpOverload) -> list[tuple[str, bool]]:
     return [(str(argument.type), argument.kwarg_only) for argument in op._schema.arguments]
 
@@ -64,7 +68,8 @@ TRANSPOSES = frozenset({aten.mT.default, aten.mH.default, aten.adjoint.default})
 def _as_permutation(node: Node) -> None:
     """Makes ``movedim`` the ``permute`` that it is."""
     rank = tensor_of(node).dim()
-    source, destination = ([at] if isinstance(at, int) else list(at) for at in (node.args[1], node.args[2]))
+    places: tuple[Any, ...] = node.args[1:]
+    source, destination = ([at] if isinstance(at, int) else list(at) for at in places)
     taken = {to % rank: origin % rank for origin, to in zip(source, destination, strict=True)}
     rest = iter(axis for axis in range(rank) if axis not in taken.values())
     order = [taken[axis] if axis in taken else next(rest) for axis in range(rank)]
@@ -72,22 +77,26 @@ def _as_permutation(node: Node) -> None:
 
 
 def respell(module: GraphModule) -> int:
-    """Gives ops their first name, and moved axes the order that they come to; returns how many had another."""
+    """Gives ops their first name, and those that are a case of another op that one's; returns how many it changed."""
     changed = 0
     for node in module.graph.nodes:
-        if target_of(node) in MOVES:
+        target = target_of(node)
+        if target in MOVES:
             _as_permutation(node)
-            changed += 1
-            continue
-        if target_of(node) in TRANSPOSES and not tensor_of(node).is_complex():
+        elif target in TRANSPOSES and not tensor_of(node).is_complex():
             node.target, node.args = aten.transpose.int, (node.args[0], -2, -1)
-            changed += 1
+        elif target is aten.tile.default:
+            source, times = node.args
+            ones = [1] * (tensor_of(source).dim() - len(times))
+            node.target, node.args = aten.repeat.default, (source, [*ones, *times])
+        elif target in CASES:
+            node.target = CASES[target]
+        elif (twin := TWINS.get(target)) is not None:
+            own, wanted = target._schema.arguments, twin._schema.arguments
+            renamed = {argument.name: new.name for argument, new in zip(own, wanted, strict=True)}
+            node.kwargs = {renamed[name]: value for name, value in node.kwargs.items()}
+            node.target = twin
+        else:
             continue
-        if (twin := TWINS.get(target_of(node))) is None:
-            continue
-        own, wanted = node.target._schema.arguments, twin._schema.arguments
-        renamed = {argument.name: new.name for argument, new in zip(own, wanted, strict=True)}
-        node.kwargs = {renamed[name]: value for name, value in node.kwargs.items()}
-        node.target = twin
         changed += 1
     return changed

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
+import string
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ LAYOUT = (VIEWS - {aten.diagonal.default}) | frozenset(
         aten.polar.default,
         aten.complex.default,
         aten.outer.default,
+        aten.one_hot.default,
     }
 )
 RESHAPES = frozenset(
@@ -233,15 +235,14 @@ def _mixes(node: Node, axis: _Axis, content: set[Node]) -> str | None:
     if target in PRODUCTS:
         return f"sums over {entries}" if _contracts(node, symbol) else None
     if target is aten.einsum.default:
-        inner = str(node.args[0]).replace(" ", "").partition("->")
-        labels = zip(inner[0].split(","), node.args[1], strict=True)  # type: ignore[arg-type]
-        kept = {text[place] for text, item in labels if "." not in text for place in axes_of(item, symbol)}
-        return None if "." not in inner[0] and kept <= set(inner[2]) else f"sums over {entries}"
+        return f"sums over {entries}" if _sums(node, symbol) else None
     if target is aten.slice.Tensor:
         dim = int(argument(node, 1, "dim", 0)) % tensor_of(node).dim()
         return f"moves {entries}" if dim in axes_of(each[0], symbol) and not _is_whole(node) else None
     if target in (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default):
         return _looks_up(node, axis)
+    if target is aten.bucketize.Tensor:
+        return f"looks up in a table made from {entries}" if node.args[1] in axis.nodes else None
     if target is aten.repeat.default:
         return None if axes_of(node, symbol) <= _unrepeated(node) else f"runs along the {entries}"
     if target in (aten.conv1d.default, aten.conv2d.default):
@@ -320,6 +321,28 @@ def _runs_along(node: Node, source: Node, symbol: str) -> bool:
         return True
     axes = given if isinstance(given, (list, tuple)) else [given]
     return any(int(axis) % rank in along for axis in axes) or not axes
+
+
+def _sums(node: Node, symbol: str) -> bool:
+    """Whether an einsum sums over an axis: one whose letter its result lacks, or that isn't told."""
+    inputs, arrow, out = str(node.args[0]).replace(" ", "").partition("->")
+    operands: Any = node.args[1]
+    texts = inputs.split(",")
+    wide = [
+        tensor_of(item).dim() - len(text) + 3 if "..." in text else 0
+        for text, item in zip(texts, operands, strict=True)
+    ]
+    spare = [letter for letter in string.ascii_uppercase if letter not in inputs][: max(wide)]
+
+    def spelled(text: str, count: int) -> str:
+        return text.replace("...", "".join(spare[len(spare) - count :]))  # broadcast from the right, as shapes are
+
+    kept = {
+        spelled(text, count)[place]
+        for text, count, item in zip(texts, wide, operands, strict=True)
+        for place in axes_of(item, symbol)
+    }
+    return not arrow or not kept <= set(spelled(out, len(spare)))
 
 
 def _contracts(node: Node, symbol: str) -> bool:

@@ -307,7 +307,7 @@ class Strided(nn.Module):
         self.embedding, self.weight = nn.Embedding(8, 6), nn.Parameter(weight)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.embedding(tokens) + torch.as_strided(self.weight, (6,), (1,), 3)
+        return self.embedding(tokens) + torch.as_strided(self.weight.detach(), (6,), (1,), 3)
 
 
 def test_storage_read_behind_a_weights_shape_is_refused() -> None:

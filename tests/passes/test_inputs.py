@@ -218,6 +218,17 @@ def test_a_mask_of_unproved_attention_is_known_by_what_it_hides(inverted: bool) 
     torch.testing.assert_close(run(step, LEFT)[~LEFT], wanted[~LEFT], rtol=1e-5, atol=1e-5)
 
 
+def test_a_mask_is_known_where_a_row_gives_its_first_token_alone() -> None:
+    class Pooled(Biased):
+        def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(tokens, mask)[:, 0]
+
+    program = prove(Pooled(), tokens=IDS, mask=NONE.long())
+    assert not program.sites[0].proved
+    settle(program)
+    assert program.inputs[1].inverted is False and not program.inputs[1].problem
+
+
 def test_an_additive_mask_is_refused() -> None:
     class Additive(Attention):
         def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -237,6 +237,16 @@ REFUSED: dict[str, tuple[type[Plain], Change, str]] = {
         lambda x, _: x * (1 + torch.tensor([0.0, 1.0]).repeat(x.shape[1]).view(2, -1)[0][:, None]),
         r"aten.repeat.default\) repeats a table along the tokens",
     ),
+    "einsum": (
+        Placed,
+        lambda x, at: x * (1 + (torch.einsum("...t,...s->...t", at.float(), at.float()) > 1e5)[..., None]),
+        r"aten.einsum.default\) .*sums over tokens",
+    ),
+    "buckets": (
+        Placed,
+        lambda x, at: x * (1 + (torch.bucketize(at, torch.arange(at.shape[1])) > 64)[..., None]),
+        r"aten.bucketize.Tensor\) .*looks up in a table made from tokens",
+    ),
     "written": (Plain, written, r"aten.add_.Tensor\) writes into a part of a tensor of positions"),
 }
 
@@ -346,6 +356,15 @@ ACCEPTED: dict[str, tuple[type[Plain], Change]] = {
     "scaled-late": (Plain, lambda x, _: x + torch.where(count(x) > 64, count(x) / 4, count(x))[:, None].sin()),
     "outer": (Plain, lambda x, _: x + torch.outer(count(x).float(), torch.linspace(0, 1, 32)).cos()),
     "einsum": (Plain, lambda x, _: x + torch.einsum("i,j->ij", count(x).float(), torch.linspace(0, 1, 32)).cos()),
+    "einsum-rest": (
+        Plain,
+        lambda x, _: x + torch.einsum("..., j -> ... j", count(x).float(), torch.linspace(0, 1, 32)).cos(),
+    ),
+    "einsum-both": (Plain, lambda x, table: x + torch.einsum("...ij,ij->...ij", x, table[: x.shape[1]])),
+    "tile": (Plain, lambda x, table: x + torch.tile(table[: x.shape[1], :16], (1, 2))),
+    "broadcast": (Plain, lambda x, table: x + torch.broadcast_to(table[: x.shape[1]], x.shape)),
+    "one-hot": (Plain, lambda x, _: x + torch.nn.functional.one_hot(count(x) % 32, 32)),
+    "bucketize": (Plain, lambda x, table: x + table[torch.bucketize(count(x), torch.tensor([3, 20, 90]))]),
     "complex": (Plain, complex_rotary),
     "channels": (Plain, lambda x, _: x + x[..., torch.arange(31, -1, -1)]),
     "summed-channels": (Plain, lambda x, table: x + table[: x.shape[1]].cumsum(1) / 9),
