@@ -126,7 +126,8 @@ def test_articles_come_without_markup_references_and_redirects(corpus: Any) -> N
 
 def test_spacing_sets_tokens_apart_and_undo_joins_them(spacing: Any) -> None:
     moses, back = spacing.MosesTokenizer(lang="en"), spacing.MosesDetokenizer(lang="en")
-    text = "= River =\n\nThe river hadn't, in 1,000 half-hearted\ntries, found \"the sea\" (3.5 km).\n\n== Bob's car, the film ==\n"
+    text = '= River =\n\nThe river hadn\'t, in 1,000 half-hearted\ntries, found "the sea" (3.5 km).\n\n'
+    text += "== Bob's car, the film ==\n"
     apart = spacing.spaced(text, moses)
     assert apart == (
         " = River = \n\n"
