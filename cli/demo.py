@@ -283,8 +283,8 @@ def print_tables(document: dict[str, Any], output: Path, model: Path) -> None:
     out.print(
         f"\nThe whole run took {document['seconds']['total'] / 60:.1f} minutes and at most "
         f"{human_bytes(document['peak_memory_bytes'])} of memory. Report: {output / 'report.html'}\n"
-        f"[yellow]This student is not the teacher's equal[/]: it learned from {learned}, and its perplexity is "
-        f"{ratio:,.2f} times the teacher's. {other}",
+        f"[yellow]This student is not the teacher's equal[/], whatever prose it has read: it learned from {learned}, "
+        f"and its perplexity on this text is {ratio:,.2f} times the teacher's. {other}",
         soft_wrap=True,
     )
     out.print(f"  lincompile {shlex.quote(str(model))} --attn lawcat {how}", soft_wrap=True)
