@@ -41,8 +41,8 @@ from lincompile.lowering.text import read_tokens
 from lincompile.passes.capture import capture
 from lincompile.passes.distil.adapter import apply_adapter
 from lincompile.passes.distil.divergence import divergence
-from lincompile.passes.distil.instrument import batch_of
 from lincompile.passes.formats.load import load_model
+from lincompile.passes.inputs import model_values
 from lincompile.passes.program import Program
 from lincompile.passes.quantization import sensitivity
 from lincompile.passes.quantization.linear_layers import LinearLayer, find_linears
@@ -67,7 +67,7 @@ def perplexity(program: Program, ids: Tensor, context: int, batch: int) -> float
     total, count = torch.zeros((), dtype=torch.float64, device=ids.device), 0
     for tokens in groups:
         if tokens.numel() and tokens.shape[1] > 1:
-            logits = program(**batch_of(program, tokens))
+            logits = program(**model_values(program, tokens))
             for row, wanted in zip(logits, tokens, strict=True):  # one window's float32 logits at a time
                 total += torch.nn.functional.cross_entropy(row[:-1].float(), wanted[1:], reduction="sum").double()
             count += tokens.numel() - len(tokens)
@@ -80,7 +80,7 @@ def kl(teacher: Program, program: Program, ids: Tensor, context: int, batch: int
     groups = ids[: len(ids) // context * context].view(-1, context).split(batch)  # type: ignore[no-untyped-call]
     total = 0.0
     for tokens in groups:
-        inputs = batch_of(program, tokens)
+        inputs = model_values(program, tokens)
         total += float(divergence(program(**inputs), teacher(**inputs))) * tokens.numel()
     return total / max(1, sum(tokens.numel() for tokens in groups))
 
@@ -143,7 +143,7 @@ def windows(program: Program, ids: Tensor, size: int, count: int) -> list[dict[s
     """``count`` windows of ``size`` tokens (or as many as there are) from all over the text."""
     stride = max(size, len(ids) // count)
     starts = range(0, min(stride * count, len(ids) - size + 1), stride)
-    return [batch_of(program, ids[start : start + size][None]) for start in starts]
+    return [model_values(program, ids[start : start + size][None]) for start in starts]
 
 
 def packed(balanced: Program, plan: Plan, codes: CodesOf) -> Program:

@@ -17,7 +17,6 @@ from ..passes.canonicalize import Canonicalize
 from ..passes.capture import capture, from_exported
 from ..passes.choose_heads import ChooseHeads
 from ..passes.distil.adapter import apply_adapter
-from ..passes.distil.instrument import batch_of
 from ..passes.distil.logits import LogitDistillation
 from ..passes.distil.recipe import Distilled, Extension, Listener, Recipe, run_recipe
 from ..passes.distil.spread import spread
@@ -27,7 +26,7 @@ from ..passes.formats.load import load_model
 from ..passes.formats.loaded import LoadedModel, check_finite
 from ..passes.half_lives import HalfLives
 from ..passes.identity import ProveAttention
-from ..passes.inputs import settle, token_types
+from ..passes.inputs import model_values, settle, token_types
 from ..passes.linearize import LinearizeAttention, parse_keep
 from ..passes.pipeline import Pass, Pipeline
 from ..passes.program import Program
@@ -476,7 +475,7 @@ def windows_of(student: Program, ids: Tensor, tokens: int, device: str) -> list[
     count = max(1, min(tokens // length, ids.numel() // length))
     stride = ids.numel() // count
     windows = [ids[i * stride : i * stride + length][None].to(device) for i in range(count)]
-    return [batch_of(student, window) for window in windows]
+    return [model_values(student, window) for window in windows]
 
 
 def deployable(student: Program, notes: list[str]) -> StepProgram:

@@ -311,11 +311,6 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     return total
 
 
-def batch_of(program: Program, tokens: Tensor) -> dict[str, Tensor]:
-    """:func:`model_inputs` by name."""
-    return model_values(program, tokens)
-
-
 def model_inputs(program: Program, tokens: Tensor) -> list[Tensor]:
     """The program's inputs for unpadded token windows ``[B, T]``.
 

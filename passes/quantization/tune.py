@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from ..distil.divergence import divergence
-from ..distil.instrument import TrainingGraph, batch_of, checksum, unpadded, weights_checksum
+from ..distil.instrument import TrainingGraph, checksum, unpadded, weights_checksum
 from ..distil.loop import LoopOptions, LoopReport, Part, Progress, train
 from ..distil.pieces import Pieces
 from ..distil.recipe import UNLIMITED
 from ..errors import LincompileError
+from ..inputs import model_values
 from ..program import Program
 from .sensitivity import Batch, frozen, is_logits, real_tokens
 from .tuned_layers import Precision, find_parts, learn_by, store
@@ -381,7 +382,7 @@ def token_windows(program: Program, batches: Sequence[Batch]) -> list[Tensor] | 
         return None
     for batch, window in zip(batches, windows, strict=True):
         try:
-            plain = batch_of(program, window)
+            plain = model_values(program, window)
         except LincompileError:  # an input that isn't made from tokens
             return None
         if not all(torch.equal(batch[name], value) for name, value in plain.items()):
@@ -395,7 +396,7 @@ def _merged(program: Program, batches: Sequence[Batch], count: int) -> Sequence[
     if windows is None:
         return batches
     joined = [torch.cat(windows[start : start + count]) for start in range(0, len(windows), count)]
-    return [batch_of(program, tokens) for tokens in joined]
+    return [model_values(program, tokens) for tokens in joined]
 
 
 def _output(result: object) -> Tensor:

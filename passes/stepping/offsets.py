@@ -30,6 +30,7 @@ from ..graph import (
 )
 from ..program import Program, content_nodes
 from ..proof.evaluate import Opaque, Sizes, evaluate
+from .positional import COUNTERS
 
 LONGEST = 12  # length of the tables compared
 FAR = (100, 1_000, 5_000)  # and looked at again: they read no data, so that is cheap
@@ -224,7 +225,7 @@ def _shift_counters(module: GraphModule, tables: list[Node], sequence: str, offs
 
 def _shifted(module: GraphModule, node: Node, sequence: str, offset: Node) -> Node | None:
     target = target_of(node)
-    counts = target in (aten.arange.default, aten.arange.start, aten.arange.start_step)
+    counts = target in COUNTERS
     if target is aten.cumsum.default:  # of channels, it counts no tokens
         counts = sequence in symbols_in(tensor_of(node).shape[argument(node, 1, "dim")])
     if counts and sequence in symbols_in(tensor_of(node)):

@@ -53,11 +53,15 @@ CREATED = (SHAPE_ONLY - {aten.sym_size.int}) | frozenset(
 )
 
 
+def parts_of(node: Any) -> list[Any]:
+    """What a node gives: its values, or the one that it is."""
+    value = value_of(node)
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
 def is_long(node: Any, symbol: str) -> bool:
     """Whether a node holds something for every entry of the axis whose size is ``symbol``."""
-    value = value_of(node)
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    return any(isinstance(part, Tensor) and symbol in symbols_in(part) for part in parts)
+    return any(isinstance(part, Tensor) and symbol in symbols_in(part) for part in parts_of(node))
 
 
 def axes_of(node: Any, symbol: str) -> set[int]:

@@ -39,7 +39,17 @@ from ..graph import (
 from ..op_kinds import is_pointwise
 from ..program import Program, content_nodes
 from ..verify import op_name
-from .positional import SIZES, axes_of, batch_symbols, is_long, own_counters, row_nodes, token_nodes, unknown_start
+from .positional import (
+    SIZES,
+    axes_of,
+    batch_symbols,
+    is_long,
+    own_counters,
+    parts_of,
+    row_nodes,
+    token_nodes,
+    unknown_start,
+)
 
 LAYOUT = (VIEWS - {aten.diagonal.default}) | frozenset(
     {
@@ -147,7 +157,7 @@ def mixing(program: Program, sequence: str, *, across_rows: bool = True) -> str 
             continue  # our own ops carry their state, or work on one token
         if is_symbolic(value_of(node)):
             reason = _reads_out(node, tokens)
-        elif node not in needed or not any(isinstance(part, Tensor) for part in _parts(node)):
+        elif node not in needed or not any(isinstance(part, Tensor) for part in parts_of(node)):
             continue
         else:
             reason = _computes_with_sizes(node, tokens, rows) or _mixes(node, tokens, content)
@@ -169,11 +179,6 @@ def _needed(program: Program, content: set[Node]) -> set[Node]:
     while found := [node for node in writes if node not in needed and storage_root(node) in needed]:
         needed.update(*map(walk_up, found))
     return needed
-
-
-def _parts(node: Node) -> list[Any]:
-    value = value_of(node)
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _reads_out(node: Node, tokens: _Axis) -> str | None:
@@ -308,7 +313,7 @@ def _keeps_order(node: Node, symbol: str) -> bool:
 
 
 def _runs_along(node: Node, source: Node, symbol: str) -> bool:
-    first = _parts(source)[0]
+    first = parts_of(source)[0]
     rank = first.dim()
     along = {axis for axis, dim in enumerate(first.shape) if symbol in symbols_in(dim)}
     target = target_of(node)

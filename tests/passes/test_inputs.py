@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lincompile.passes.canonicalize import Canonicalize
 from lincompile.passes.capture import capture
-from lincompile.passes.distil.instrument import batch_of, model_inputs, unpadded
+from lincompile.passes.distil.instrument import model_inputs, unpadded
 from lincompile.passes.errors import LincompileError, RefusedError
 from lincompile.passes.identity import ProveAttention
-from lincompile.passes.inputs import settle
+from lincompile.passes.inputs import model_values, settle
 from lincompile.passes.linearize import LinearizeAttention
 from lincompile.passes.pipeline import Pipeline
 from lincompile.passes.program import Program
@@ -121,7 +121,7 @@ def test_a_mask_is_known_by_what_attention_reads_and_not_by_its_name() -> None:
 def test_what_trains_and_measures_gives_inverted_masks_the_right_way_round() -> None:
     program = prove(Inverted(causal=True), tokens=IDS, key_padding_mask=NONE)
     assert torch.equal(model_inputs(program, IDS)[1], NONE)
-    batch = batch_of(program, IDS)
+    batch = model_values(program, IDS)
     with torch.no_grad():
         torch.testing.assert_close(unpadded(program)(IDS)[0], program(**batch))  # type: ignore[index]
     assert torch.equal(
