@@ -30,7 +30,7 @@ from ..graph import (
 )
 from ..program import Program, content_nodes
 from ..proof.evaluate import Opaque, Sizes, evaluate
-from .positional import COUNTERS
+from .positional import COUNTERS, axes_of
 
 LONGEST = 12  # length of the tables compared
 FAR = (100, 1_000, 5_000)  # and looked at again: they read no data, so that is cheap
@@ -107,12 +107,12 @@ def _sizes(program: Program, length: int) -> Sizes:
 
 def _axis(node: Node, sequence: str) -> int:
     """The axis that a table's positions are along."""
-    axes = [i for i, dim in enumerate(tensor_of(node).shape) if sequence in symbols_in(dim)]
+    axes = axes_of(node, sequence)
     if len(axes) != 1:
         raise RefusedError(
             f"no step form: '{node.name}' pairs positions with positions (a mask that wasn't rewritten?)"
         )
-    return axes[0]
+    return axes.pop()
 
 
 def _beginning(program: Program, node: Node, sequence: str, short: int, length: int) -> Tensor:

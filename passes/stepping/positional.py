@@ -6,8 +6,11 @@ only where each entry is made by itself (``tokenwise`` reads that), from somethi
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 from torch import Tensor
 from torch.fx import Node
 
@@ -64,6 +67,11 @@ def is_long(node: Any, symbol: str) -> bool:
     return any(isinstance(part, Tensor) and symbol in symbols_in(part) for part in parts_of(node))
 
 
+def numbers_in(shape: Sequence[Any]) -> sympy.Expr:
+    """How many numbers a tensor of this shape holds, expanded, so that equal counts compare equal."""
+    return sympy.expand(math.prod((expression(size) for size in shape), start=sympy.Integer(1)))
+
+
 def axes_of(node: Any, symbol: str) -> set[int]:
     """Axes of a tensor that the symbol is part of, counted from the left."""
     return {axis for axis, dim in enumerate(tensor_of(node).shape) if symbol in symbols_in(dim)}
@@ -71,23 +79,21 @@ def axes_of(node: Any, symbol: str) -> set[int]:
 
 def token_nodes(program: Program, sequence: str, content: set[Node]) -> set[Node]:
     """Nodes made of tokens, positions, masks, or of sizes along the sequence."""
-    found: set[Node] = set()
-    for node in program.graph_module.graph.nodes:
-        if node.op == "get_attr" or is_symbolic(value_of(node)):
-            continue
-        long = node.op == "placeholder" or is_long(node, sequence)
-        if long or node in content or any(item in found for item in value_inputs(node)):
-            found.add(node)
-    return found
+    return _made_of(program, lambda node: node.op == "placeholder" or is_long(node, sequence) or node in content)
 
 
 def row_nodes(program: Program, batch: str) -> set[Node]:
     """Nodes made of the tokens, positions or masks of a batch's rows."""
+    return _made_of(program, lambda node: node.op == "placeholder" and is_long(node, batch))
+
+
+def _made_of(program: Program, begins: Callable[[Node], bool]) -> set[Node]:
+    """Nodes with values that begin something, and all that is made of them."""
     found: set[Node] = set()
     for node in program.graph_module.graph.nodes:
         if node.op == "get_attr" or is_symbolic(value_of(node)):
             continue
-        if is_long(node, batch) if node.op == "placeholder" else any(item in found for item in value_inputs(node)):
+        if begins(node) or any(item in found for item in value_inputs(node)):
             found.add(node)
     return found
 

@@ -9,13 +9,11 @@ one is another than the whole sequence's, and rows of a batch must not read one 
 
 from __future__ import annotations
 
-import math
 import operator
 import string
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -44,6 +42,7 @@ from .positional import (
     axes_of,
     batch_symbols,
     is_long,
+    numbers_in,
     own_counters,
     parts_of,
     row_nodes,
@@ -211,12 +210,8 @@ def _writes(node: Node, content: set[Node], tokens: _Axis) -> str | None:
         return None if same else "changes a stored tensor, which the next chunk reads"
     if root not in tokens.nodes:
         return None
-    sizes = [math.prod((expression(n) for n in tensor_of(x).shape), start=sympy.Integer(1)) for x in (root, node)]
-    return (
-        None
-        if node not in content and sympy.expand(sizes[0] - sizes[1]) == 0
-        else "writes into a part of a tensor of positions"
-    )
+    whole = numbers_in(tensor_of(root).shape) == numbers_in(tensor_of(node).shape)
+    return None if whole and node not in content else "writes into a part of a tensor of positions"
 
 
 def _mixes(node: Node, axis: _Axis, content: set[Node]) -> str | None:
@@ -305,11 +300,8 @@ def _unrepeated(node: Node) -> set[int]:
 
 def _keeps_order(node: Node, symbol: str) -> bool:
     """Whether a reshape has as many numbers behind each token as before: it then moves none to another's place."""
-    behind = []
-    for value in (tensor_of(node.args[0]), tensor_of(node)):
-        last = max(axis for axis, dim in enumerate(value.shape) if symbol in symbols_in(dim))
-        behind.append(math.prod((expression(n) for n in value.shape[last + 1 :]), start=sympy.Integer(1)))
-    return bool(sympy.expand(behind[0] - behind[1]) == 0)
+    before, after = (numbers_in(tensor_of(x).shape[max(axes_of(x, symbol)) + 1 :]) for x in (node.args[0], node))
+    return bool(before == after)
 
 
 def _runs_along(node: Node, source: Node, symbol: str) -> bool:
