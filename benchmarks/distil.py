@@ -31,6 +31,7 @@ import zero_shot
 from distil_control import train_control
 from distil_measure import Measures, Results, thin
 from distil_recipes import RECIPES, Recipe, Stage
+from distil_record import command, record_of, rewrite_record
 from distil_table import print_table
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -106,6 +107,11 @@ class Run:
     def name(self) -> str:
         return str(self.asked.variant or "custom")
 
+    @property
+    def adapts(self) -> bool:
+        """Whether what is trained fits an adapter."""
+        return adapts(self.recipe)
+
     def file(self, ending: str) -> Path | None:
         return None if self.asked.out is None else self.asked.out / f"{self.name}{ending}"
 
@@ -156,19 +162,19 @@ class Run:
         """The trained parts as an adapter, or all weights where whole matrices were trained."""
         if (path := self.file(ending)) is None:
             return
-        if self.recipe.train == "full" or self.recipe.attn == "softmax":
+        if not self.adapts:
             weights = {
                 name: value.detach().cpu().contiguous() for name, value in student.graph_module.named_parameters()
             }
             save_file(weights, str(path), {"sites": json.dumps(sites_of(student))})
         else:
-            record = {"options": self.results["options"], "versions": self.results["versions"], "tokens": self.tokens}
+            record = record_of(self.results.values, self.tokens)
             save_adapter(path, self.teacher, student, source_hash=self.loaded.source_hash, record=record)
         say(f"{path.name}: {path.stat().st_size:,} bytes")
 
     def load(self, path: Path, student: Program) -> dict[str, Any]:
         """Puts what ``save`` wrote into a fresh student; returns an adapter's record."""
-        if self.recipe.train == "full" or self.recipe.attn == "softmax":
+        if not self.adapts:
             with safe_open(str(path), framework="pt") as file:
                 made = (file.metadata() or {}).get("sites")
             # Files that don't say it were written before gates had a floor.
@@ -288,10 +294,15 @@ def recipe_of(asked: argparse.Namespace) -> Recipe:
     return replace(recipe, **stages)
 
 
+def adapts(recipe: Recipe) -> bool:
+    """Whether what a row trains fits an adapter: low-rank additions, of a student and not the control."""
+    return recipe.train != "full" and recipe.attn != "softmax"
+
+
 def adapter_of(asked: argparse.Namespace, recipe: Recipe) -> str | None:
     """The file of ``--evaluate`` or ``--start`` where it is an adapter (and not all weights), which says its sites."""
     file = asked.evaluate or asked.start
-    return None if file is None or recipe.train == "full" or recipe.attn == "softmax" else str(file)
+    return str(file) if file is not None and adapts(recipe) else None
 
 
 def tokens_of(source: str, loaded: LoadedModel) -> Tensor:
@@ -404,7 +415,7 @@ def main() -> None:
     results = Results(path, described)
     if len(results.values) > 1:
         say(f"going on from {path}: it has {', '.join(name for name in results.values if name != 'options')}")
-    results.values["command"] = " ".join(sys.argv)
+    results.values["command"] = command()
     results.set("versions", versions())
     for entry in teacher.history:
         if entry["pass"] == "choose-heads":
@@ -430,6 +441,8 @@ def main() -> None:
         else functools.partial(instead, teacher, student)
     )
     measures.perplexities("student", graph)
+    if not asked.evaluate and run.adapts and (saved := run.file(".safetensors")) is not None:
+        rewrite_record(saved, record_of(results.values, run.tokens, measured=True))
     measures.student(
         student,
         recipe.measures,

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny_llama
+from safetensors import safe_open
 
 from lincompile.passes.split_heads import heads_text
 
@@ -106,6 +107,12 @@ def test_a_row_is_made_cut_off_taken_up_and_measured(
     assert before != after, "what is measured before isn't the program that was quantized in place"
     assert done["zero-shot"]["teacher"]["tasks"]["piqa"]["documents"] == 2 and "partial" not in done["zero-shot"]
     assert "torch" in done["versions"]
+    with safe_open(out / f"{variant}.safetensors", framework="pt") as file:
+        record = json.loads(file.metadata()["record"])
+    assert record["stages"] == ["attention transfer", "layer choice", "logits"] and record["seconds"] > 0
+    assert record["tokens"] == done["transfer"]["tokens"] + done["logits"]["tokens"]
+    student = done["student"]["held"]["perplexity"]
+    assert record["perplexity"]["held"]["student"] == pytest.approx(student, abs=1e-3)
 
     # A last stage that has gone on since (cut short by --until, for example) makes what was measured before it old.
     older = done | {"student": "old", "ablations": "old", "logits": done["logits"] | {"steps": 1}}
@@ -132,6 +139,7 @@ def test_a_row_is_made_cut_off_taken_up_and_measured(
         and "transfer" not in started
         and started["logits"]["steps"] == 3
     )
+    assert f"--measures '' --start out/{variant}.transfer.safetensors" in started["command"]
 
 
 def test_whole_weights_say_of_which_sites_they_are(distil: Callable[..., dict[str, Any]]) -> None:
