@@ -4,6 +4,9 @@ A step is hundreds of kernels, for one token of a few microseconds each, and Pyt
 decoding would take as long as the launching does, and so would the chunks of a small model's prompt. What is recorded
 is compared with the step itself before it is used; where they differ, or nothing can be recorded, steps run as they
 are, and a warning says so once.
+
+Keys and values of full softmax attention grow with every token. They are recorded with room on their left, as padding
+on the left of a prompt is (zeros, which the mask of keys hides), so that one recording serves some hundred tokens.
 """
 
 from __future__ import annotations
@@ -12,13 +15,13 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..passes.stateful import StepProgram
+from ..passes.stateful import GROWING_AXIS, StepProgram
 
 Run = Callable[[list[Tensor]], list[Tensor]]
 Record = Callable[[Run, list[Tensor], Any], tuple[Callable[[], None], list[Tensor]]]
@@ -26,18 +29,34 @@ Record = Callable[[Run, list[Tensor], Any], tuple[Callable[[], None], list[Tenso
 OFTEN = 3  # times that a step of the same shapes has been seen when it is recorded
 MOST = 8  # recordings at a time: the least recently used goes
 KNOWN = 64  # shapes that are counted at a time
+LEAST_ROOM = 256  # tokens by which the room for growing states grows, at least
+LARGEST = 1 << 30  # bytes of growing states, of a step to be recorded and of all recordings: each is there thrice
+STATES_AT = 3  # in a step's inputs; in its outputs they come after the logits
 # The same kernels on the same numbers: only sums in another order may differ.
 _TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 
 
 def recordable(program: StepProgram, device: torch.device) -> bool:
-    """Whether a program's steps may be recorded: on a GPU, with states, all of which stop growing.
+    """Whether a program's steps may be recorded: on a GPU, with states."""
+    return device.type == "cuda" and bool(program.states)
 
-    Keys and values of full softmax attention grow with every token, so no step comes again.
+
+def growing(program: StepProgram) -> dict[int, int]:
+    """Which of a step's inputs grow with every token, and along which axis: those of full softmax attention."""
+    return {
+        STATES_AT + index: GROWING_AXIS[spec.role]
+        for index, spec in enumerate(program.states)
+        if None in spec.shape and program.limit(spec) is None
+    }
+
+
+def room(tokens: int) -> int:
+    """Cached tokens that a recording has room for where there are so many: a quarter more at most, but for few.
+
+    With the token that comes they are a multiple of ``LEAST_ROOM``, which kernels like better.
     """
-    if device.type != "cuda" or not program.states:
-        return False
-    return all(None not in spec.shape or program.limit(spec) is not None for spec in program.states)
+    unit = max(LEAST_ROOM, 1 << max(0, tokens.bit_length() - 3))
+    return -(-(tokens + 1) // unit) * unit - 1
 
 
 def cuda_graph(run: Run, inputs: list[Tensor], pool: Any) -> tuple[Callable[[], None], list[Tensor]]:
@@ -74,6 +93,7 @@ class Recording:
     launch: Callable[[], None]
     outputs: list[Tensor]
     given: list[Group]
+    bytes: int  # of its growing states
 
 
 class Recorded:
@@ -86,6 +106,7 @@ class Recorded:
 
     Args:
         run: does the same for all inputs of the same shapes, without asking the GPU for a value.
+        growing: axes of the inputs that get a column with every token, by place; zeros on their left change nothing.
         places: says where the weights lie. A recording reads them where they lay when it was made: in-place changes
             reach it, and where they have moved since, all recordings go.
         record: what takes the place of ``cuda_graph``.
@@ -97,7 +118,9 @@ class Recorded:
         device: torch.device,
         places: Callable[[], list[int]] = list,
         record: Record | None = None,
+        growing: dict[int, int] | None = None,
     ) -> None:
+        self.growing = growing or {}
         self.run, self.device, self.places, self.record = run, device, places, record or cuda_graph
         self.lay: list[int] = []
         self.seen: dict[Any, int] = {}
@@ -119,13 +142,15 @@ class Recorded:
             self.lay = places
             self.seen.clear()
             self.recordings.clear()
-        key = tuple((value.shape, value.dtype) for value in given)
+        if self.growing and (given[0].shape[1] != 1 or sum(given[place].nbytes for place in self.growing) > LARGEST):
+            return self.run(given)
+        key = tuple((self._roomy(value.shape, place), value.dtype) for place, value in enumerate(given))
         if key in self.recordings:
             self.recordings.move_to_end(key)
             return self._replay(key, given)
         outputs = self.run(given)
-        same = [value.shape for value in outputs[1:]] == [value.shape for value in given[3:]]
-        if same and outputs[0].shape[1] == 1:
+        after = [self._longer(value.shape, place, 1) for place, value in enumerate(given)][STATES_AT:]
+        if [value.shape for value in outputs[1:]] == after and outputs[0].shape[1] == 1:
             if len(self.seen) >= KNOWN:
                 self.seen.clear()
             self.seen[key] = self.seen.get(key, 0) + 1
@@ -142,17 +167,52 @@ class Recorded:
         with torch.cuda.device(self.device):
             return torch.cuda.is_current_stream_capturing()
 
+    def _longer(self, shape: torch.Size, place: int, more: int) -> torch.Size:
+        """An input's shape with so many tokens more, where it is one that grows."""
+        axis = self.growing.get(place)
+        return shape if axis is None else torch.Size((*shape[:axis], shape[axis] + more, *shape[axis + 1 :]))
+
+    def _roomy(self, shape: torch.Size, place: int) -> torch.Size:
+        """The shape that an input is recorded in."""
+        axis = self.growing.get(place)
+        return shape if axis is None else self._longer(shape, place, room(shape[axis]) - shape[axis])
+
+    def _split(self, value: Tensor, place: int, shape: torch.Size) -> tuple[Tensor | None, Tensor]:
+        """Of a recording's tensor what a step hasn't reached yet, and its last tokens, which are of ``shape``."""
+        axis = self.growing.get(place)
+        if axis is None or value.shape[axis] == shape[axis]:
+            return None, value
+        unused = value.shape[axis] - shape[axis]
+        return value.narrow(axis, 0, unused), value.narrow(axis, unused, shape[axis])
+
+    def _take(self, recording: Recording, given: list[Tensor]) -> None:
+        """Copies inputs into a recording's own. What an earlier step has left beside them goes."""
+        for mine, places in recording.taken:
+            parts = [self._split(value, at, given[at].shape) for value, at in zip(mine, places, strict=True)]
+            torch._foreach_copy_([own for _, own in parts], [given[place] for place in places])
+            if unused := [part for part, _ in parts if part is not None]:
+                torch._foreach_zero_(unused)
+
+    def _give(self, recording: Recording, given: list[Tensor]) -> list[Tensor]:
+        """Copies of what a recording has written, for a step that was given these inputs."""
+        results: list[Any] = [None] * len(recording.outputs)
+        for mine, places in recording.given:
+            parts = []
+            for value, place in zip(mine, places, strict=True):
+                at = place - 1 + STATES_AT  # the input that a state came in by
+                grown = self._longer(given[at].shape, at, 1) if at in self.growing else value.shape
+                parts.append(self._split(value, at, grown)[1])
+            for place, copy in zip(places, _copies(parts), strict=True):
+                results[place] = copy
+        return results
+
     def _replay(self, key: Any, given: list[Tensor]) -> list[Tensor]:
         recording = self.recordings[key]
         if self.done is not None:  # another stream may still be copying from the last call
             torch.cuda.current_stream(self.device).wait_event(self.done)
-        for mine, places in recording.taken:
-            torch._foreach_copy_(mine, [given[place] for place in places])
+        self._take(recording, given)
         recording.launch()
-        results: list[Any] = [None] * len(recording.outputs)
-        for mine, places in recording.given:
-            for place, copy in zip(places, _copies(mine), strict=True):
-                results[place] = copy
+        results = self._give(recording, given)
         if self.device.type == "cuda":
             self.done = torch.cuda.current_stream(self.device).record_event()
         return results
@@ -160,9 +220,12 @@ class Recorded:
     def _try(self, key: Any, given: list[Tensor], wanted: list[Tensor]) -> None:
         try:
             with torch.inference_mode(False), torch.no_grad():
-                inputs = [value.clone(memory_format=torch.contiguous_format) for value in given]
+                inputs = [value.new_zeros(shape) for value, (shape, _) in zip(given, key, strict=True)]
+                size = sum(inputs[place].nbytes for place in self.growing)
+                recording = Recording(_by_type(inputs), lambda: None, [], [], size)
+                self._take(recording, given)  # what is run while it is recorded should be of sense, too
                 launch, outputs = self.record(self.run, inputs, self.pool)
-                self.recordings[key] = Recording(_by_type(inputs), launch, outputs, _by_type(outputs))
+                self.recordings[key] = replace(recording, launch=launch, outputs=outputs, given=_by_type(outputs))
                 for value in outputs:  # so that it is the launch that gives what is compared
                     value.fill_(torch.nan if value.is_floating_point() else 0)
                 found = self._replay(key, given)
@@ -171,8 +234,11 @@ class Recorded:
             return
         if not all(map(_same, wanted, found)):
             self._give_up("gave something else when recorded")
-        while len(self.recordings) > MOST:
+        while len(self.recordings) > MOST or (len(self.recordings) > 1 and self._bytes() > LARGEST):
             self.recordings.popitem(last=False)
+
+    def _bytes(self) -> int:
+        return sum(recording.bytes for recording in self.recordings.values())
 
     def _give_up(self, why: str) -> None:
         self.off = True

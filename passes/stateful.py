@@ -39,6 +39,7 @@ from .stepping.tokenwise import mixing
 from .verify import op_name
 
 ops = torch.ops.lincompile
+GROWING_AXIS = {"key": 2, "value": 2, "mask": 1}  # by role: where a state, with its batch axis, grows
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def visible_tokens(spec: StateSpec, specs: Sequence[StateSpec], windows: dict[st
 
 def trimmed(role: str, limit: int | None, state: Tensor) -> Tensor:
     """The last ``limit`` tokens of a growing state (None: all); other states as they are."""
-    axis = {"key": 2, "value": 2, "mask": 1}.get(role)
+    axis = GROWING_AXIS.get(role)
     if axis is None or limit is None or state.shape[axis] <= limit:
         return state
     return state.narrow(axis, state.shape[axis] - limit, limit)

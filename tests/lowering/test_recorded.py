@@ -42,10 +42,10 @@ class Imitation:
         return launch, outputs
 
 
-def stepped(**options: Any) -> StepProgram:
+def stepped(model: str = "nanogpt-gqa-flag", **options: Any) -> StepProgram:
     torch.manual_seed(0)
-    module = zoo.build("nanogpt-gqa-flag")[0]
-    return lincompile.compile(module, example={"idx": zoo.tokens()}, attn="lawcat", **options).step
+    module, example = zoo.build(model)
+    return lincompile.compile(module, example=example, **{"attn": "lawcat"} | options).step
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,80 @@ def test_copies_of_a_session_leave_recordings_behind(windowed: StepProgram, imit
 
 def test_what_may_be_recorded(windowed: StepProgram) -> None:
     assert recorded.recordable(windowed, GPU) and not recorded.recordable(windowed, CPU)
-    assert not recorded.recordable(stepped(keep_softmax="1.0"), GPU), "its keys and values grow with every token"
+    assert recorded.growing(windowed) == {}, "a window is full at some time"
+    hybrid = stepped(keep_softmax="1.0")
+    roles = [hybrid.states[place - recorded.STATES_AT].role for place in recorded.growing(hybrid)]
+    assert sorted(roles) == ["key", "mask", "value"]
+
+
+def test_room_grows_by_a_quarter_at_most() -> None:
+    assert [recorded.room(n) for n in (0, 1, 255, 256, 1023, 1024, 5000)] == [255, 255, 255, 511, 1023, 1279, 5119]
+    for tokens in range(0, 40000, 7):
+        wide = recorded.room(tokens)
+        assert tokens <= wide <= max(1.25 * tokens, tokens + 256) and (wide + 1) % recorded.LEAST_ROOM == 0
+        assert recorded.room(wide) == wide
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep_softmax": "1"},
+        {"attn": "softmax"},
+        {"keep_softmax": "1.0", "window": 4},
+        {"model": "llama-gqa", "keep_softmax": "1"},
+    ],
+)
+def test_steps_whose_keys_grow_are_launched(
+    options: dict[str, Any], imitation: Imitation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded, "LEAST_ROOM", 8)
+    step = stepped(**options)
+    session, plain = Session(step), Session(step)
+    plain.__dict__["_recorded"] = None
+    short = [[9, 8, 7], [4, 3, 2] if step.uniform_positions else [4]]
+    for prompts in (PROMPTS, short, PROMPTS):  # shorter ones find what longer ones have left
+        for new in (20, 3):
+            wanted, got = (generate(s, prompts, new, chunk=3) for s in (plain, session))
+            assert got.tokens == wanted.tokens
+            torch.testing.assert_close(got.state.states, wanted.state.states)
+    assert session._recorded is not None
+    assert len(session._recorded.recordings) == imitation.recorded >= 3 and imitation.launched >= 30
+
+
+def test_what_an_earlier_step_left_in_a_recording_is_gone(
+    imitation: Imitation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masked keys get weight 0, and 0 · NaN is NaN: another sequence's broken values must not be there at all."""
+    session, plain = Session(step := stepped(keep_softmax="1")), Session(step)
+    plain.__dict__["_recorded"] = None
+    generate(session, PROMPTS, 8)
+    one = torch.ones(2, 1, dtype=torch.int64)
+    state = generate(plain, PROMPTS, 2).state
+    args = (one, state.lengths[:, None], one > 0)
+    broken = [value * torch.nan if value.is_floating_point() else value for value in state.states]
+    launched = imitation.launched
+    assert session.step(*args, broken)[0].isnan().all()
+    short = generate(plain, [row[:3] for row in PROMPTS], 1).state
+    args = (one, short.lengths[:, None], one > 0)
+    torch.testing.assert_close(session.step(*args, short.states), plain.step(*args, short.states))
+    assert imitation.launched == launched + 2
+
+
+def test_large_states_are_run(imitation: Imitation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "LEAST_ROOM", 8)
+    step = stepped(keep_softmax="1")
+    session = Session(step)
+    size = sum(value.nbytes for value in generate(session, PROMPTS, 20).state.states[-3:])
+    before = imitation.recorded
+    assert before >= 2 and session._recorded is not None
+    monkeypatch.setattr(recorded, "LARGEST", size // 4)
+    steps = imitation.launched
+    generate(Session(step), PROMPTS, 20)
+    assert imitation.recorded == before and imitation.launched == steps, "all prompts are larger than that"
+    monkeypatch.setattr(recorded, "LARGEST", 2 * size)
+    kept = Session(step)
+    generate(kept, PROMPTS, 40)
+    assert (kept._recorded is not None and kept._recorded._bytes() <= 2 * size) or len(kept._recorded.recordings) == 1
 
 
 def test_a_session_of_another_kind_isnt_recorded(windowed: StepProgram, imitation: Imitation) -> None:
@@ -229,8 +302,9 @@ def test_a_session_of_another_kind_isnt_recorded(windowed: StepProgram, imitatio
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu() -> None:
-    step = stepped(window=4, device="cuda")
+@pytest.mark.parametrize("options", [{"window": 4}, {"keep_softmax": "1"}, {"keep_softmax": "1.0", "window": 4}])
+def test_on_a_gpu(options: dict[str, Any]) -> None:
+    step = stepped(device="cuda", **options)
     session, plain = Session(step), Session(step)
     plain.__dict__["_recorded"] = None
     with warnings.catch_warnings(action="error"):
