@@ -82,7 +82,7 @@ def cuda_graph(run: Run, inputs: list[Tensor], pool: Any) -> tuple[Callable[[], 
     return launch, outputs
 
 
-Group = tuple[list[Tensor], list[int]]  # tensors of one type, and their places in a step's list
+Group = tuple[list[Tensor], list[int], bool]  # tensors of one type, their places in a step's list, whether they grow
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,10 @@ class Recorded:
             self.recordings.clear()
         if self.growing and (given[0].shape[1] != 1 or sum(given[place].nbytes for place in self.growing) > LARGEST):
             return self.run(given)
-        key = tuple((self._roomy(value.shape, place), value.dtype) for place, value in enumerate(given))
+        shapes = [value.shape for value in given]
+        for place, axis in self.growing.items():
+            shapes[place] = self._longer(shapes[place], place, room(shapes[place][axis]) - shapes[place][axis])
+        key = tuple((shape, value.dtype) for shape, value in zip(shapes, given, strict=True))
         if key in self.recordings:
             self.recordings.move_to_end(key)
             return self._replay(key, given)
@@ -172,37 +175,28 @@ class Recorded:
         axis = self.growing.get(place)
         return shape if axis is None else torch.Size((*shape[:axis], shape[axis] + more, *shape[axis + 1 :]))
 
-    def _roomy(self, shape: torch.Size, place: int) -> torch.Size:
-        """The shape that an input is recorded in."""
-        axis = self.growing.get(place)
-        return shape if axis is None else self._longer(shape, place, room(shape[axis]) - shape[axis])
-
-    def _split(self, value: Tensor, place: int, shape: torch.Size) -> tuple[Tensor | None, Tensor]:
-        """Of a recording's tensor what a step hasn't reached yet, and its last tokens, which are of ``shape``."""
-        axis = self.growing.get(place)
-        if axis is None or value.shape[axis] == shape[axis]:
-            return None, value
-        unused = value.shape[axis] - shape[axis]
-        return value.narrow(axis, 0, unused), value.narrow(axis, unused, shape[axis])
-
     def _take(self, recording: Recording, given: list[Tensor]) -> None:
-        """Copies inputs into a recording's own. What an earlier step has left beside them goes."""
-        for mine, places in recording.taken:
-            parts = [self._split(value, at, given[at].shape) for value, at in zip(mine, places, strict=True)]
-            torch._foreach_copy_([own for _, own in parts], [given[place] for place in places])
-            if unused := [part for part, _ in parts if part is not None]:
-                torch._foreach_zero_(unused)
+        """Copies inputs into a recording's own. What an earlier step has left beside those that grow goes."""
+        for mine, places, grow in recording.taken:
+            values = [given[place] for place in places]
+            if grow:
+                axes = [self.growing[place] for place in places]
+                sizes = [value.shape[axis] for value, axis in zip(values, axes, strict=True)]
+                unused = [value.shape[axis] - size for value, axis, size in zip(mine, axes, sizes, strict=True)]
+                torch._foreach_zero_([value.narrow(a, 0, n) for value, a, n in zip(mine, axes, unused, strict=True)])
+                mine = [value.narrow(*part) for value, *part in zip(mine, axes, unused, sizes, strict=True)]
+            torch._foreach_copy_(mine, values)
 
     def _give(self, recording: Recording, given: list[Tensor]) -> list[Tensor]:
         """Copies of what a recording has written, for a step that was given these inputs."""
         results: list[Any] = [None] * len(recording.outputs)
-        for mine, places in recording.given:
-            parts = []
-            for value, place in zip(mine, places, strict=True):
-                at = place - 1 + STATES_AT  # the input that a state came in by
-                grown = self._longer(given[at].shape, at, 1) if at in self.growing else value.shape
-                parts.append(self._split(value, at, grown)[1])
-            for place, copy in zip(places, _copies(parts), strict=True):
+        for mine, places, grow in recording.given:
+            if grow:
+                came = [place - 1 + STATES_AT for place in places]  # the inputs that they came in by
+                axes = [self.growing[place] for place in came]
+                sizes = [given[place].shape[axis] + 1 for place, axis in zip(came, axes, strict=True)]
+                mine = [value.narrow(a, value.shape[a] - n, n) for value, a, n in zip(mine, axes, sizes, strict=True)]
+            for place, copy in zip(places, _copies(mine), strict=True):
                 results[place] = copy
         return results
 
@@ -222,10 +216,11 @@ class Recorded:
             with torch.inference_mode(False), torch.no_grad():
                 inputs = [value.new_zeros(shape) for value, (shape, _) in zip(given, key, strict=True)]
                 size = sum(inputs[place].nbytes for place in self.growing)
-                recording = Recording(_by_type(inputs), lambda: None, [], [], size)
+                recording = Recording(_groups(inputs, set(self.growing)), lambda: None, [], [], size)
                 self._take(recording, given)  # what is run while it is recorded should be of sense, too
                 launch, outputs = self.record(self.run, inputs, self.pool)
-                self.recordings[key] = replace(recording, launch=launch, outputs=outputs, given=_by_type(outputs))
+                grown = {place - STATES_AT + 1 for place in self.growing}
+                self.recordings[key] = replace(recording, launch=launch, outputs=outputs, given=_groups(outputs, grown))
                 for value in outputs:  # so that it is the launch that gives what is compared
                     value.fill_(torch.nan if value.is_floating_point() else 0)
                 found = self._replay(key, given)
@@ -246,11 +241,14 @@ class Recorded:
         warnings.warn(f"lincompile: steps run one kernel after the other, and slower: they {why}", stacklevel=7)
 
 
-def _by_type(values: list[Tensor]) -> list[Group]:
+def _groups(values: list[Tensor], growing: set[int]) -> list[Group]:
     """A model has dozens of states; a kernel, or only a call, for each would take as long as the step."""
-    types = dict.fromkeys(value.dtype for value in values)
-    places = [[place for place, value in enumerate(values) if value.dtype == dtype] for dtype in types]
-    return [([values[place] for place in own], own) for own in places]
+    kinds = [(value.dtype, place in growing) for place, value in enumerate(values)]
+    found = []
+    for kind in dict.fromkeys(kinds):
+        places = [place for place, own in enumerate(kinds) if own == kind]
+        found.append(([values[place] for place in places], places, kind[1]))
+    return found
 
 
 def _copies(values: list[Tensor]) -> Sequence[Tensor]:
@@ -263,11 +261,18 @@ def _copies(values: list[Tensor]) -> Sequence[Tensor]:
 def places_of(module: nn.Module) -> Callable[[], list[int]]:
     """What says where a module's parameters and buffers lie; for every step, so without walking over its modules."""
     tables = [
-        (table, name) for part in module.modules() for table in (part._parameters, part._buffers) for name in table
+        (table, name)
+        for part in module.modules()
+        for table in (part._parameters, part._buffers)
+        for name, value in table.items()
+        if value is not None
     ]
 
     def places() -> list[int]:
-        return [value.data_ptr() for table, name in tables if (value := table.get(name)) is not None]
+        try:
+            return list(map(Tensor.data_ptr, [table[name] for table, name in tables]))  # type: ignore[arg-type]
+        except (KeyError, TypeError):  # one is gone
+            return [value.data_ptr() for table, name in tables if (value := table.get(name)) is not None]
 
     return places
 
