@@ -118,7 +118,7 @@ def test_an_adapter_brings_the_option_its_sites_are_rewritten_by(option: str, at
     assert {site.method for site in applied.sites} == {attn} and applied.manifest()["options"][option]
     with safe_open(str(file), "pt") as opened:
         metadata, tensors = dict(opened.metadata()), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    del metadata["switches"]
+    del metadata["switches"], metadata["contents"]  # as the first adapters of this format are
     save_file(tensors, str(file), metadata)
     with pytest.raises(LincompileError, match=f"--{option.replace('_', '-')}"):
         lincompile.compile(module, adapter=str(file), **asked)
