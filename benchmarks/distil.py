@@ -45,7 +45,7 @@ from lincompile.passes.distil.adapter import apply_adapter, save_adapter
 from lincompile.passes.distil.choose import choose
 from lincompile.passes.distil.data import Batches, TokenWindows
 from lincompile.passes.distil.echo import WithEchoes
-from lincompile.passes.distil.instrument import instead, sites_of, unpadded
+from lincompile.passes.distil.instrument import add_stage, checksum, instead, sites_of, unpadded
 from lincompile.passes.distil.logits import LogitDistillation, distil_logits, own_parameters
 from lincompile.passes.distil.loop import LoopOptions, LoopReport
 from lincompile.passes.distil.recipe import with_branches_of
@@ -188,6 +188,7 @@ class Run:
             with torch.no_grad():
                 for name, parameter in student.graph_module.named_parameters():
                     parameter.copy_(weights[name])
+            add_stage(student, "weights", checksum(weights.values()))
             return {}
         return apply_adapter(path, self.teacher, student, source_hash=self.loaded.source_hash)
 

@@ -62,7 +62,7 @@ def depths(value: str) -> tuple[float, ...]:
     "--text",
     "text_file",
     type=click.Path(path_type=Path),
-    help="The text to predict, or to take prompts from (UTF-8; or .npy of token ids).",
+    help="The text to predict, or to take prompts from (files as for --distil).",
 )
 @click.option("--context", type=common.count, default="1024", show_default=True, help="Tokens per window.")
 @click.option("--tokens", type=common.count, help="Stop after so many predicted tokens.")
@@ -216,21 +216,10 @@ def _only_for_models(ctx: click.Context, artefact: str) -> None:
 
 
 def read(file: Path) -> str | list[int]:
-    """A UTF-8 text, or the token ids of a ``.npy`` file."""
-    from ..lowering.text import read_tokens
-    from ..passes.errors import LincompileError
+    """A text, documents of a table one after another; or the token ids of a ``.npy`` file."""
+    from ..lowering.text import holds_ids, read_text, read_tokens
 
-    if file.suffix == ".npy":
-        return read_tokens(file, None).tolist()
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LincompileError(f"{file} isn't UTF-8 text (byte {error.start}): convert it first") from error
-    except OSError as error:
-        raise LincompileError(f"{file} can't be read: {error.strerror}") from error
-    if not text.strip():
-        raise LincompileError(f"{file} is empty")
-    return text
+    return read_tokens(file, None).tolist() if holds_ids(file) else read_text(file)
 
 
 def _student(
@@ -241,15 +230,18 @@ def _student(
 
     artefact = common.open_checked(directory, place.device)
     session = open_session(artefact, runtime, place, every_token=True)
-    ids = text if isinstance(text, list) else artefact.tokenizer.encode(text)
+    ids = text if isinstance(text, list) else artefact.tokenizer.encode(text, special=False)
     return logits_of_session(session, chunk=512 * place.world), ids, session.max_positions
 
 
 def _teacher(
     model: str, text: str | list[int], builder: str | None, trust: bool, place: Ranks, dtype: str
 ) -> tuple[LogitsOf, list[int], int | None]:
+    import torch
+
     from ..lowering.evaluation.perplexity import logits_of_program
     from ..lowering.tokenizer import codec_of
+    from ..passes.distil.recipe import check_tokens
     from ..passes.errors import LincompileError
 
     loaded = common.load(model, builder=builder, trust=trust, device=place.device, dtype=dtype)
@@ -258,8 +250,9 @@ def _teacher(
     elif loaded.tokenizer is None:
         raise LincompileError(f"{model} has no tokenizer, so a text has no tokens: give a .npy file of token ids")
     else:
-        ids = codec_of(loaded.tokenizer).encode(text)
+        ids = codec_of(loaded.tokenizer).encode(text, special=False)
     program = common.captured(loaded)
+    check_tokens(program, torch.tensor(ids))
     if place.shared:
         from ..lowering.sharded import logits_of_slices
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import common
@@ -14,10 +15,11 @@ def print_plan(model: str, asked: Options, *, builder: str | None, trust: bool, 
     """Prints the plan: sites, parameters, bytes before and after, state against KV cache.
 
     Raises:
-        LincompileError: the model can't be captured, or the request changes nothing.
+        LincompileError: the model can't be captured, the request changes nothing, or an adapter is for other sites.
     """
     from ..lowering.artefact.report import human_bytes
     from ..lowering.compiler import prove, rewrite
+    from ..passes.distil.adapter import check_adapter
     from ..passes.plan import plan
     from .inspect import site_table
 
@@ -27,6 +29,8 @@ def print_plan(model: str, asked: Options, *, builder: str | None, trust: bool, 
     with common.working("proving and rewriting, on shapes alone"):
         teacher = prove(program, asked)
         student = rewrite(teacher, asked)
+        if asked.adapter is not None:
+            check_adapter(Path(asked.adapter), student)
         document = plan(teacher, student, asked.quant, embeddings=asked.quant_embeddings)
     for remark in teacher.notes[told:]:
         common.note(remark)

@@ -24,11 +24,17 @@ def show(
 ) -> None:
     """Continues prompts with both models and prints the agreement."""
     from ..lowering.evaluation.agreement import compare
+    from ..passes.errors import LincompileError
 
     student, teacher = opened(model), opened(against)
     if isinstance(text, str):
         codec = teacher.codec or student.tokenizer("taking prompts from a text")
         ids = codec.encode(text, special=False)
+        if student.codec is not None and student.codec.encode(text, special=False) != ids:
+            raise LincompileError(
+                f"{model} and {against} read other tokens in the same text, so what they write can't be compared: give "
+                "models with one tokenizer"
+            )
     else:
         ids = text
     with common.counting("continuing prompts") as advance:

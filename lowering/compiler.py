@@ -39,7 +39,7 @@ from ..passes.split_heads import SplitHeads, named_parts, parse_head_count, pars
 from ..passes.stateful import StepProgram, make_full, make_stateful
 from ..passes.stepping.offsets import position_limit
 from .generate import Session
-from .options import Options, Reporter, plan_for
+from .options import Options, Reporter, check_checkpoint, plan_for
 from .package import Artefact, open_artefact, save
 from .text import Corpus, needles_of, read_corpus, read_tokens
 from .triton import lower
@@ -199,8 +199,7 @@ def compile(
         )
     asked = Options(**options)
     asked.check()
-    if checkpoint is not None and asked.distil is None:
-        raise LincompileError("--checkpoint is about distillation: add --distil FILE")
+    check_checkpoint(checkpoint, asked)
     asked = asked.followed()
     say = reporter or Reporter()
     times: dict[str, float] = {}
@@ -350,8 +349,13 @@ def distil(
     logit_options = LogitDistillation(cross_entropy=asked.cross_entropy)
     if asked.adapter is not None:
         apply_adapter(Path(asked.adapter), teacher, student, source_hash=loaded.source_hash)
-        if not (asked.tokens or asked.time or asked.train):
+        if not asked.trains:
             return student, None, ids
+        if asked.transfer_loss is not None and student.metadata["projections"] == "adapted":
+            raise LincompileError(
+                f"--transfer-loss {asked.transfer_loss}: {asked.adapter} holds low-rank factors, from which only the "
+                "logits can go on, not attention transfer: leave it out"
+            )
         transfer_options = transfer_options or Transfer().scaled(0.1)
         logit_options = logit_options.scaled(0.1)
     if corpus is None:
@@ -440,8 +444,10 @@ def quantize(student: Program, asked: Options, ids: Tensor | None, say: Reporter
     calibration = text = None
     if ids is not None:
         rows = vocabulary(student)
-        if not ids.numel() or (rows is not None and int(ids.max()) >= rows):
-            problem = f"token {int(ids.max())}, and the model knows {rows}" if ids.numel() else "no tokens"
+        low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+        if not ids.numel() or low < 0 or (rows is not None and high >= rows):
+            known = "" if rows is None else f", and the model knows {rows}"
+            problem = f"token {low if low < 0 else high}{known}" if ids.numel() else "no tokens"
             raise LincompileError(f"the text to calibrate quantization on holds {problem}: give other text")
         calibration = windows_of(student, ids, CALIBRATION_TOKENS, asked.device)
         if asked.quant_tune is not None:

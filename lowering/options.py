@@ -21,9 +21,11 @@ from ..passes.quantization.tune import options_for
 from ..passes.quantization.weight_methods import resolve
 from ..passes.quantize import parse_plan
 from ..passes.split_heads import parse_head_count
+from ..passes.writing import check_writable
 
 TARGETS = ("eager", "triton", "onnx", "aot")
 NEEDLES = ("facts", "passkeys")
+SEEDS = 1 << 40  # generators take 64 bits, and stages, epochs and sites each have seeds of their own made from this one
 
 
 class Reporter:
@@ -83,6 +85,12 @@ class Options:
     lowest: float | None = LOWEST
     half_lives: float = 1.0
 
+    @property
+    def trains(self) -> bool:
+        """Whether something is distilled: with an adapter and no budget, its text only calibrates."""
+        budget = (self.tokens, self.time, self.train)
+        return self.distil is not None and (self.adapter is None or any(value is not None for value in budget))
+
     def check(self) -> None:
         """Raises ``LincompileError`` for a value that no model could satisfy, before anything is loaded."""
         if self.attn not in (*METHODS, "softmax"):
@@ -103,6 +111,8 @@ class Options:
             )
         if self.transfer_loss is not None:
             Transfer(loss=self.transfer_loss)
+        if not -SEEDS < self.seed < SEEDS:
+            raise LincompileError(f"--seed {self.seed}: a seed lies between -{SEEDS:,} and {SEEDS:,}")
         check_floor(self.lowest)
         HalfLives(self.half_lives)
         if self.half_lives != 1 and (self.attn == "softmax" or not method_class(self.attn).gated):
@@ -177,12 +187,12 @@ class Options:
             if stray := [name for name, value in named.items() if value is not None]:
                 raise LincompileError(f"{stray[0]} is about distillation: add --distil FILE")
             return
-        trains = self.adapter is None or any(value is not None for value in budget.values())
-        if not trains and (stray := [name for name, value in how.items() if value is not None]):
+        how["--shard"] = self.shard
+        if not self.trains and (stray := [name for name, value in how.items() if value is not None]):
             raise LincompileError(
                 f"{stray[0]}: with an adapter --distil only calibrates; to train on from it, add --tokens or --time"
             )
-        if trains and self.dtype == "float16":
+        if self.trains and self.dtype == "float16":
             raise LincompileError(
                 "--distil with --dtype float16: small gradients would vanish in float16; give bfloat16 or float32"
             )
@@ -246,6 +256,23 @@ class Options:
         return values | {
             name: text if text is None or isinstance(text, str) else type(text).__name__ for name, text in texts.items()
         }
+
+
+def check_checkpoint(file: Path | None, asked: Options) -> None:
+    """Refuses a checkpoint's file that nothing is trained for, or that couldn't be written, before hours of work.
+
+    Raises:
+        LincompileError: there is no training, or no such file can be written.
+    """
+    if file is None:
+        return
+    if asked.distil is None:
+        raise LincompileError("--checkpoint is about distillation: add --distil FILE")
+    if not asked.trains:
+        raise LincompileError(
+            "--checkpoint: with an adapter --distil only calibrates; to train on from it, add --tokens or --time"
+        )
+    check_writable(file, "the checkpoint")
 
 
 def plan_for(asked: Options) -> str:

@@ -38,9 +38,9 @@ def read_tokens(source: Any, tokenizer: Callable[[Path], None] | None) -> Tensor
     """Token ids of all documents as one text, blank lines between them, int64 ``[N]``.
 
     Args:
-        source: token ids (a tensor), a list of texts, a ``.txt``, ``.md``, ``.json`` (a list of texts), ``.jsonl`` (key
-            "text"), ``.parquet`` (column "text") or ``.npy`` (token ids) file, or ``hf:name`` (a Hugging Face dataset,
-            split train).
+        source: token ids (a tensor), a list of texts, a ``.txt``, ``.md``, ``.json`` (a list of texts), ``.jsonl`` or
+            ``.ndjson`` (key "text"), ``.parquet`` (column "text") or ``.npy`` (token ids) file, or ``hf:name`` (a
+            Hugging Face dataset, split train).
         tokenizer: writes the model's tokenizer into a folder.
 
     Raises:
@@ -48,8 +48,12 @@ def read_tokens(source: Any, tokenizer: Callable[[Path], None] | None) -> Tensor
     """
     if (ids := _ready(source)) is not None:
         return ids
-    texts, _ = _documents(source)
-    return torch.tensor(_codec(tokenizer).encode(SEPARATOR.join(texts)), dtype=torch.int64)
+    return torch.tensor(_codec(tokenizer).encode(read_text(source)), dtype=torch.int64)
+
+
+def read_text(source: Any) -> str:
+    """All documents as one text, blank lines between them. Args and errors: as ``read_tokens``, without token ids."""
+    return SEPARATOR.join(_documents(source)[0])
 
 
 def read_corpus(source: Any, tokenizer: Callable[[Path], None] | None) -> Corpus:
@@ -109,6 +113,11 @@ def retrieval_needles(tokenizer: Callable[[Path], None], ids: Tensor, seed: int)
     return Needles(sentences, sentences, asked)
 
 
+def holds_ids(source: str | Path) -> bool:
+    """Whether a file's name says that it holds token ids, not text."""
+    return Path(source).suffix.lower() == ".npy"
+
+
 def existing(source: str | Path) -> Path:
     """The path of a file that exists; a ``LincompileError`` otherwise."""
     path = Path(source)
@@ -133,15 +142,16 @@ def read_texts(source: str) -> Iterator[str]:
         yield from (_text(row["text"], f"{source}: row {i}") for i, row in enumerate(dataset, 1))
         return
     path = existing(source)
+    kind = path.suffix.lower()
     try:
-        if path.suffix == ".parquet":
+        if kind == ".parquet":
             yield from _parquet(path)
-        elif path.suffix == ".jsonl":
+        elif kind in (".jsonl", ".ndjson"):
             with path.open(encoding="utf-8-sig") as lines:  # JSON strings may hold what splitlines() splits at
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield _row(json.loads(line), f"{path}: line {number}")
-        elif path.suffix == ".json":
+                        yield _row(_parsed(line, f"{path}: line {number}"), f"{path}: line {number}")
+        elif kind == ".json":
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
             if not isinstance(rows, list):
                 raise LincompileError(f"the text file {path} holds no list: write a list of texts")
@@ -159,7 +169,7 @@ def _ready(source: Any) -> Tensor | None:
     """Ids that need no tokenizer, ``[N]``."""
     if isinstance(source, Tensor):
         ids = source.flatten().long()
-    elif isinstance(source, (str, Path)) and str(source).endswith(".npy"):
+    elif isinstance(source, (str, Path)) and holds_ids(source):
         import numpy as np
 
         path = existing(source)
@@ -219,6 +229,14 @@ def _column(name: str, found: list[str], where: Any) -> None:
         raise LincompileError(
             f"{where} has no column '{name}' but {', '.join(found) or 'none'}: rename the text's column"
         )
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        why = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise LincompileError(f"{where} can't be read as JSON: {why}") from error
 
 
 def _row(row: Any, where: str) -> str:

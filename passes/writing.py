@@ -54,6 +54,20 @@ def beside(path: Path, what: str) -> Iterator[Path]:
                 os.unlink(temporary)
 
 
+def check_writable(path: Path, what: str) -> None:
+    """Refuses a file that ``beside`` couldn't write, before the work that it would hold.
+
+    Raises:
+        LincompileError: as ``beside``; what is there stays as it is.
+    """
+    with contextlib.suppress(_Dropped), beside(path, what):
+        raise _Dropped
+
+
+class _Dropped(Exception):
+    """Ends a ``beside`` that isn't to take its place."""
+
+
 @contextmanager
 def one_line(what: str, kind: type[LincompileError] = LincompileError) -> Iterator[None]:
     """Errors inside that are about writing become a ``kind`` in one line: why, and what to do. Others stay as they are.

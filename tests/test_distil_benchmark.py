@@ -13,6 +13,7 @@ import pytest
 import tiny_llama
 from safetensors import safe_open
 
+from lincompile.passes.errors import LincompileError
 from lincompile.passes.split_heads import heads_text
 
 pytest.importorskip("transformers")
@@ -149,6 +150,9 @@ def test_whole_weights_say_of_which_sites_they_are(distil: Callable[..., dict[st
     options = ["--mode", "full", "--measures", "", "--transfer-steps", "1", "--logits-steps", "1"]
     distil("lawcat-full", *options)
     path = "out/lawcat-full.safetensors"
+    with pytest.raises(LincompileError, match="a student that another adapter or earlier stage had trained"):
+        distil("lawcat-full", *options, "--start", path)
+    Path("out/lawcat-full.logits.ckpt").unlink()
     assert distil("lawcat-full", *options, "--start", path)["logits"]["steps"] == 1
     save_file(load_file(path), "old.safetensors")
     with pytest.raises(SystemExit, match="another floor of gates"):
@@ -173,8 +177,8 @@ def test_heads_are_chosen_and_the_adapter_names_them(distil: Callable[..., dict[
     done = distil("lawcat-window64-heads2", "--measures", "", "--logits-steps", "1")
     assert done["options"]["recipe"]["keep"] == "heads:2" and len(done["heads"]["chosen"]) == 2
     assert done["heads"]["tokens_apart"] == 256
-    with _opened(model.parent / "out" / "lawcat-window64-heads2.safetensors") as (_, metadata):
-        sites = json.loads(metadata["sites"])
+    with _opened(model.parent / "out" / "lawcat-window64-heads2.safetensors") as (_, header):
+        sites = header.sites
     kept = heads_text(list(sites), [method == "softmax" for method in sites.values()])
     assert kept == ",".join(sorted(done["heads"]["chosen"]))
 

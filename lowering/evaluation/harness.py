@@ -143,7 +143,12 @@ class LincompileLM(TemplateLM):  # type: ignore[misc]
         sampling = {name: options.pop(name) for name in ("temperature", "top_k", "top_p") if name in options}
         if options:
             raise LincompileError(f"generation option '{sorted(options)[0]}' isn't supported")
-        ids = self.tok_encode(context)[-max(1, self.max_length - new) :] or [self.eot_token_id]
+        if new >= self.max_length:
+            raise LincompileError(
+                f"{new} new tokens leave no room for a prompt in {self.max_length}: lower the task's max_gen_toks, or "
+                "raise max_length"
+            )
+        ids = self.tok_encode(context)[-(self.max_length - new) :] or [self.eot_token_id]
         produced: list[int] = []
 
         def stopped(_: int, token: int) -> bool:

@@ -44,7 +44,7 @@ class Scorer:
             on_answer: called with (index of the request, answer) as they come.
 
         Raises:
-            LincompileError: a continuation longer than ``max_length``, or an empty context.
+            LincompileError: a continuation longer than ``max_length``, an empty context, or logits that aren't finite.
         """
         answers: list[Answer] = [(0.0, True)] * len(requests)
         alone = batch == 1 or self.session.uniform_positions or not self.session.states
@@ -129,4 +129,6 @@ class Scorer:
 def _answer(logits: Tensor, continuation: list[int]) -> Answer:
     targets = torch.tensor(continuation)
     chosen = logits.log_softmax(-1).gather(1, targets[:, None])
+    if bool(chosen.isnan().any()):  # any answer would then be as good as another, and an accuracy come out
+        raise LincompileError("the model's logits are not finite (NaN or inf): its continuations have no score")
     return float(chosen.double().sum()), bool((logits.argmax(-1) == targets).all())

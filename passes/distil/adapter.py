@@ -1,7 +1,8 @@
 """Adapters: the trained parts of a student in one small file, applied to a fresh conversion of the same teacher.
 
 A safetensors file with the attention modules, the vectors (norms, biases) and the low-rank factors, in float16, and
-in its metadata what it fits: the method, the sites, and hashes of the teacher's weights and of its source file.
+in its metadata what it fits: the method, the sites, and hashes of the teacher's weights, of its source file, and of
+all that the file itself holds.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ..linearize import MODULE_PREFIX
 from ..program import AttentionSite, Program
 from ..split_heads import heads_text
 from ..writing import beside
+from .instrument import add_stage
 from .logits import own_parameters
 from .lora import PREFIX, Addition, merge_lora
 
@@ -34,13 +36,27 @@ ROTARY = {"kept": "keep", "removed": "remove"}
 FLOOR = " floor "  # between what became of positions and a number; sites without it are of gates without a floor
 
 
+CONTENTS = "contents"  # the hash of all that a file holds but itself; the first adapters of this format have none
+
+
 def weights_hash(program: Program) -> str:
     """SHA-256 of the parameters' names and bytes."""
+    return _hash(dict(program.graph_module.named_parameters()))
+
+
+def _hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 of names and bytes, and of a text after them."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(program.graph_module.named_parameters()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    digest.update(text.encode())
     return digest.hexdigest()
+
+
+def _contents(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    said = {name: text for name, text in metadata.items() if name != CONTENTS}
+    return _hash(tensors, json.dumps(said, sort_keys=True))
 
 
 def _sites(student: Program) -> dict[str, str]:
@@ -62,11 +78,6 @@ def _switches(sites: Iterable[AttentionSite]) -> set[str]:
     """The options without which sites like these would stay softmax: their fields' names in ``Settings``."""
     kinds = {name for site in sites for name in (site.kind, site.bias)}
     return {option for kind, option in (("sliding", "rewrite_sliding"), ("alibi", "alibi")) if kind in kinds}
-
-
-def _recorded_switches(metadata: dict[str, str]) -> list[str]:
-    switches: list[str] = json.loads(metadata.get("switches", "[]"))  # the first adapters of this format have none
-    return switches
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,29 @@ class Settings:
         return options + (" --rewrite-sliding" if self.rewrite_sliding else "") + (" --alibi" if self.alibi else "")
 
 
+@dataclass(frozen=True)
+class _Header:
+    """What an adapter's metadata says."""
+
+    sites: dict[str, str]
+    settings: Settings
+    switches: list[str]
+    teacher: str
+    source: str
+    record: dict[str, Any]
+
+    @staticmethod
+    def of(metadata: Mapping[str, str]) -> _Header:
+        """Raises ``KeyError``, ``TypeError`` or ``ValueError`` where the metadata isn't an adapter's."""
+        sites, record = json.loads(metadata["sites"]), json.loads(metadata["record"])
+        switches = json.loads(metadata.get("switches", "[]"))  # the first adapters of this format have none
+        if not (isinstance(sites, dict) and isinstance(record, dict) and isinstance(switches, list)):
+            raise TypeError("sites and record are JSON objects, switches a JSON list")
+        if all(method == "softmax" for method in sites.values()):
+            raise ValueError("no site is linear")
+        return _Header(sites, Settings.of(sites, switches), switches, metadata["teacher"], metadata["source"], record)
+
+
 def save_adapter(
     path: Path,
     teacher: Program,
@@ -133,8 +167,19 @@ def save_adapter(
 
     Raises:
         LincompileError: a matrix was trained whole (``--train full``), which no small file can hold, or a value
-            doesn't fit ``dtype``, or the file can't be written.
+            doesn't fit ``dtype``, or the student isn't as training left it (its half-lives were changed, or it was
+            quantized), or the file can't be written.
     """
+    if (factor := student.metadata.get("half_lives", 1.0)) != 1:
+        raise LincompileError(
+            f"no adapter: the half-lives of this student were multiplied by {factor:g} after training, which "
+            "--adapter would take for trained: save it without --half-lives, and give that beside --adapter"
+        )
+    if student.metadata.get("quantization"):
+        raise LincompileError(
+            "no adapter: the student is quantized, and its norms may have been fitted to rounded weights: save the "
+            "adapter of a compilation without --quant"
+        )
     additions: list[Addition] = student.metadata.get("low_rank", [])
     own = dict(teacher.graph_module.named_parameters(remove_duplicate=False))
     explained = {addition.name for addition in additions}
@@ -158,6 +203,7 @@ def save_adapter(
         "source": source_hash or "",
         "record": json.dumps(record or {}),
     }
+    metadata[CONTENTS] = _contents(stored, metadata)
     with beside(path, "the adapter") as file:
         save_file(stored, file, metadata)
 
@@ -172,24 +218,10 @@ def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash
         LincompileError: the file is missing, damaged or no adapter, was trained for another teacher (told by hash),
             or for other sites or another method.
     """
-    tensors, metadata = _read(path)
-    if weights_hash(teacher) != metadata["teacher"] and (not source_hash or source_hash != metadata["source"]):
+    tensors, header = _read(path)
+    if weights_hash(teacher) != header.teacher and (not source_hash or source_hash != header.source):
         raise LincompileError(f"the adapter {path} was trained for another model: its teacher's hash differs")
-    sites = json.loads(metadata["sites"])
-    if sites != _sites(student):
-        methods = sorted({site.partition(FLOOR)[0].removesuffix(" none") for site in sites.values()})
-        linear = [site for site in student.sites if sites.get(site.path, "softmax") != "softmax"]
-        wanted = Settings.of(sites, _switches(linear).union(_recorded_switches(metadata)))
-        own = Settings.of(_sites(student))
-        without = "".join(
-            f" without --{name.replace('_', '-')}"
-            for name in ("window", "keep_softmax")
-            if getattr(own, name) and not getattr(wanted, name)
-        )
-        floor = "" if wanted.lowest == own.lowest else f" (in Python, lowest={wanted.lowest})"
-        raise LincompileError(
-            f"the adapter {path} is for {len(sites)} sites with {', '.join(methods)}: give {wanted}{without}{floor}"
-        )
+    _check_sites(path, header, student)
     own_parameters(student, teacher)
     parameters = dict(student.graph_module.named_parameters(remove_duplicate=False))
     factors: dict[str, dict[str, Tensor]] = {}
@@ -197,7 +229,7 @@ def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash
     with torch.no_grad():
         for name, value in tensors.items():
             if name.startswith(PREFIX + "/"):
-                _, target, part = name.split("/")
+                target, _, part = name.removeprefix(PREFIX + "/").rpartition("/")
                 factors.setdefault(target, {})[part] = value
                 continue
             if name not in parameters or parameters[name].shape != value.shape:
@@ -209,10 +241,39 @@ def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash
     additions = [_addition(path, student, name, pair) for name, pair in factors.items()]
     merge_lora(student, additions)
     student.metadata["low_rank"] = additions
-    record: dict[str, Any] = json.loads(metadata["record"])
-    student.metadata["adapter"] = {"file": path.name, **record}
+    student.metadata["adapter"] = {"file": path.name, **header.record}
     student.metadata["projections"] = "adapted" if factors else "teacher's"
-    return record
+    add_stage(student, "adapter", _hash(tensors))
+    return header.record
+
+
+def check_adapter(path: Path, student: Program) -> None:
+    """Whether an adapter is for a rewritten student's sites; whether for its weights, only ``apply_adapter`` can say.
+
+    Raises:
+        LincompileError: the file is missing, damaged or no adapter, or for other sites or another method.
+    """
+    with _opened(path) as (_, header):
+        _check_sites(path, header, student)
+
+
+def _check_sites(path: Path, header: _Header, student: Program) -> None:
+    sites = header.sites
+    if sites == _sites(student):
+        return
+    methods = sorted({site.partition(FLOOR)[0].removesuffix(" none") for site in sites.values()})
+    linear = [site for site in student.sites if sites.get(site.path, "softmax") != "softmax"]
+    wanted = Settings.of(sites, _switches(linear).union(header.switches))
+    own = Settings.of(_sites(student))
+    without = "".join(
+        f" without --{name.replace('_', '-')}"
+        for name in ("window", "keep_softmax")
+        if getattr(own, name) and not getattr(wanted, name)
+    )
+    floor = "" if wanted.lowest == own.lowest else f" (in Python, lowest={wanted.lowest})"
+    raise LincompileError(
+        f"the adapter {path} is for {len(sites)} sites with {', '.join(methods)}: give {wanted}{without}{floor}"
+    )
 
 
 def settings_of(path: Path) -> Settings:
@@ -221,18 +282,26 @@ def settings_of(path: Path) -> Settings:
     Raises:
         LincompileError: the file is missing, damaged or no adapter.
     """
-    with _opened(path) as (_, metadata):
-        return Settings.of(json.loads(metadata["sites"]), _recorded_switches(metadata))
+    with _opened(path) as (_, header):
+        return header.settings
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with _opened(path) as (file, metadata):
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
+def _read(path: Path) -> tuple[dict[str, Tensor], _Header]:
+    with _opened(path) as (file, header):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata = file.metadata()
+    if CONTENTS in metadata and metadata[CONTENTS] != _contents(tensors, metadata):
+        raise LincompileError(f"the adapter {path} was damaged or edited: its contents' hash differs; copy it again")
+    for name, value in tensors.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            what = f"is of {value.dtype}" if not value.is_floating_point() else "holds NaN or infinity"
+            raise LincompileError(f"the adapter {path} is damaged: '{name}' {what}; copy or train it again")
+    return tensors, header
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
-    """An adapter's file, whose tensors are read when they are asked for, and its metadata."""
+def _opened(path: Path) -> Iterator[tuple[Any, _Header]]:
+    """An adapter's file, whose tensors are read when they are asked for, and what its metadata says."""
     if not path.is_file():
         raise LincompileError(f"the adapter {path} doesn't exist")
     try:
@@ -241,7 +310,13 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
             if metadata.get("format") != FORMAT:
                 known = f"is an adapter of format {metadata['format']}" if "format" in metadata else "holds no adapter"
                 raise LincompileError(f"{path} {known}; this version reads {FORMAT}")
-            yield file, metadata
+            try:
+                header = _Header.of(metadata)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise LincompileError(
+                    f"the adapter {path} is damaged: its metadata can't be read ({type(error).__name__}: {error})"
+                ) from error
+            yield file, header
     except (SafetensorError, OSError) as error:
         raise LincompileError(f"the adapter {path} is damaged or isn't a safetensors file: {error}") from error
 

@@ -7,6 +7,7 @@ speed and the student skips multiplications by one. (A mask that the model deriv
 from __future__ import annotations
 
 import dataclasses
+import json
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from .regions import compile_regions, switch
 from .spread import cut, exchanging, shift_positions
 
 Wrap = Callable[[str, LinearMethod], nn.Module]
+STAGES = "stages"  # in a student's metadata: checksums of what has trained it, in order
 
 
 @dataclass
@@ -288,12 +290,19 @@ def weights_checksum(program: Program) -> int:
 
 
 def run_of(stage: str, data: dict[str, Any], student: Program, teacher: Program | None) -> dict[str, Any]:
-    """What tells one training run from another, JSON-able: its data, what its sites became, and the teacher's weights.
+    """What tells one training run from another, JSON-able: its data, what its sites became, the teacher's weights, and
+    what trained the student before.
 
     ``teacher`` is None where nothing is to be resumed: reading all weights takes seconds.
     """
     model = teacher and weights_checksum(teacher)
-    return {"stage": stage, "data": data, "sites": sites_of(student), "model": model}
+    run = {"stage": stage, "data": data, "sites": sites_of(student), "model": model}
+    return run | ({"after": before} if (before := student.metadata.get(STAGES)) else {})
+
+
+def add_stage(student: Program, *what: Any) -> None:
+    """Notes what has trained a student (JSON-able): what comes after it is another run where this was another."""
+    student.metadata[STAGES] = [*student.metadata.get(STAGES, []), zlib.crc32(json.dumps(what).encode())]
 
 
 def sites_of(student: Program) -> list[list[Any]]:

@@ -28,7 +28,7 @@ from ..program import Program
 from .data import Ahead, Batches
 from .divergence import divergence
 from .echo import from_afar
-from .instrument import TrainingGraph, first_nonfinite, instead, run_of, unpadded
+from .instrument import TrainingGraph, add_stage, first_nonfinite, instead, run_of, unpadded
 from .loop import LoopOptions, LoopReport, Part, Progress, train
 from .lora import PREFIX as LORA_PREFIX
 from .lora import Addition, add_lora, merge_lora
@@ -91,7 +91,7 @@ def lora_rank(text: str) -> int:
     if text == "full":
         return 0
     rank = text.removeprefix("lora:")
-    if text.startswith("lora:") and rank.isdigit() and int(rank) > 0:
+    if text.startswith("lora:") and rank.isdecimal() and int(rank) > 0:
         return int(rank)
     raise LincompileError(f"--train {text}: write 'full' or 'lora:R' with a rank such as lora:8")
 
@@ -276,6 +276,7 @@ def _distil(
                 progress=progress,
                 locate=locate,
             )
+        add_stage(student, identity, options.decisive())
         report.after = distiller.measure(held_out)
         if not math.isfinite(report.after):
             raise LincompileError("the divergence isn't finite after training: lower the learning rate")

@@ -12,6 +12,7 @@ import math
 import pickle
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ Progress = Callable[[int, int, float, float], None]
 """Called after every step: (step, steps expected, mean loss, tokens per second)."""
 
 Options = TypeVar("Options", bound="LoopOptions")
+NO_ARCHIVE = (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class LoopOptions:
         """All rates times ``factor``: for a student that has been trained already."""
         rates = [option.name for option in fields(self) if option.name == "rate" or option.name.endswith("_rate")]
         return replace(self, **{name: getattr(self, name) * factor for name in rates})
+
+    def decisive(self) -> dict[str, Any]:
+        """Those that change what a step computes (JSON-able)."""
+        others = ("seconds", "save_every", "replay", "compile")
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
     @property
     def replays(self) -> bool:
@@ -257,11 +264,8 @@ def train(
             another run.
     """
     report = report or LoopReport()
-    chosen = asdict(options)
-    for name in ("seconds", "save_every", "replay", "compile"):  # what doesn't change what a step computes
-        chosen.pop(name)
     names = [[part.name, *part.parameters] for part in parts]
-    fingerprint = json.dumps({"options": chosen, "parameters": names, **(identity or {})})
+    fingerprint = json.dumps({"options": options.decisive(), "parameters": names, **(identity or {})})
     frozen = {p: p.requires_grad for part in parts for p in part.parameters.values()}
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -315,17 +319,24 @@ def _save(path: Path, fingerprint: str, masters: Masters, report: LoopReport) ->
 
 
 def _restore(path: Path, fingerprint: str, masters: Masters, report: LoopReport) -> None:
+    damaged = f"the checkpoint {path} is damaged or isn't one: remove it or name another"
     try:
+        with zipfile.ZipFile(path) as file:  # torch reads numbers with other bits than were written without a word
+            if file.testzip() is not None:
+                raise LincompileError(damaged)
         state = torch.load(path, weights_only=True, map_location="cpu")
         found = state["fingerprint"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise LincompileError(f"the checkpoint {path} is damaged or isn't one: remove it or name another") from error
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, *NO_ARCHIVE) as error:
+        raise LincompileError(damaged) from error
     if found != fingerprint:
         raise LincompileError(
-            f"the checkpoint {path} belongs to a run with other options, data or another model: "
-            "remove it or name another file"
+            f"the checkpoint {path} belongs to a run with other options, data or another model, or of a student that "
+            "another adapter or earlier stage had trained: remove it or name another file"
         )
-    masters.load(state)
-    for name, value in state["report"].items():
-        setattr(report, name, value)
+    try:
+        masters.load(state)
+        for name, value in state["report"].items():
+            setattr(report, name, value)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise LincompileError(damaged) from error
     report.resumed_at = report.steps

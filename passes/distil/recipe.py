@@ -19,6 +19,7 @@ from ..quantization.embeddings import vocabulary
 from .choose import Choice, choose
 from .data import Batches, TokenWindows
 from .echo import WithEchoes, check_share
+from .instrument import STAGES
 from .logits import LogitDistillation, LogitReport, distil_logits, lora_rank
 from .loop import LoopOptions
 from .retrieval import Needles, WithRetrieval, check_stretch
@@ -285,6 +286,7 @@ def with_branches_of(trained: Program, fresh: Program) -> Program:
         for name, parameter in fresh.graph_module.named_parameters():
             if name.startswith(MODULE_PREFIX):
                 parameter.copy_(source[name])
+    fresh.metadata[STAGES] = trained.metadata.get(STAGES, [])
     return fresh
 
 

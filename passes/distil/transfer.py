@@ -22,7 +22,7 @@ from ..linearization.methods import HALF_LIVES, LinearMethod, mixed
 from ..program import Program
 from .calibrate import calibrate
 from .data import Ahead, Batches
-from .instrument import TrainingGraph, beside, run_of
+from .instrument import TrainingGraph, add_stage, beside, run_of
 from .loop import LoopOptions, LoopReport, Part, Progress, train
 from .pieces import Pieces
 from .regions import Compiled
@@ -228,6 +228,7 @@ def transfer(
             return pieces(tokens, step), tokens.numel()
 
         train(parts, losses_of, options, checkpoint=checkpoint, identity=identity, report=report, progress=progress)
+    add_stage(student, identity, options.decisive())
     report.after = errors.by_path(held_out)
     _check_errors(report.after, "after training: lower the learning rate")
     return report

@@ -220,6 +220,19 @@ def test_a_plan_reads_shapes_and_writes_nothing(cli: Run, module: Path) -> None:
     ]
 
 
+def test_a_plan_of_an_adapter_is_of_its_sites(cli: Run, module: Path, tmp_path: Path) -> None:
+    """What a compilation would refuse isn't planned."""
+    import lincompile
+    from lincompile.passes.distil.adapter import save_adapter
+
+    made = lincompile.compile("small_model:build", attn="gla", window=8)
+    save_adapter(tmp_path / "a.safetensors", made.teacher, made.program)
+    options = ("small_model:build", "--adapter", tmp_path / "a.safetensors", "--plan", "--json")
+    assert [site["method"] for site in cli(*options, "--attn", "gla").json["sites"]] == ["gla", "gla"]
+    assert "give --attn gla --window 8" in cli(*options).error
+    assert "give --attn gla --window 8" in cli(*options, "--attn", "gla", "--window", "4").error
+
+
 def test_quantization_is_calibrated_saved_edited_and_shown(cli: Run, tmp_path: Path) -> None:
     ids, plan, scores = (tmp_path / name for name in ("ids.npy", "plan.json", "scores.json"))
     np.save(ids, np.random.default_rng(0).integers(0, 60, 600))

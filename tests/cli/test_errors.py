@@ -50,7 +50,11 @@ def test_usage_errors_exit_with_2(cli: Run, arguments: list[str], message: str) 
 
 
 def test_text_that_cannot_calibrate_is_named(cli: Run, tmp_path: Path) -> None:
-    for ids, message in (([], "holds no tokens"), ([3, 60], "holds token 60, and the model knows 60")):
+    for ids, message in (
+        ([], "holds no tokens"),
+        ([3, 60], "holds token 60, and the model knows 60"),
+        ([-1, 3], "holds token -1, and the model knows 60"),
+    ):
         np.save(tmp_path / "ids.npy", np.array(ids, dtype=np.int64))
         done = cli("small_model:build", "--attn", "softmax", "--quant", "int6", "--calibrate", tmp_path / "ids.npy")
         assert done.code == 1 and message in done.error
@@ -77,7 +81,7 @@ def test_text_that_cannot_calibrate_is_named(cli: Run, tmp_path: Path) -> None:
         (["small_model:build", "--config", "missing.yaml"], "missing.yaml can't be read"),
         (["generate", "missing", "--prompt", "a"], "isn't a folder"),
         (["bench", "."], "isn't a lincompile artefact"),
-        (["eval", "missing", "--text", "missing.txt"], "missing.txt can't be read"),
+        (["eval", "missing", "--text", "missing.txt"], "missing.txt doesn't exist"),
         (["export", "."], "isn't a lincompile artefact"),
     ],
 )

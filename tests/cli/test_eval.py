@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import tiny_llama
 from .conftest import Run
 
 pytest.importorskip("transformers")
+Tokenizer, processors = pytest.importorskip("tokenizers").Tokenizer, pytest.importorskip("tokenizers").processors
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_what_cannot_be_asked_is_refused_before_it_runs(cli: Run, folder: Path, 
     np.save(tmp_path / "ids.npy", np.arange(40))
     cases = [
         (["--lengths", "350", "--haystack", tmp_path / "empty.txt"], "empty.txt is empty"),
-        (["--lengths", "350", "--haystack", tmp_path / "none.txt"], "none.txt can't be read"),
+        (["--lengths", "350", "--haystack", tmp_path / "none.txt"], "none.txt doesn't exist"),
         (["--lengths", "350", "--haystack", tmp_path / "ids.npy"], "--haystack needs text"),
         (["--lengths", "20,400"], "a prompt of 20 tokens has no room: introduction, key and question take"),
         (["--lengths", "350,1G"], "exceed the 512 positions"),
@@ -141,6 +143,55 @@ def test_extrapolation(cli: Run, folder: Path, student: Path, artefact: Path) ->
 
     with pytest.raises(LincompileError, match=r"looks its positions up in a table .*, which ends at 128"):
         open_subject(str(artefact)).beyond_configuration()
+
+
+def test_documents_are_read_as_for_training(cli: Run, folder: Path, student: Path, tmp_path: Path) -> None:
+    """Rows are texts, not JSON to predict; a mark before UTF-8 is no text."""
+    words = "one two three four five six seven eight nine ten " * 4
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": words, "id": index}) + "\n" for index in range(3)))
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + "\n\n".join([words] * 3).encode())
+    for model in (folder, student):
+        rows, text = (
+            cli("eval", model, "--text", tmp_path / name, "--context", 64, "--json").json
+            for name in ("rows.jsonl", "text.txt")
+        )
+        assert rows == text and rows["tokens"] == 3 * len(words) + 4 - 10  # the first of ten windows' aren't predicted
+
+
+def test_no_token_is_put_before_a_text(cli: Run, folder: Path, student: Path, tmp_path: Path) -> None:
+    """Whatever the tokenizer would put there."""
+    import lincompile
+
+    beginning = shutil.copytree(folder, tmp_path / "beginning")
+    codec = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    codec.post_processor = processors.TemplateProcessing("<end> $A", special_tokens=[("<end>", tiny_llama.END)])
+    codec.save(str(beginning / "tokenizer.json"))
+    its_student = lincompile.compile(beginning, attn="lawcat").save(tmp_path / "student")
+    (tmp_path / "text.txt").write_text("one two three four five")
+    options = ("--text", tmp_path / "text.txt", "--context", 64, "--json")
+    for plain, other in ((folder, beginning), (student, its_student)):
+        assert cli("eval", plain, *options).json == cli("eval", other, *options).json
+
+
+def test_ids_that_the_model_does_not_know(cli: Run, folder: Path, tmp_path: Path) -> None:
+    for wrong in (-5, 5000):
+        np.save(tmp_path / "ids.npy", np.array([1, 2, wrong, 4]))
+        result = cli("eval", folder, "--text", tmp_path / "ids.npy", "--context", 16)
+        assert result.code == 1 and f"holds token {wrong}, the model knows 0 to 256" in result.error, result.err
+
+
+def test_other_tokenizers_are_not_compared(cli: Run, folder: Path, student: Path, tmp_path: Path) -> None:
+    """As many tokens, but others: the teacher's would be gibberish to the student, and figures come out even so."""
+    shutil.copytree(folder, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    codec = json.loads(file.read_text())
+    vocabulary = codec["model"]["vocab"]
+    codec["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+    file.write_text(json.dumps(codec))
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten " * 8)
+    options = ("--text", tmp_path / "text.txt", "--prompts", 2, "--prompt-tokens", 8, "--new-tokens", 4)
+    result = cli("eval", student, *options, "--against", tmp_path / "other")
+    assert result.code == 1 and "read other tokens in the same text" in result.error, result.err
 
 
 def test_perplexity_is_as_it_was(cli: Run, student: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import lincompile
-from lincompile.lowering.options import Options
+from lincompile.lowering.options import Options, check_checkpoint
 from lincompile.passes.distil.adapter import save_adapter
 from lincompile.passes.distil.logits import LogitDistillation, distil_logits
 from lincompile.passes.distil.transfer import Errors, Transfer, transfer
@@ -68,6 +68,8 @@ def test_an_adapter_takes_the_place_of_training(tmp_path: Path) -> None:
     # Its projections aren't the teacher's any more: only the logits can go on from there.
     with pytest.raises(LincompileError, match=r"projections aren't the teacher's.*--train lora:R or --train full"):
         lincompile.compile(model(), example={"idx": zoo.tokens()}, **on)
+    with pytest.raises(LincompileError, match=r"--transfer-loss mse: .* only the logits can go on, not attention tran"):
+        lincompile.compile(model(), example={"idx": zoo.tokens()}, train="lora:2", transfer_loss="mse", **on)
     further = lincompile.compile(model(), example={"idx": zoo.tokens()}, train="lora:2", **on)
     assert further.transfer is not None and further.transfer.steps == 0
     assert further.distilled is not None and further.distilled.logits is not None and further.distilled.logits.steps > 0
@@ -118,7 +120,7 @@ def test_an_adapter_brings_the_option_its_sites_are_rewritten_by(option: str, at
     assert {site.method for site in applied.sites} == {attn} and applied.manifest()["options"][option]
     with safe_open(str(file), "pt") as opened:
         metadata, tensors = dict(opened.metadata()), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    del metadata["switches"]
+    del metadata["switches"], metadata["contents"]  # as the first adapters of this format are
     save_file(tensors, str(file), metadata)
     with pytest.raises(LincompileError, match=f"--{option.replace('_', '-')}"):
         lincompile.compile(module, adapter=str(file), **asked)
@@ -245,10 +247,31 @@ def test_what_only_the_model_can_refuse_is_refused_before_training() -> None:
         lincompile.compile(model(), checkpoint=Path("run.ckpt"), **given)
 
 
+def test_a_checkpoint_that_would_never_be_written_is_refused_before_loading(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").touch()
+    adapted = Options(adapter=str(tmp_path / "a.safetensors"), distil=text())
+    with pytest.raises(LincompileError, match="--checkpoint: with an adapter --distil only calibrates"):
+        check_checkpoint(tmp_path / "run.ckpt", adapted)
+    check_checkpoint(tmp_path / "run.ckpt", Options(distil=text()))
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"], "trying leaves nothing behind"
+    for wrong in (tmp_path / "nowhere" / "run.ckpt", tmp_path):
+        with pytest.raises(LincompileError, match=r"the checkpoint .* can't be written \(.*\): choose another place"):
+            lincompile.compile("no model at all", distil=text(), checkpoint=wrong)
+
+
+def test_text_to_calibrate_on_holds_no_token_below_zero() -> None:
+    with pytest.raises(LincompileError, match=r"holds token -5, and the model knows \d+: give other text"):
+        lincompile.compile(
+            model(), example={"idx": zoo.tokens()}, quant="w6a8", calibrate=torch.tensor([3, 4, -5, 6] * 9)
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"extend": 64}, "--extend is about distillation: add --distil FILE"),
+        ({"seed": 1 << 63}, "--seed 9223372036854775808: a seed lies between"),
+        ({"train": "lora:²", "distil": "t"}, "--train lora:²: write none, full, or lora:R"),
         ({"transfer_loss": "mse"}, "--transfer-loss is about distillation: add --distil FILE"),
         ({"transfer_loss": "l2", "distil": "t"}, "--transfer-loss l2: the choice is mse, weights, both"),
         ({"echoes": 0.5}, "--echoes is about distillation: add --distil FILE"),
@@ -278,6 +301,7 @@ def test_what_only_the_model_can_refuse_is_refused_before_training() -> None:
                 {"echoes": 0.5},
                 {"batch": 2},
                 {"transfer_loss": "mse"},
+                {"shard": "sp"},
                 {"cross_entropy": 0.5, "device": "cuda"},  # where --train would be full if anything were trained
             )
         ),

@@ -107,6 +107,14 @@ def test_generation_stops_at_a_stop_sequence(model: Any) -> None:
     assert len(words) >= 4 and cut == free.split(stop)[0]
 
 
+def test_answers_that_leave_no_room_for_a_prompt_are_refused(folder: Path) -> None:
+    """A prompt cut down to its last token would be answered, and scored."""
+    short = harness.LincompileLM(path=str(folder), max_length=8)
+    with pytest.raises(LincompileError, match="8 new tokens leave no room for a prompt in 8: lower the task's max_gen"):
+        short.generate_until([request("w4 w5 w6 w7", {"until": [], "max_gen_toks": 8})])
+    assert short.generate_until([request("w4 w5 w6 w7", {"until": [], "max_gen_toks": 4})])[0].split()
+
+
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_command_line_runs_a_local_task(folder: Path, tmp_path: Path, plain: bool) -> None:
     """As ``python -m lincompile.lm_eval``; and as plain ``lm_eval``, on a task that makes it import lincompile."""

@@ -63,6 +63,18 @@ def test_without_a_context_nothing_is_scored(session: Session, batch: int) -> No
         Scorer(session, 32).score([([], [70, 71]), ([4, 5, 6], [7])], batch)
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_logits_that_are_not_finite_score_nothing(
+    session: Session, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = session.step
+    monkeypatch.setattr(
+        session, "step", lambda *given: (lambda logits, states: (logits * torch.nan, states))(*step(*given))
+    )
+    with pytest.raises(LincompileError, match=r"logits are not finite \(NaN or inf\): its continuations have no score"):
+        Scorer(session, 32).score(REQUESTS, batch)
+
+
 def test_one_token_answers_share_a_row(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     plain = Scorer._ends

@@ -32,15 +32,16 @@ def tokenizer(folder: Path) -> None:
 
 
 def written(path: Path, rows: Any) -> str:
-    if path.suffix == ".parquet":
+    kind = path.suffix.lower()
+    if kind == ".parquet":
         pyarrow = pytest.importorskip("pyarrow")
         from pyarrow import parquet
 
         parquet.write_table(pyarrow.table(rows), path)
-    elif path.suffix == ".jsonl":
+    elif kind in (".jsonl", ".ndjson"):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
-        path.write_text(json.dumps(rows) if path.suffix == ".json" else rows)
+        path.write_text(json.dumps(rows) if kind == ".json" else rows)
     return str(path)
 
 
@@ -50,6 +51,9 @@ def written(path: Path, rows: Any) -> str:
         ("a.jsonl", [{"text": "one two"}, {"text": " "}, {"text": "three four five"}, {"text": None}]),
         ("a.json", ["one two", "", "three four five", {"text": ""}]),
         ("a.parquet", {"other": [1, 2, 3, 4], "text": ["one two", None, "three four five", ""]}),
+        ("A.JSONL", [{"text": "one two"}, {"text": " "}, {"text": "three four five"}, {"text": None}]),
+        ("a.ndjson", [{"text": "one two"}, {"text": " "}, {"text": "three four five"}, {"text": None}]),
+        ("A.Parquet", {"text": ["one two", None, "three four five", ""]}),
     ],
 )
 def test_each_row_is_a_document_and_empty_ones_are_counted(tmp_path: Path, name: str, rows: Any) -> None:
@@ -108,7 +112,7 @@ def test_rows_that_are_no_text_are_named(tmp_path: Path, name: str, rows: Any, m
     ("name", "content", "message"),
     [
         ("a.parquet", b"not parquet at all", r"a\.parquet can't be read"),
-        ("a.jsonl", b'{"text": "x"}\n{"te', r"a\.jsonl can't be read: JSONDecodeError"),
+        ("a.jsonl", b'{"text": "x"}\n{"te', r"a\.jsonl: line 2 can't be read as JSON: Unterminated string"),
         ("a.txt", b"\xff\xfe\xff", r"a\.txt can't be read: UnicodeDecodeError"),
         ("a.npy", b"no array", r"a\.npy can't be read"),
         ("a.json", b"[" * 100_000, r"a\.json can't be read: RecursionError"),

@@ -190,6 +190,18 @@ def test_a_table_of_positions_is_none_of_tokens(request: pytest.FixtureRequest) 
         check_tokens(program, torch.tensor([zoo.VOCAB]))
 
 
+def test_stages_do_not_go_on_from_another_transfer(teacher: Program, tmp_path: Path) -> None:
+    """Whose checkpoint was removed, as the refusal of the first stage's asks; theirs would undo the new transfer."""
+    recipe = extended(extension=None)
+    run(teacher, recipe, checkpoint=tmp_path / "c")
+    (tmp_path / "c").unlink()
+    again = run(teacher, recipe, checkpoint=tmp_path / "c")
+    assert again.logits.resumed_at == again.logits.steps, "the same transfer over again"
+    (tmp_path / "c").unlink()
+    with pytest.raises(LincompileError, match=r"c\.logits belongs to a run .* another adapter or earlier stage had"):
+        run(teacher, replace(recipe, transfer=Transfer(loss="both")), checkpoint=tmp_path / "c")
+
+
 # ---- budgets
 
 

@@ -142,6 +142,24 @@ def test_a_damaged_checkpoint_is_refused(teacher: Program, tmp_path: Path, conte
         transfer(teacher, linear(teacher), windows(), Transfer(steps=1), checkpoint=file)
 
 
+def test_a_checkpoint_with_other_numbers_or_none_is_refused(teacher: Program, tmp_path: Path) -> None:
+    """torch reads bits that have changed without a word."""
+    file, options = tmp_path / "run.ckpt", Transfer(steps=1)
+    transfer(teacher, linear(teacher), windows(), options, checkpoint=file)
+    whole = torch.load(file)
+    for part in ("masters", "optimizer", "report"):
+        torch.save({name: value for name, value in whole.items() if name != part}, file)
+        with pytest.raises(LincompileError, match=r"run\.ckpt is damaged or isn't one: remove it or name another"):
+            transfer(teacher, linear(teacher), windows(), options, checkpoint=file)
+    torch.save(whole, file)
+    written = bytearray(file.read_bytes())
+    place = written.index(next(iter(whole["masters"].values())).numpy().tobytes())
+    written[place] ^= 0x41
+    file.write_bytes(written)
+    with pytest.raises(LincompileError, match=r"run\.ckpt is damaged or isn't one: remove it or name another"):
+        transfer(teacher, linear(teacher), windows(), options, checkpoint=file)
+
+
 def test_divergence_stops_names_the_site_and_keeps_the_checkpoint(teacher: Program, tmp_path: Path) -> None:
     student, file = linear(teacher), tmp_path / "run.ckpt"
     options = Transfer(steps=40, rate=1e38, gate_rate=1e38, bias_rate=1e38, save_every=1)
