@@ -31,7 +31,7 @@ import zero_shot
 from distil_control import train_control
 from distil_measure import Measures, Results, thin
 from distil_recipes import RECIPES, Recipe, Stage
-from distil_record import command, record_of, rewrite_record
+from distil_record import command, record_of
 from distil_table import print_table
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -41,7 +41,7 @@ from versions import versions
 from lincompile.lowering.compiler import capture_loaded, prove, rewrite
 from lincompile.lowering.options import Options
 from lincompile.lowering.text import Corpus, needles_of, read_corpus, read_tokens
-from lincompile.passes.distil.adapter import apply_adapter, save_adapter
+from lincompile.passes.distil.adapter import apply_adapter, save_adapter, save_record
 from lincompile.passes.distil.choose import choose
 from lincompile.passes.distil.data import Batches, TokenWindows
 from lincompile.passes.distil.echo import WithEchoes
@@ -443,7 +443,7 @@ def main() -> None:
     )
     measures.perplexities("student", graph)
     if not asked.evaluate and run.adapts and (saved := run.file(".safetensors")) is not None:
-        rewrite_record(saved, record_of(results.values, run.tokens, measured=True))
+        save_record(saved, record_of(results.values, run.tokens, measured=True))
     measures.student(
         student,
         recipe.measures,

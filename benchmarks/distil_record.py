@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
-
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
-from lincompile.passes.writing import beside
 
 STAGES = {"transfer": "attention transfer", "choice": "layer choice", "logits": "logits", "extension": "extension"}
 
@@ -46,12 +39,3 @@ def record_of(results: dict[str, Any], tokens: int, measured: bool = False) -> d
             for text, teacher in results["teacher"].items()
         }
     return record
-
-
-def rewrite_record(adapter: Path, record: dict[str, Any]) -> None:
-    """Puts another record into an adapter's file, which is replaced whole or not at all."""
-    with safe_open(adapter, framework="pt") as opened:
-        metadata = dict(opened.metadata() or {})
-    tensors = load_file(adapter)
-    with beside(adapter, "the adapter") as file:
-        save_file(tensors, file, metadata | {"record": json.dumps(record)})

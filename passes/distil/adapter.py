@@ -208,6 +208,20 @@ def save_adapter(
         save_file(stored, file, metadata)
 
 
+def save_record(path: Path, record: dict[str, Any]) -> None:
+    """Puts another training record into an adapter's file, which is replaced whole or not at all.
+
+    Raises:
+        LincompileError: the file is missing, damaged or no adapter, or can't be written.
+    """
+    tensors, _ = _read(path)
+    with _opened(path) as (file, _):
+        metadata = {**file.metadata(), "record": json.dumps(record)}
+    metadata[CONTENTS] = _contents(tensors, metadata)
+    with beside(path, "the adapter") as replacement:
+        save_file(tensors, replacement, metadata)
+
+
 def apply_adapter(path: Path, teacher: Program, student: Program, *, source_hash: str | None = None) -> dict[str, Any]:
     """Applies an adapter to a freshly rewritten student, in place; returns its training record.
 

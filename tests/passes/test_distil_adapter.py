@@ -14,7 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lincompile.passes.distil.adapter import CONTENTS, apply_adapter, check_adapter, save_adapter, settings_of
+from lincompile.passes.distil.adapter import (
+    CONTENTS,
+    apply_adapter,
+    check_adapter,
+    save_adapter,
+    save_record,
+    settings_of,
+)
 from lincompile.passes.distil.transfer import Transfer, transfer
 from lincompile.passes.errors import LincompileError
 from lincompile.passes.half_lives import HalfLives
@@ -150,3 +157,13 @@ def test_a_run_on_from_another_adapter_is_another_run(
     assert further(file).resumed_at == 1
     with pytest.raises(LincompileError, match="of a student that another adapter or earlier stage had trained"):
         further(tmp_path / "b.safetensors")
+
+
+def test_another_record_takes_the_place_of_the_first(file: Path, teacher: Program) -> None:
+    fresh = linear(teacher)
+    save_record(file, {"tokens": 5})
+    assert apply_adapter(file, teacher, fresh) == {"tokens": 5}
+    assert fresh.metadata["adapter"] == {"file": file.name, "tokens": 5}
+    edited(file, lambda tensors, _: tensors[BIAS].add_(1), contents=True)
+    with pytest.raises(LincompileError, match="was damaged or edited"):
+        save_record(file, {})
