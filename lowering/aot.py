@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ..passes.errors import ArtefactError, LincompileError
-from ..passes.graph import argument
+from ..passes.graph import argument, uncached_fakes
 from ..passes.stateful import StepProgram
 from .artefact.graph_file import Positional, example_inputs
 from .generate import Session
@@ -67,9 +67,10 @@ def export_aot(step: StepProgram, folder: str | Path) -> AotReport:
         path = Path(scratch) / MODEL_FILE
         try:
             with torch.no_grad():
-                exported = torch.export.export(
-                    Positional(compiled.graph_module), tuple(inputs), dynamic_shapes=(tuple(axes),), strict=False
-                )
+                with uncached_fakes():
+                    exported = torch.export.export(
+                        Positional(compiled.graph_module), tuple(inputs), dynamic_shapes=(tuple(axes),), strict=False
+                    )
                 torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
         except LincompileError:
             raise

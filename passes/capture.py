@@ -19,7 +19,17 @@ from torch.fx import GraphModule
 
 from .capture_check import check_capture
 from .errors import CaptureError, LincompileError
-from .graph import aten, expression, get_attribute, is_symbolic, set_tensor, storage_root, target_of, tensor_of
+from .graph import (
+    aten,
+    expression,
+    get_attribute,
+    is_symbolic,
+    set_tensor,
+    storage_root,
+    target_of,
+    tensor_of,
+    uncached_fakes,
+)
 from .inputs import is_token_types
 from .program import Program, ProgramInput
 
@@ -172,18 +182,13 @@ def role_of(name: str, fake: Tensor) -> str:
 
 @contextmanager
 def _traceable(module: nn.Module) -> Iterator[None]:
-    """Eval mode without the fused ``torch.nn`` inference paths, which would hide attention in one opaque op.
-
-    The cache of fake tensors is off, too: with dynamic sizes it costs more than it saves, a third of the export's time.
-    """
-    from torch._dynamo import config  # more than a second, which a refused option need not wait for
-
+    """Eval mode without the fused ``torch.nn`` inference paths, which would hide attention in one opaque op."""
     training = {child: child.training for child in module.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     module.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with warnings.catch_warnings(), config.patch(fake_tensor_cache_enabled=False):
+        with warnings.catch_warnings(), uncached_fakes():
             warnings.simplefilter("ignore")
             yield
     finally:

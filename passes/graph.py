@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import sympy
@@ -255,6 +256,14 @@ def fake_value(mode: Any, op: Callable[..., Any], args: Any, kwargs: Any) -> Any
 def _fixed_symbols(environment: Any) -> set[str]:
     """Sizes that a shape environment knows to be one number."""
     return {str(symbol) for symbol, value in environment.replacements.items() if value.is_Integer}
+
+
+def uncached_fakes() -> AbstractContextManager[Any]:
+    """Exports made inside don't cache fake tensors: with dynamic sizes that costs a third to a half of their time."""
+    from torch._dynamo import config  # more than a second, which a refused option need not wait for
+
+    patched: AbstractContextManager[Any] = config.patch(fake_tensor_cache_enabled=False)
+    return patched
 
 
 def fake_mode_of(graph_module: GraphModule) -> Any:

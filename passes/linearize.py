@@ -21,6 +21,7 @@ from .graph import (
     symbols_in,
     target_of,
     tensor_of,
+    uncached_fakes,
     value_of,
 )
 from .linearization.alibi import AlibiGLA, AlibiShape, decays, errors, without_positions
@@ -341,7 +342,8 @@ def trace_method(method: LinearMethod, padded: bool) -> Trace:
         example.append(torch.ones(batch, length, dtype=torch.bool))
         rest.append({0: b, 1: t})
     shapes += [tuple(rest)] if rest else []
-    exported = torch.export.export(method, tuple(example), dynamic_shapes=tuple(shapes), strict=False)
+    with uncached_fakes():
+        exported = torch.export.export(method, tuple(example), dynamic_shapes=tuple(shapes), strict=False)
     traced = exported.module(check_guards=False)
     from .canonicalize import remove_noops
 

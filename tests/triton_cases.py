@@ -43,6 +43,30 @@ def poisoned() -> Iterator[None]:
         torch.empty, Tensor.new_empty = empty, new_empty  # type: ignore[method-assign]
 
 
+def patch_once() -> None:
+    """Spares the interpreter a third of its time.
+
+    It patches Triton's language, member by member, for every function that a kernel calls, and finds them patched.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_unpatched(fn: Any) -> Any:
+        modules = [value for value in fn.__globals__.values() if value in (language, language.core)]
+        members = [language.tensor.__add__, *(module.load for module in modules)]
+        if modules and not any(language.core.is_builtin(member) for member in members):
+            return interpreter._LangPatchScope()  # with nothing to undo
+        return patch(fn)
+
+    interpreter._patch_lang = patch_unpatched
+
+
+if INTERPRETED and importlib.util.find_spec("triton") is not None:
+    patch_once()
+
+
 def run_under_the_interpreter(file: str, passed: int) -> None:
     """Runs a test file again with Triton interpreted; ``passed`` of its cases must pass."""
     env = os.environ | {"TRITON_INTERPRET": "1"}

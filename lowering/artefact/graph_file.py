@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_map_only
 
 from ...passes.errors import ArtefactError, LincompileError
-from ...passes.graph import on_device
+from ...passes.graph import on_device, uncached_fakes
 from ...passes.stateful import StateSpec
 
 # Sizes at which the graph is traced. 0 and 1 would be baked in, and equal sizes could be taken for the same axis.
@@ -100,7 +100,7 @@ def write_graph(graph_module: GraphModule, states: Sequence[StateSpec], path: Pa
     inputs, axes = example_inputs(states, device)
     lifted = _WeightsAsInput(_lift(graph_module, names), names)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncached_fakes():
             exported = torch.export.export(
                 lifted,
                 ({name: weights[name] for name in names}, tuple(inputs)),

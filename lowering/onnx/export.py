@@ -22,7 +22,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ...passes.errors import LincompileError
-from ...passes.graph import module_path
+from ...passes.graph import module_path, uncached_fakes
 from ..artefact.graph_file import Positional, example_inputs
 from .extra import require
 
@@ -251,7 +251,7 @@ def _translate(step: StepProgram, opset: int) -> ir.Model:
     level = exporter.level
     try:
         exporter.setLevel(logging.ERROR)  # it warns that torchvision's operators are missing
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), uncached_fakes():
             warnings.simplefilter("ignore")  # deprecations inside the exporter itself
             program = torch.export.export(
                 Positional(module), tuple(example), dynamic_shapes=(tuple(axes),), strict=False

@@ -26,7 +26,7 @@ import itertools, pathlib, sys
 import torch
 from lincompile.kernels.int6_linear import codes as q, pack, reference, triton as kernels
 sys.path.insert(0, sys.argv[1])
-import gluon_interpreted
+import gluon_interpreted, triton_cases
 gluon_interpreted.load("lincompile.kernels.int6_linear.gluon_token", pathlib.Path(sys.argv[2]))
 torch.manual_seed(0)
 for width in (176, 576):

@@ -5,24 +5,15 @@ Triton's interpreter has to be chosen before Triton is imported, so without a GP
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import DEVICE, INTERPRETED, needs_kernels, needs_triton, run_under_the_interpreter
 
 from lincompile.kernels.linear_attention import reference
 from lincompile.passes.linearization.methods import LOWEST
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton isn't installed")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-needs_kernels = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="run by test_under_the_interpreter"
-)
+pytestmark = needs_triton
 
 # decay, normalise, initial state, T, D, Dv
 CASES = [
@@ -195,8 +186,4 @@ def test_what_is_left_to_the_reference() -> None:
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the cases run in this process")
 def test_under_the_interpreter() -> None:
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert f"{len(CASES) + len(LONG_CASES) + 6} passed" in done.stdout
+    run_under_the_interpreter(__file__, len(CASES) + len(LONG_CASES) + 6)

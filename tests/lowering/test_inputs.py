@@ -28,7 +28,7 @@ class Encoder(nn.Module):
         self.causal = causal
         self.embed, self.head = nn.Embedding(VOCAB, 32), nn.Linear(32, VOCAB)
         layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
 
     def forward(self, tokens: Tensor, src_key_padding_mask: Tensor) -> Tensor:
         length = tokens.shape[1]

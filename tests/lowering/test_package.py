@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,12 @@ def write(toy: SimpleNamespace, directory: Path, **options: Any) -> Path:
 @pytest.fixture(scope="module")
 def folder(toy: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(toy, tmp_path_factory.mktemp("artefact") / "out")
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the artefact, to be changed or replaced, alone in its folder."""
+    return Path(shutil.copytree(folder, tmp_path / "out"))
 
 
 def test_reopens_bit_for_bit(toy: SimpleNamespace, folder: Path) -> None:
@@ -124,11 +131,10 @@ def test_manifest_and_report(folder: Path) -> None:
         assert site["path"] in report
 
 
-def test_an_earlier_artefact_is_replaced(toy: SimpleNamespace, tmp_path: Path) -> None:
-    write(toy, tmp_path / "out")
-    (tmp_path / "out" / "stale.txt").write_text("from before")
-    write(toy, tmp_path / "out")
-    assert not (tmp_path / "out" / "stale.txt").exists()
+def test_an_earlier_artefact_is_replaced(toy: SimpleNamespace, copied: Path, tmp_path: Path) -> None:
+    (copied / "stale.txt").write_text("from before")
+    write(toy, copied)
+    assert not (copied / "stale.txt").exists()
     assert [item.name for item in tmp_path.iterdir()] == ["out"]
 
 
@@ -191,19 +197,17 @@ def test_an_unwritable_place_is_one_clear_error(toy: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("full_at", ["model.safetensors", "program.pt2"])
 def test_a_full_disk_is_one_line_and_keeps_the_earlier_artefact(
-    toy: SimpleNamespace, tmp_path: Path, full_at: str
+    toy: SimpleNamespace, copied: Path, tmp_path: Path, full_at: str
 ) -> None:
     """At the graph, too, where torch's own writer of files would end the process."""
-    out = tmp_path / "out"
-    write(toy, out)
-    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    before = {file.name: file.read_bytes() for file in copied.iterdir()}
     assert len(before["model.safetensors"]) < len(before["program.pt2"])
     with full_disk(len(before[full_at]) - 1), pytest.raises(ArtefactError) as caught:
-        write(toy, out)
-    message = f"the output {out} can't be written (File too large): make room there, or choose another place"
+        write(toy, copied)
+    message = f"the output {copied} can't be written (File too large): make room there, or choose another place"
     assert str(caught.value) == message
     assert [item.name for item in tmp_path.iterdir()] == ["out"]
-    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in copied.iterdir()} == before
 
 
 @pytest.mark.parametrize("there", ["cpu", "cuda:0", "cuda:1"])
@@ -232,15 +236,13 @@ def test_an_interrupted_save_leaves_nothing(toy: SimpleNamespace, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_save_keeps_the_earlier_artefact(toy: SimpleNamespace, tmp_path: Path) -> None:
-    write(toy, tmp_path / "out")
-
+def test_a_failed_save_keeps_the_earlier_artefact(toy: SimpleNamespace, copied: Path) -> None:
     def interrupt(_: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(toy, tmp_path / "out", extra=interrupt)
-    assert len(package.open_artefact(tmp_path / "out").generate(PROMPT, 2)) == len(PROMPT) + 2
+        write(toy, copied, extra=interrupt)
+    assert len(package.open_artefact(copied).generate(PROMPT, 2)) == len(PROMPT) + 2
 
 
 def tamper(folder: Path, name: str) -> None:
@@ -286,21 +288,19 @@ def change_state(folder: Path, **values: Any) -> None:
         (lambda f: change_state(f, role="conv"), "doesn't match its checksum"),
     ],
 )
-def test_damage_is_named(toy: SimpleNamespace, tmp_path: Path, damage: Any, message: str) -> None:
-    folder = write(toy, tmp_path / "out")
-    damage(folder)
+def test_damage_is_named(copied: Path, damage: Any, message: str) -> None:
+    damage(copied)
     with pytest.raises(ArtefactError, match=message):
-        package.open_artefact(folder)
+        package.open_artefact(copied)
 
 
-def test_artefacts_of_before_the_checksum_and_what_is_added_later_open(toy: SimpleNamespace, tmp_path: Path) -> None:
-    folder = write(toy, tmp_path / "out")
-    package.add_metrics(folder, {"perplexity": 2.0})
-    assert package.open_artefact(folder).manifest["metrics"]["perplexity"] == 2.0
-    manifest = json.loads((folder / "lincompile.json").read_text())
+def test_artefacts_of_before_the_checksum_and_what_is_added_later_open(copied: Path) -> None:
+    package.add_metrics(copied, {"perplexity": 2.0})
+    assert package.open_artefact(copied).manifest["metrics"]["perplexity"] == 2.0
+    manifest = json.loads((copied / "lincompile.json").read_text())
     del manifest["checksum"]
-    (folder / "lincompile.json").write_text(json.dumps(manifest))
-    assert package.open_artefact(folder).generate([1, 2], 1)[:2] == [1, 2]
+    (copied / "lincompile.json").write_text(json.dumps(manifest))
+    assert package.open_artefact(copied).generate([1, 2], 1)[:2] == [1, 2]
 
 
 def test_opening_what_is_not_there(tmp_path: Path) -> None:
