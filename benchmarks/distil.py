@@ -325,7 +325,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--variant", choices=RECIPES, help="the row to repeat")
     parser.add_argument(
-        "--train", action="append", metavar="TEXT", help="to train on, may be given again; leave it out for --evaluate"
+        "--train",
+        action="append",
+        metavar="TEXT",
+        help="to train on, may be given again; beside --evaluate, to calibrate int6 on",
     )
     parser.add_argument("--eval", action="append", default=[], metavar="NAME=TEXT")
     parser.add_argument("--out", type=Path, help="folder for results, adapter and checkpoints")
@@ -358,7 +361,7 @@ def parsed() -> argparse.Namespace:
     if asked.table is None:
         if asked.model is None:
             parser.error("name a model")
-        if (asked.train is None) == (asked.evaluate is None):
+        if asked.train is None and asked.evaluate is None:
             parser.error("give --train TEXT, or --evaluate ADAPTER")
         recipe = recipe_of(asked)
         try:  # before anything is loaded or trained

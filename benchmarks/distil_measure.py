@@ -188,8 +188,11 @@ class Measures:
             )
         return found
 
-    def int6(self, student: Program, train_ids: Tensor, seed: int = 0, **_: Any) -> dict[str, Any]:
+    def int6(self, student: Program, train_ids: Tensor, seed: int = 0, **_: Any) -> dict[str, Any] | None:
         """Perplexity before and after ``--quant int6``, both by the package's own code."""
+        if not len(train_ids):
+            self.say("int6 is left out: give --train TEXT to calibrate it on")
+            return None
         asked = Options(
             attn="softmax", quant="int6", seed=seed, device=str(next(student.graph_module.parameters()).device)
         )

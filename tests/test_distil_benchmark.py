@@ -132,8 +132,21 @@ def test_a_row_is_made_cut_off_taken_up_and_measured(
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 4 and "held ÷ control" in table[0] and "held, int6" in table[0]
 
+    # An adapter is measured again without training; six bits are calibrated on text, which has to be given.
+    again = f"distil.py model --variant {variant} --evaluate out/{variant}.safetensors --eval held=held.txt"
+    for text, measured in (("", False), (" --train train.txt", True)):
+        command = (
+            f"{again}{text} --out again{text[-9:]} --measures int6 --keep-softmax {done['choice']['kept'][0]}, {SMALL}"
+        )
+        monkeypatch.setattr(sys, "argv", command.split())
+        script.main()
+        assert ("int6 is left out: give --train TEXT" in capsys.readouterr().out) is not measured
+        found = json.loads(Path(f"again{text[-9:]}", f"{variant}.json").read_text())
+        assert ("int6" in found) is measured and found["student"] == done["student"]
+
     # A row may begin from another's transfer, and still chooses its layers.
     monkeypatch.setattr(script, "choose", choose)
+    (out / f"{variant}.logits.ckpt").unlink()  # of the student that its own transfer had trained
     started = distil(variant, *options, "--measures", "", "--start", f"out/{variant}.transfer.safetensors")
     assert (
         started["choice"]["kept"] == done["choice"]["kept"]

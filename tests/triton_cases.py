@@ -51,7 +51,9 @@ def patch_once() -> None:
     from triton import language
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang
+    patch = getattr(interpreter, "_patch_lang", None)
+    if patch is None or not hasattr(interpreter, "_LangPatchScope"):
+        return  # another version's inside
 
     def patch_unpatched(fn: Any) -> Any:
         modules = [value for value in fn.__globals__.values() if value in (language, language.core)]
