@@ -39,6 +39,7 @@ from torch import Tensor
 from versions import versions
 
 from lincompile.lowering.compiler import capture_loaded, prove, rewrite
+from lincompile.lowering.evaluation.perplexity import peak_memory
 from lincompile.lowering.options import Options
 from lincompile.lowering.text import Corpus, needles_of, read_corpus, read_tokens
 from lincompile.passes.distil.adapter import apply_adapter, save_adapter, save_record
@@ -142,7 +143,9 @@ class Run:
         return WithRetrieval(windows, needles, stage.retrieval, seed, stage.stretch)
 
     def options(self, stage: Stage, options: LoopOptions) -> Any:
-        """The stage's options: its budget, cut to what ``--until`` leaves."""
+        """The stage's options: its budget, cut to what ``--until`` leaves. What a GPU holds is counted from here on."""
+        if torch.device(self.asked.device).type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         seconds = stage.seconds
         if self.asked.until is not None:
             left = max(0.0, self.asked.until - (time.monotonic() - BEGAN) - RESERVE)
@@ -155,8 +158,13 @@ class Run:
         self.tokens += report.tokens
         if name in self.results and self.results[name]["steps"] != report.steps:
             self.results.forget_after(name)
-        self.results.set(name, thin(report))
-        say(f"{name}: {report.steps:,} steps, {report.tokens:,} tokens, {report.seconds:.0f} s")
+        peak = peak_memory()
+        self.results.set(name, thin(report) | {"peak_memory_bytes": peak})
+        rate, held = report.tokens / max(report.seconds, 1e-9), peak / 2**30
+        say(
+            f"{name}: {report.steps:,} steps, {report.tokens:,} tokens, {report.seconds:.0f} s, {rate:,.0f} tokens/s, "
+            f"{held:.1f} GiB at most"
+        )
 
     def save(self, student: Program, ending: str = ".safetensors") -> None:
         """The trained parts as an adapter, or all weights where whole matrices were trained."""

@@ -21,7 +21,8 @@ from ..passes.errors import LincompileError
 from ..passes.stateful import StateSpec, StepProgram
 from ..passes.stepping.last_token import last_token_only
 from .chunks import GPU_CHUNK, PREFILL_CHUNK, gpu_chunk
-from .recorded import Recorded, growing, places_of, recordable
+from .recorded import Recorded, places_of, recordable
+from .room import Room
 
 # Where the arguments of a look-up hold the table (of a packed one, the plane that has its rows) and the ids.
 TABLE_AND_IDS = {
@@ -150,7 +151,7 @@ class Session:
             logits, new = self.advance(inputs[0], inputs[1], inputs[2], inputs[3:])
             return [logits, *new]
 
-        return Recorded(run, self.device, places_of(self.program.graph_module), growing=growing(self.program))
+        return Recorded(run, self.device, places_of(self.program.graph_module), growing=Room.of(self.program))
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which have weights of their own: what was recorded or derived from these stays behind."""

@@ -4,24 +4,26 @@ A step is hundreds of kernels, for one token of a few microseconds each, and Pyt
 decoding would take as long as the launching does, and so would the chunks of a small model's prompt. What is recorded
 is compared with the step itself before it is used; where they differ, or nothing can be recorded, steps run as they
 are, and a warning says so once.
-
-Keys and values of full softmax attention grow with every token. They are recorded with room on their left, as padding
-on the left of a prompt is (zeros, which the mask of keys hides), so that one recording serves some hundred tokens.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..passes.stateful import GROWING_AXIS, StepProgram
+from ..kernels.registration import UNMEASURED
+from ..passes.stateful import StepProgram
+from . import room
+from .room import STATES_AT, Room
 
 Run = Callable[[list[Tensor]], list[Tensor]]
 Record = Callable[[Run, list[Tensor], Any], tuple[Callable[[], None], list[Tensor]]]
@@ -29,41 +31,33 @@ Record = Callable[[Run, list[Tensor], Any], tuple[Callable[[], None], list[Tenso
 OFTEN = 3  # times that a step of the same shapes has been seen when it is recorded
 MOST = 8  # recordings at a time: the least recently used goes
 KNOWN = 64  # shapes that are counted at a time
-LEAST_ROOM = 256  # tokens by which the room for growing states grows, at least
-LARGEST = 1 << 30  # bytes of growing states, of a step to be recorded and of all recordings: each is there thrice
-STATES_AT = 3  # in a step's inputs; in its outputs they come after the logits
 # The same kernels on the same numbers: only sums in another order may differ.
 _TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 
 
 def recordable(program: StepProgram, device: torch.device) -> bool:
-    """Whether a program's steps may be recorded: on a GPU, with states."""
-    return device.type == "cuda" and bool(program.states)
+    """Whether a program's steps may be recorded: on a GPU, with states.
 
-
-def growing(program: StepProgram) -> dict[int, int]:
-    """Which of a step's inputs grow with every token, and along which axis: those of full softmax attention."""
-    return {
-        STATES_AT + index: GROWING_AXIS[spec.role]
-        for index, spec in enumerate(program.states)
-        if None in spec.shape and program.limit(spec) is None
-    }
-
-
-def room(tokens: int) -> int:
-    """Cached tokens that a recording has room for where there are so many: a quarter more at most, but for few.
-
-    With the token that comes they are a multiple of ``LEAST_ROOM``, which kernels like better.
+    Those with caches that grow haven't been on a GPU yet and are recorded with ``LINCOMPILE_UNMEASURED=1`` alone.
     """
-    unit = max(LEAST_ROOM, 1 << max(0, tokens.bit_length() - 3))
-    return -(-(tokens + 1) // unit) * unit - 1
+    return device.type == "cuda" and bool(program.states) and (UNMEASURED or not Room.of(program))
+
+
+_CAPTURING = threading.Lock()  # torch records one graph at a time in a process
+
+
+@functools.cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """The stream that everything is recorded on: recordings that share a pool must share it, too."""
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream
 
 
 def cuda_graph(run: Run, inputs: list[Tensor], pool: Any) -> tuple[Callable[[], None], list[Tensor]]:
     """Records ``run(inputs)``; returns what launches it again, on what ``inputs`` hold then, and where it writes."""
     device = inputs[0].device
-    with torch.cuda.device(device):
-        before, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with _CAPTURING, torch.cuda.device(device):
+        before, side = torch.cuda.current_stream(device), _side(device)
         side.wait_stream(before)
         with torch.cuda.stream(side):
             run(inputs)  # libraries make their workspaces
@@ -85,15 +79,19 @@ def cuda_graph(run: Run, inputs: list[Tensor], pool: Any) -> tuple[Callable[[], 
 Group = tuple[list[Tensor], list[int], bool]  # tensors of one type, their places in a step's list, whether they grow
 
 
-@dataclass(frozen=True)
+@dataclass
 class Recording:
-    """A recorded step: what it reads and writes, by type, and what launches it."""
+    """A recorded step: what it reads and writes, by type, and what launches it.
+
+    ``bytes``: of its growing states, of which ``clean`` tokens on the left are zeros.
+    """
 
     taken: list[Group]
     launch: Callable[[], None]
     outputs: list[Tensor]
     given: list[Group]
-    bytes: int  # of its growing states
+    bytes: int
+    clean: int = 0
 
 
 class Recorded:
@@ -106,7 +104,7 @@ class Recorded:
 
     Args:
         run: does the same for all inputs of the same shapes, without asking the GPU for a value.
-        growing: axes of the inputs that get a column with every token, by place; zeros on their left change nothing.
+        growing: the inputs that get a column with every token; masked zeros on their left change nothing.
         places: says where the weights lie. A recording reads them where they lay when it was made: in-place changes
             reach it, and where they have moved since, all recordings go.
         record: what takes the place of ``cuda_graph``.
@@ -118,9 +116,9 @@ class Recorded:
         device: torch.device,
         places: Callable[[], list[int]] = list,
         record: Record | None = None,
-        growing: dict[int, int] | None = None,
+        growing: Room | None = None,
     ) -> None:
-        self.growing = growing or {}
+        self.growing = growing or Room({})
         self.run, self.device, self.places, self.record = run, device, places, record or cuda_graph
         self.lay: list[int] = []
         self.seen: dict[Any, int] = {}
@@ -142,23 +140,23 @@ class Recorded:
             self.lay = places
             self.seen.clear()
             self.recordings.clear()
-        if self.growing and (given[0].shape[1] != 1 or sum(given[place].nbytes for place in self.growing) > LARGEST):
-            return self.run(given)
-        shapes = [value.shape for value in given]
-        for place, axis in self.growing.items():
-            shapes[place] = self._longer(shapes[place], place, room(shapes[place][axis]) - shapes[place][axis])
+        past, shapes = 0, [value.shape for value in given]
+        if self.growing:
+            if (tokens := self.growing.tokens(given)) is None:
+                return self.run(given)
+            past, shapes = tokens, self.growing.shapes(given, room.wide(tokens))
         key = tuple((shape, value.dtype) for shape, value in zip(shapes, given, strict=True))
         if key in self.recordings:
             self.recordings.move_to_end(key)
-            return self._replay(key, given)
+            return self._replay(self.recordings[key], given, past)
         outputs = self.run(given)
-        after = [self._longer(value.shape, place, 1) for place, value in enumerate(given)][STATES_AT:]
+        after = self.growing.shapes(given, past + 1)[STATES_AT:]
         if [value.shape for value in outputs[1:]] == after and outputs[0].shape[1] == 1:
             if len(self.seen) >= KNOWN:
                 self.seen.clear()
             self.seen[key] = self.seen.get(key, 0) + 1
-            if self.seen[key] >= OFTEN:
-                self._try(key, given, outputs)
+            if self.seen[key] == OFTEN:
+                self._try(key, given, outputs, past)
         return outputs
 
     def _elsewhere(self) -> bool:
@@ -170,67 +168,77 @@ class Recorded:
         with torch.cuda.device(self.device):
             return torch.cuda.is_current_stream_capturing()
 
-    def _longer(self, shape: torch.Size, place: int, more: int) -> torch.Size:
-        """An input's shape with so many tokens more, where it is one that grows."""
-        axis = self.growing.get(place)
-        return shape if axis is None else torch.Size((*shape[:axis], shape[axis] + more, *shape[axis + 1 :]))
-
-    def _take(self, recording: Recording, given: list[Tensor]) -> None:
-        """Copies inputs into a recording's own. What an earlier step has left beside those that grow goes."""
+    def _take(self, recording: Recording, given: list[Tensor], unused: int) -> None:
+        """Copies inputs into a recording's own, behind so many ``unused`` tokens, of which nothing earlier stays."""
         for mine, places, grow in recording.taken:
-            values = [given[place] for place in places]
             if grow:
-                axes = [self.growing[place] for place in places]
-                sizes = [value.shape[axis] for value, axis in zip(values, axes, strict=True)]
-                unused = [value.shape[axis] - size for value, axis, size in zip(mine, axes, sizes, strict=True)]
-                torch._foreach_zero_([value.narrow(a, 0, n) for value, a, n in zip(mine, axes, unused, strict=True)])
-                mine = [value.narrow(*part) for value, *part in zip(mine, axes, unused, sizes, strict=True)]
-            torch._foreach_copy_(mine, values)
+                if unused > recording.clean:
+                    torch._foreach_zero_(self.growing.parts(mine, places, recording.clean, unused))
+                mine = self.growing.parts(mine, places, unused)
+            torch._foreach_copy_(mine, [given[place] for place in places])
+        recording.clean = unused
 
-    def _give(self, recording: Recording, given: list[Tensor]) -> list[Tensor]:
-        """Copies of what a recording has written, for a step that was given these inputs."""
-        results: list[Any] = [None] * len(recording.outputs)
-        for mine, places, grow in recording.given:
+    def _give(self, given: list[Group], unused: int) -> list[Tensor]:
+        """Copies of what a step has written, without its unused tokens."""
+        results: dict[int, Tensor] = {}
+        for values, places, grow in given:
             if grow:
-                came = [place - 1 + STATES_AT for place in places]  # the inputs that they came in by
-                axes = [self.growing[place] for place in came]
-                sizes = [given[place].shape[axis] + 1 for place, axis in zip(came, axes, strict=True)]
-                mine = [value.narrow(a, value.shape[a] - n, n) for value, a, n in zip(mine, axes, sizes, strict=True)]
-            for place, copy in zip(places, _copies(mine), strict=True):
-                results[place] = copy
-        return results
+                values = self.growing.parts(values, [place - 1 + STATES_AT for place in places], unused)
+            results |= zip(places, _copies(values), strict=True)
+        return [results[place] for place in range(len(results))]
 
-    def _replay(self, key: Any, given: list[Tensor]) -> list[Tensor]:
-        recording = self.recordings[key]
+    def _replay(self, recording: Recording, given: list[Tensor], past: int) -> list[Tensor]:
+        unused = room.wide(past) - past
         if self.done is not None:  # another stream may still be copying from the last call
             torch.cuda.current_stream(self.device).wait_event(self.done)
-        self._take(recording, given)
+        self._take(recording, given, unused)
         recording.launch()
-        results = self._give(recording, given)
+        results = self._give(recording.given, unused)
         if self.device.type == "cuda":
             self.done = torch.cuda.current_stream(self.device).record_event()
         return results
 
-    def _try(self, key: Any, given: list[Tensor], wanted: list[Tensor]) -> None:
+    def _try(self, key: Any, given: list[Tensor], wanted: list[Tensor], past: int) -> None:
+        size = sum(math.prod(key[place][0]) * key[place][1].itemsize for place in self.growing.axes)
+        if self.device.type == "cuda" and 4 * size > torch.cuda.mem_get_info(self.device)[0]:
+            return  # what fails for want of memory while it is recorded may leave the allocator broken
         try:
             with torch.inference_mode(False), torch.no_grad():
                 inputs = [value.new_zeros(shape) for value, (shape, _) in zip(given, key, strict=True)]
-                size = sum(inputs[place].nbytes for place in self.growing)
-                recording = Recording(_groups(inputs, set(self.growing)), lambda: None, [], [], size)
-                self._take(recording, given)  # what is run while it is recorded should be of sense, too
-                launch, outputs = self.record(self.run, inputs, self.pool)
-                grown = {place - STATES_AT + 1 for place in self.growing}
-                self.recordings[key] = replace(recording, launch=launch, outputs=outputs, given=_groups(outputs, grown))
-                for value in outputs:  # so that it is the launch that gives what is compared
-                    value.fill_(torch.nan if value.is_floating_point() else 0)
-                found = self._replay(key, given)
-        except RuntimeError as error:
-            self._give_up(f"couldn't be recorded ({' '.join(str(error).split())[:200]})")
+                recording = Recording(_groups(inputs, set(self.growing.axes)), lambda: None, [], [], size)
+                problem = self._record(recording, inputs, given, wanted, past)
+        except torch.OutOfMemoryError:
             return
-        if not all(map(_same, wanted, found)):
-            self._give_up("gave something else when recorded")
-        while len(self.recordings) > MOST or (len(self.recordings) > 1 and self._bytes() > LARGEST):
-            self.recordings.popitem(last=False)
+        except RuntimeError as error:
+            problem = f"couldn't be recorded ({' '.join(str(error).split())[:200]})"
+        if problem:
+            self._give_up(problem)
+            return
+        self.recordings[key] = recording
+        while len(self.recordings) > MOST or (len(self.recordings) > 1 and self._bytes() > room.LARGEST):
+            if self.done is not None:
+                self.done.synchronize()
+            gone, _ = self.recordings.popitem(last=False)
+            self.seen.pop(gone, None)
+
+    def _record(
+        self, recording: Recording, inputs: list[Tensor], given: list[Tensor], wanted: list[Tensor], past: int
+    ) -> str:
+        """Fills in a recording that reads ``inputs``; returns why it isn't to be used ("" = it is)."""
+        unused, grown = room.wide(past) - past, {place - STATES_AT + 1 for place in self.growing.axes}
+        self._take(recording, given, unused)
+        if self.growing:  # a wider step sums in another order; a recording of it sums as it does
+            roomy = self._give(_groups(self.run(inputs), grown), unused)
+            loose = 2 * max(_TOLERANCE.get(value.dtype, 0.0) for value in (*given, *wanted))
+            if not all(_same(one, other, loose) for one, other in zip(wanted, roomy, strict=True)):
+                return "gave something else with room for more tokens"
+            wanted = roomy
+        recording.launch, recording.outputs = self.record(self.run, inputs, self.pool)
+        recording.given = _groups(recording.outputs, grown)
+        for value in recording.outputs:  # so that it is the launch that gives what is compared
+            value.fill_(torch.nan if value.is_floating_point() else 0)
+        found = self._replay(recording, given, past)
+        return "" if all(map(_same, wanted, found)) else "gave something else when recorded"
 
     def _bytes(self) -> int:
         return sum(recording.bytes for recording in self.recordings.values())
@@ -277,8 +285,8 @@ def places_of(module: nn.Module) -> Callable[[], list[int]]:
     return places
 
 
-def _same(wanted: Tensor, found: Tensor) -> bool:
-    """Whether a recorded output is the plain one, up to rounding."""
+def _same(wanted: Tensor, found: Tensor, tolerance: float | None = None) -> bool:
+    """Whether a recorded output is the plain one, up to rounding (None: that of its own type)."""
     if wanted.shape != found.shape or wanted.dtype != found.dtype:
         return False
     if not wanted.is_floating_point():
@@ -287,4 +295,5 @@ def _same(wanted: Tensor, found: Tensor) -> bool:
     a, b = wanted[finite].double(), found[finite].double()
     if not torch.equal(wanted[~finite].nan_to_num(7.0), found[~finite].nan_to_num(7.0)) or not bool(b.isfinite().all()):
         return False
-    return float((a - b).norm()) <= _TOLERANCE.get(wanted.dtype, 1e-6) * float(a.norm()) + 1e-12
+    allowed = _TOLERANCE.get(wanted.dtype, 1e-6) if tolerance is None else tolerance
+    return float((a - b).norm()) <= allowed * float(a.norm()) + 1e-12

@@ -15,7 +15,7 @@ import zoo
 from torch import Tensor
 
 import lincompile
-from lincompile.lowering import recorded
+from lincompile.lowering import recorded, room
 from lincompile.lowering.generate import Session, generate
 from lincompile.passes.stateful import StepProgram
 
@@ -216,20 +216,23 @@ def test_copies_of_a_session_leave_recordings_behind(windowed: StepProgram, imit
     assert generate(pickle.loads(pickle.dumps(session)), PROMPTS, 12).tokens == wanted.tokens
 
 
-def test_what_may_be_recorded(windowed: StepProgram) -> None:
+def test_what_may_be_recorded(windowed: StepProgram, monkeypatch: pytest.MonkeyPatch) -> None:
     assert recorded.recordable(windowed, GPU) and not recorded.recordable(windowed, CPU)
-    assert recorded.growing(windowed) == {}, "a window is full at some time"
+    assert not room.Room.of(windowed), "a window is full at some time"
     hybrid = stepped(keep_softmax="1.0")
-    roles = [hybrid.states[place - recorded.STATES_AT].role for place in recorded.growing(hybrid)]
+    roles = [hybrid.states[place - room.STATES_AT].role for place in room.Room.of(hybrid).axes]
     assert sorted(roles) == ["key", "mask", "value"]
+    assert not recorded.recordable(hybrid, GPU), "nobody has compared it on a GPU yet"
+    monkeypatch.setattr(recorded, "UNMEASURED", True)
+    assert recorded.recordable(hybrid, GPU)
 
 
 def test_room_grows_by_a_quarter_at_most() -> None:
-    assert [recorded.room(n) for n in (0, 1, 255, 256, 1023, 1024, 5000)] == [255, 255, 255, 511, 1023, 1279, 5119]
+    assert [room.wide(n) for n in (0, 1, 255, 256, 1023, 1024, 5000)] == [255, 255, 255, 511, 1023, 1279, 5119]
     for tokens in range(0, 40000, 7):
-        wide = recorded.room(tokens)
-        assert tokens <= wide <= max(1.25 * tokens, tokens + 256) and (wide + 1) % recorded.LEAST_ROOM == 0
-        assert recorded.room(wide) == wide
+        wide = room.wide(tokens)
+        assert tokens <= wide <= max(1.25 * tokens, tokens + 256) and (wide + 1) % room.LEAST == 0
+        assert room.wide(wide) == wide
 
 
 @pytest.mark.parametrize(
@@ -244,7 +247,7 @@ def test_room_grows_by_a_quarter_at_most() -> None:
 def test_steps_whose_keys_grow_are_launched(
     options: dict[str, Any], imitation: Imitation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorded, "LEAST_ROOM", 8)
+    monkeypatch.setattr(room, "LEAST", 8)
     step = stepped(**options)
     session, plain = Session(step), Session(step)
     plain.__dict__["_recorded"] = None
@@ -277,18 +280,82 @@ def test_what_an_earlier_step_left_in_a_recording_is_gone(
     assert imitation.launched == launched + 2
 
 
+def growing_step(inputs: list[Tensor]) -> list[Tensor]:
+    """Tokens, positions, mask, keys [1, n, 2], and which of them are real [1, n] → their sum, and one more of each."""
+    tokens, _, _, keys, real = inputs
+    keys, real = torch.cat([keys, tokens[..., None].expand(1, 1, 2)], 1), torch.cat([real, tokens > 0], 1)
+    return [(keys * real[:, -keys.shape[1] :, None]).sum(1, keepdim=True), keys, real]
+
+
+def growing_inputs(keys: int, mask: int) -> list[Tensor]:
+    return [*given(1), torch.rand(1, keys, 2) + 1, torch.ones(1, mask, dtype=torch.bool)]
+
+
+def test_caches_of_unequal_lengths_are_run() -> None:
+    imitation = Imitation()
+    steps = recorded.Recorded(growing_step, CPU, record=imitation, growing=room.Room({3: 1, 4: 1}))
+    for keys in range(4, 12):
+        steps(growing_inputs(keys, keys))
+    assert imitation.recorded == 1
+    for keys, mask in ((5, 6), (6, 9), (7, 7)):  # a mask of more columns has its last ones read
+        inputs = growing_inputs(keys, mask)
+        torch.testing.assert_close(steps(inputs), growing_step(inputs))
+    with pytest.raises(RuntimeError, match="must match"):
+        steps(growing_inputs(6, 5))
+
+
+def test_a_step_to_which_room_makes_a_difference_is_not_recorded() -> None:
+    def counts(inputs: list[Tensor]) -> list[Tensor]:
+        logits, *states = growing_step(inputs)
+        return [logits / states[0].shape[1], *states]
+
+    steps = recorded.Recorded(counts, CPU, record=Imitation(), growing=room.Room({3: 1, 4: 1}))
+    steps(growing_inputs(4, 4)), steps(growing_inputs(5, 5))
+    with pytest.warns(UserWarning, match="they gave something else with room for more tokens"):
+        steps(growing_inputs(6, 6))
+    assert steps.off
+
+
+def test_rooms_that_come_and_go_are_counted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "MOST", 2)
+    imitation = Imitation()
+    steps = recorded.Recorded(growing_step, CPU, record=imitation, growing=room.Room({3: 1, 4: 1}))
+    for _ in range(2 * recorded.OFTEN):
+        for keys in (4, 300, 600):
+            inputs = growing_inputs(keys, keys)
+            torch.testing.assert_close(steps(inputs), growing_step(inputs))
+    assert imitation.recorded <= 6, "each time that one comes again it would be recorded, and another would go"
+
+
+def test_what_there_is_no_memory_for_is_run() -> None:
+    imitation, full = Imitation(), [True]
+
+    def record(*args: Any) -> Any:
+        if full[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return imitation(*args)
+
+    steps = recorded.Recorded(growing_step, CPU, record=record, growing=room.Room({3: 1, 4: 1}))
+    with warnings.catch_warnings(action="error"):
+        for keys in (4, 5, 6, 7, 300, 301, 302, 303):
+            inputs = growing_inputs(keys, keys)
+            torch.testing.assert_close(steps(inputs), growing_step(inputs))
+            full[0] = keys < 7
+    assert imitation.recorded == 1 and not steps.off
+
+
 def test_large_states_are_run(imitation: Imitation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded, "LEAST_ROOM", 8)
+    monkeypatch.setattr(room, "LEAST", 8)
     step = stepped(keep_softmax="1")
     session = Session(step)
     size = sum(value.nbytes for value in generate(session, PROMPTS, 20).state.states[-3:])
     before = imitation.recorded
     assert before >= 2 and session._recorded is not None
-    monkeypatch.setattr(recorded, "LARGEST", size // 4)
+    monkeypatch.setattr(room, "LARGEST", size // 4)
     steps = imitation.launched
     generate(Session(step), PROMPTS, 20)
     assert imitation.recorded == before and imitation.launched == steps, "all prompts are larger than that"
-    monkeypatch.setattr(recorded, "LARGEST", 2 * size)
+    monkeypatch.setattr(room, "LARGEST", 2 * size)
     kept = Session(step)
     generate(kept, PROMPTS, 40)
     assert (kept._recorded is not None and kept._recorded._bytes() <= 2 * size) or len(kept._recorded.recordings) == 1
@@ -303,7 +370,8 @@ def test_a_session_of_another_kind_isnt_recorded(windowed: StepProgram, imitatio
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("options", [{"window": 4}, {"keep_softmax": "1"}, {"keep_softmax": "1.0", "window": 4}])
-def test_on_a_gpu(options: dict[str, Any]) -> None:
+def test_on_a_gpu(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "UNMEASURED", True)
     step = stepped(device="cuda", **options)
     session, plain = Session(step), Session(step)
     plain.__dict__["_recorded"] = None
