@@ -11,7 +11,9 @@ Llama-shaped models with random weights (speed doesn't depend on them), bfloat16
   mask (with one, which transformers makes while a CUDA graph is recorded, SDPA repeats the keys and is slower);
 * softmax: the same decoder written for speed around FlashAttention, its layers under ``torch.compile``;
 * session (by ``--arms``): lincompile's session as it is, without ``torch.compile``;
-* int6 (by ``--arms``): the same with six-bit weights (``quant="w6a8"``).
+* int6 (by ``--arms``): the same with six-bit weights (``quant="w6a8"``);
+* hybrid (by ``--arms``): the session where every fifth layer or so stays softmax (with ``LINCOMPILE_UNMEASURED=1`` its
+  steps are recorded).
 
 Prefill: one sequence, logits of the last token, CUDA events, median. Decode: steps in one CUDA graph, per step, what
 carries states from one replay to the next included. Generate: 64 tokens after 128 by each side's own ``generate``, as
@@ -147,7 +149,7 @@ def labels(shape: Shape, arm: str) -> list[dict[str, Any]]:
         # A linear state is as large at any context: once a batch is enough.
         if not linear or context == min(c for b, c in DECODE if b == batch):
             found.append({"what": "decode", "tokens": context, "batch": batch})
-    if arm == "hf" or arm in LINEAR[1:]:
+    if arm in ("hf", "hybrid", *LINEAR[1:]):
         found.append({"what": "generate", "tokens": PROMPT, "batch": 1})
     return [{"model": shape.name, "arm": arm} | label for label in found]
 

@@ -7,7 +7,7 @@ it holds. All are greedy and leave the chosen token on the device.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,12 +71,20 @@ def random_tokens(shape: Shape, batch: int, length: int) -> Tensor:
 class Lincompile:
     """``lincompile.compile`` (LAWCAT at every site) and the session that its artefact gives on a GPU, whose graph is
     lowered to Triton kernels. ``compiled``: that graph under ``torch.compile``; otherwise as the session runs it.
+    ``kept``: sites that stay softmax.
 
     Raises:
         RuntimeError: the model has no step form, or a chain of some site wasn't fused.
     """
 
-    def __init__(self, shape: Shape, positions: int, compiled: bool, quant: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        positions: int,
+        compiled: bool,
+        quant: dict[str, Any] | None = None,
+        kept: Sequence[int] = (),
+    ) -> None:
         import lincompile
         from lincompile.lowering.generate import Session
         from lincompile.lowering.triton import lower
@@ -86,7 +94,13 @@ class Lincompile:
         device = str(torch.zeros(1, device="cuda").device)
         model = llama(shape, positions)
         built = lincompile.compile(
-            model, attn="lawcat", target="triton", device=device, dtype=str(DTYPE).split(".")[1], **(quant or {})
+            model,
+            attn="lawcat",
+            target="triton",
+            device=device,
+            dtype=str(DTYPE).split(".")[1],
+            keep_softmax="".join(f"{index}," for index in kept) or None,
+            **(quant or {}),
         )
         # As an opened artefact's session: nobody else holds the weights.
         self.shape, self.session = shape, Session(lower(built.step, decoding=True, own=True)[0], plain=built.step)
@@ -98,8 +112,8 @@ class Lincompile:
         if not self.session.states:
             raise RuntimeError(f"no step form: {built.notes}")
         targets = [str(node.target) for node in self.session.program.graph_module.graph.nodes]
-        if targets.count("lincompile.lawcat_inputs.default") != shape.layers:
-            raise RuntimeError(f"the stages of {shape.layers} layers weren't all fused: {built.notes}")
+        if targets.count("lincompile.lawcat_inputs.default") != (linear := shape.layers - len(kept)):
+            raise RuntimeError(f"the stages of {linear} layers weren't all fused: {built.notes}")
         # Two graphs of the same weights: one that may be compiled, and one as it is, to compare it with.
         self.last, self.plain = (
             Session(last_token_only(self.session.program), vocab_size=shape.vocabulary)  # type: ignore[arg-type]
@@ -132,15 +146,21 @@ class Lincompile:
 
     def decode(self, batch: int, context: int) -> Runs:
         token, positions, mask = self._inputs(batch, 1, context - 1)
-        states = [0.1 * torch.rand_like(state) for state in self.session.initial_states(batch)]
+        shapes = [(batch, *(context - 1 if n is None else n for n in spec.shape)) for spec in self.session.states]
+        states = [
+            (0.1 * torch.rand(size, device="cuda")).to(spec.dtype)  # of a mask, True
+            for size, spec in zip(shapes, self.session.states, strict=True)
+        ]
 
         def steps(count: int) -> None:
             carried = states
             for _ in range(count):
                 logits, carried = self.session.step(token, positions, mask, carried)
                 token.copy_(logits.argmax(-1))
-            for dtype in {state.dtype for state in states}:  # where the next replay reads them; a kernel for each type
-                pairs = [pair for pair in zip(states, carried, strict=True) if pair[0].dtype == dtype]
+            # To where the next replay reads them, a kernel for each type; caches that grow begin anew.
+            same = [pair for pair in zip(states, carried, strict=True) if pair[0].shape == pair[1].shape]
+            for dtype in {state.dtype for state, _ in same}:
+                pairs = [pair for pair in same if pair[0].dtype == dtype]
                 torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
         return Runs(lambda count=1: steps(count), _bytes(states))  # type: ignore[misc]
@@ -306,5 +326,8 @@ ARMS: dict[str, Callable[[Shape, int, bool], Any]] = {
     # Which codes random weights get doesn't change what they cost.
     "int6": lambda shape, positions, compiled: Lincompile(
         shape, positions, False, {"quant": "w6a8", "quant_method": "rtn"}
+    ),
+    "hybrid": lambda shape, positions, compiled: Lincompile(
+        shape, positions, False, kept=range(0, shape.layers, max(2, shape.layers // 6))
     ),
 }

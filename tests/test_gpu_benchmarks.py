@@ -291,11 +291,21 @@ def test_whole_models_in_a_dry_run(tmp_path: Path) -> None:
     """Through ``lincompile.compile`` and the session it gives, beside Hugging Face's model."""
     pytest.importorskip("transformers")
     file = tmp_path / "models.json"
-    dry("end_to_end.py", "--eager", "--json", str(file), "--plot", str(tmp_path / "models.svg"))
+    arms = ("lincompile", "hf", "softmax", "hybrid")
+    dry(
+        "end_to_end.py",
+        "--eager",
+        "--arms",
+        ",".join(arms),
+        "--json",
+        str(file),
+        "--plot",
+        str(tmp_path / "models.svg"),
+    )
     rows = json.loads(file.read_text())["rows"]
     points = {(row["arm"], row["what"]) for row in rows}
-    both = {(arm, what) for arm in ("lincompile", "hf", "softmax") for what in ("prefill", "decode")}
-    assert points == both | {("hf", "generate")}
+    both = {(arm, what) for arm in arms for what in ("prefill", "decode")}
+    assert points == both | {("hf", "generate"), ("hybrid", "generate")}
     assert not [row for row in rows if "error" in row]
     states = {row["batch"]: row["state_gib"] for row in rows if row["arm"] == "lincompile" and "state_gib" in row}
     assert set(states) == {1, 2} and (tmp_path / "models.svg").exists()
