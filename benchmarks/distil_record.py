@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import Any
 
-STAGES = {"transfer": "attention transfer", "choice": "layer choice", "logits": "logits", "extension": "extension"}
+CALLED = {"transfer": "attention transfer", "choice": "layer choice", "logits": "logits", "extension": "extension"}
 
 
 def command() -> str:
@@ -21,13 +21,13 @@ def record_of(results: dict[str, Any], tokens: int, measured: bool = False) -> d
     Seconds are those of training, the row's that it was begun from included; so are ``tokens``.
     """
     start = results.get("start", {})
-    stages = [name for name in STAGES if name in results]
+    stages = [name for name in CALLED if name in results]
     seconds = sum(results[name].get("seconds", 0.0) for name in stages) + start.get("seconds", 0.0)
     record = {
         "tokens": tokens,
         "seconds": round(seconds, 1),
         "gpu": results["versions"].get("gpu", "none"),
-        "stages": [*start.get("stages", []), *(STAGES[name] for name in stages)],
+        "stages": [*start.get("stages", []), *(CALLED[name] for name in stages)],
         "command": results["command"],
         "options": results["options"],
         "versions": results["versions"],

@@ -30,7 +30,7 @@ from ..passes.inputs import model_values, settle, token_types
 from ..passes.linearize import LinearizeAttention, parse_keep
 from ..passes.pipeline import Pass, Pipeline
 from ..passes.program import Program
-from ..passes.quantization.embeddings import vocabulary
+from ..passes.quantization.embeddings import unknown_token, vocabulary
 from ..passes.quantization.tune import options_for
 from ..passes.quantize import Quantize
 from ..passes.shard import SequenceParallel
@@ -444,10 +444,10 @@ def quantize(student: Program, asked: Options, ids: Tensor | None, say: Reporter
     calibration = text = None
     if ids is not None:
         rows = vocabulary(student)
-        low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
-        if not ids.numel() or low < 0 or (rows is not None and high >= rows):
+        wrong = unknown_token(ids, rows)
+        if not ids.numel() or wrong is not None:
             known = "" if rows is None else f", and the model knows {rows}"
-            problem = f"token {low if low < 0 else high}{known}" if ids.numel() else "no tokens"
+            problem = f"token {wrong}{known}" if ids.numel() else "no tokens"
             raise LincompileError(f"the text to calibrate quantization on holds {problem}: give other text")
         calibration = windows_of(student, ids, CALIBRATION_TOKENS, asked.device)
         if asked.quant_tune is not None:

@@ -25,6 +25,7 @@ from ..passes.writing import check_writable
 
 TARGETS = ("eager", "triton", "onnx", "aot")
 NEEDLES = ("facts", "passkeys")
+ONLY_CALIBRATES = "with an adapter --distil only calibrates; to train on from it, add --tokens or --time"
 SEEDS = 1 << 40  # generators take 64 bits, and stages, epochs and sites each have seeds of their own made from this one
 
 
@@ -189,9 +190,7 @@ class Options:
             return
         how["--shard"] = self.shard
         if not self.trains and (stray := [name for name, value in how.items() if value is not None]):
-            raise LincompileError(
-                f"{stray[0]}: with an adapter --distil only calibrates; to train on from it, add --tokens or --time"
-            )
+            raise LincompileError(f"{stray[0]}: {ONLY_CALIBRATES}")
         if self.trains and self.dtype == "float16":
             raise LincompileError(
                 "--distil with --dtype float16: small gradients would vanish in float16; give bfloat16 or float32"
@@ -269,9 +268,7 @@ def check_checkpoint(file: Path | None, asked: Options) -> None:
     if asked.distil is None:
         raise LincompileError("--checkpoint is about distillation: add --distil FILE")
     if not asked.trains:
-        raise LincompileError(
-            "--checkpoint: with an adapter --distil only calibrates; to train on from it, add --tokens or --time"
-        )
+        raise LincompileError(f"--checkpoint: {ONLY_CALIBRATES}")
     check_writable(file, "the checkpoint")
 
 

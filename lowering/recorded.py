@@ -140,15 +140,16 @@ class Recorded:
             self.lay = places
             self.seen.clear()
             self.recordings.clear()
-        past, shapes = 0, [value.shape for value in given]
+        past, unused, shapes = 0, 0, [value.shape for value in given]
         if self.growing:
             if (tokens := self.growing.tokens(given)) is None:
                 return self.run(given)
-            past, shapes = tokens, self.growing.shapes(given, room.wide(tokens))
+            past, wide = tokens, room.wide(tokens)
+            unused, shapes = wide - past, self.growing.shapes(given, wide)
         key = tuple((shape, value.dtype) for shape, value in zip(shapes, given, strict=True))
         if key in self.recordings:
             self.recordings.move_to_end(key)
-            return self._replay(self.recordings[key], given, past)
+            return self._replay(self.recordings[key], given, unused)
         outputs = self.run(given)
         after = self.growing.shapes(given, past + 1)[STATES_AT:]
         if [value.shape for value in outputs[1:]] == after and outputs[0].shape[1] == 1:
@@ -156,7 +157,7 @@ class Recorded:
                 self.seen.clear()
             self.seen[key] = self.seen.get(key, 0) + 1
             if self.seen[key] == OFTEN:
-                self._try(key, given, outputs, past)
+                self._try(key, given, outputs, unused)
         return outputs
 
     def _elsewhere(self) -> bool:
@@ -187,8 +188,7 @@ class Recorded:
             results |= zip(places, _copies(values), strict=True)
         return [results[place] for place in range(len(results))]
 
-    def _replay(self, recording: Recording, given: list[Tensor], past: int) -> list[Tensor]:
-        unused = room.wide(past) - past
+    def _replay(self, recording: Recording, given: list[Tensor], unused: int) -> list[Tensor]:
         if self.done is not None:  # another stream may still be copying from the last call
             torch.cuda.current_stream(self.device).wait_event(self.done)
         self._take(recording, given, unused)
@@ -198,7 +198,7 @@ class Recorded:
             self.done = torch.cuda.current_stream(self.device).record_event()
         return results
 
-    def _try(self, key: Any, given: list[Tensor], wanted: list[Tensor], past: int) -> None:
+    def _try(self, key: Any, given: list[Tensor], wanted: list[Tensor], unused: int) -> None:
         size = sum(math.prod(key[place][0]) * key[place][1].itemsize for place in self.growing.axes)
         if self.device.type == "cuda" and 4 * size > torch.cuda.mem_get_info(self.device)[0]:
             return  # what fails for want of memory while it is recorded may leave the allocator broken
@@ -206,7 +206,7 @@ class Recorded:
             with torch.inference_mode(False), torch.no_grad():
                 inputs = [value.new_zeros(shape) for value, (shape, _) in zip(given, key, strict=True)]
                 recording = Recording(_groups(inputs, set(self.growing.axes)), lambda: None, [], [], size)
-                problem = self._record(recording, inputs, given, wanted, past)
+                problem = self._record(recording, inputs, given, wanted, unused)
         except torch.OutOfMemoryError:
             return
         except RuntimeError as error:
@@ -222,10 +222,10 @@ class Recorded:
             self.seen.pop(gone, None)
 
     def _record(
-        self, recording: Recording, inputs: list[Tensor], given: list[Tensor], wanted: list[Tensor], past: int
+        self, recording: Recording, inputs: list[Tensor], given: list[Tensor], wanted: list[Tensor], unused: int
     ) -> str:
         """Fills in a recording that reads ``inputs``; returns why it isn't to be used ("" = it is)."""
-        unused, grown = room.wide(past) - past, {place - STATES_AT + 1 for place in self.growing.axes}
+        grown = {place - STATES_AT + 1 for place in self.growing.axes}
         self._take(recording, given, unused)
         if self.growing:  # a wider step sums in another order; a recording of it sums as it does
             roomy = self._give(_groups(self.run(inputs), grown), unused)
@@ -237,7 +237,7 @@ class Recorded:
         recording.given = _groups(recording.outputs, grown)
         for value in recording.outputs:  # so that it is the launch that gives what is compared
             value.fill_(torch.nan if value.is_floating_point() else 0)
-        found = self._replay(recording, given, past)
+        found = self._replay(recording, given, unused)
         return "" if all(map(_same, wanted, found)) else "gave something else when recorded"
 
     def _bytes(self) -> int:

@@ -34,8 +34,6 @@ from .lora import PREFIX, Addition, merge_lora
 FORMAT = "lincompile-adapter-2"  # 1 didn't say whether q and k were read before or after their rotary embedding
 ROTARY = {"kept": "keep", "removed": "remove"}
 FLOOR = " floor "  # between what became of positions and a number; sites without it are of gates without a floor
-
-
 CONTENTS = "contents"  # the hash of all that a file holds but itself; the first adapters of this format have none
 
 
@@ -137,6 +135,7 @@ class _Header:
     teacher: str
     source: str
     record: dict[str, Any]
+    metadata: Mapping[str, str]
 
     @staticmethod
     def of(metadata: Mapping[str, str]) -> _Header:
@@ -147,7 +146,8 @@ class _Header:
             raise TypeError("sites and record are JSON objects, switches a JSON list")
         if all(method == "softmax" for method in sites.values()):
             raise ValueError("no site is linear")
-        return _Header(sites, Settings.of(sites, switches), switches, metadata["teacher"], metadata["source"], record)
+        settings = Settings.of(sites, switches)
+        return _Header(sites, settings, switches, metadata["teacher"], metadata["source"], record, metadata)
 
 
 def save_adapter(
@@ -214,9 +214,8 @@ def save_record(path: Path, record: dict[str, Any]) -> None:
     Raises:
         LincompileError: the file is missing, damaged or no adapter, or can't be written.
     """
-    tensors, _ = _read(path)
-    with _opened(path) as (file, _):
-        metadata = {**file.metadata(), "record": json.dumps(record)}
+    tensors, header = _read(path)
+    metadata = {**header.metadata, "record": json.dumps(record)}
     metadata[CONTENTS] = _contents(tensors, metadata)
     with beside(path, "the adapter") as replacement:
         save_file(tensors, replacement, metadata)
@@ -303,8 +302,8 @@ def settings_of(path: Path) -> Settings:
 def _read(path: Path) -> tuple[dict[str, Tensor], _Header]:
     with _opened(path) as (file, header):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        metadata = file.metadata()
-    if CONTENTS in metadata and metadata[CONTENTS] != _contents(tensors, metadata):
+    wanted = header.metadata.get(CONTENTS)
+    if wanted is not None and wanted != _contents(tensors, header.metadata):
         raise LincompileError(f"the adapter {path} was damaged or edited: its contents' hash differs; copy it again")
     for name, value in tensors.items():
         if not value.is_floating_point() or not value.isfinite().all():

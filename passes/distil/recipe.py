@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import LincompileError
 from ..linearize import MODULE_PREFIX
 from ..program import Program
-from ..quantization.embeddings import vocabulary
+from ..quantization.embeddings import unknown_token, vocabulary
 from .choose import Choice, choose
 from .data import Batches, TokenWindows
 from .echo import WithEchoes, check_share
@@ -242,8 +242,7 @@ def run_recipe(
 def check_tokens(program: Program, ids: Tensor) -> None:
     """Raises ``LincompileError`` where a text holds tokens that the program's embedding has no row for."""
     rows = vocabulary(program)
-    if ids.numel() and rows is not None and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
-        wrong = int(ids.max()) if int(ids.max()) >= rows else int(ids.min())
+    if rows is not None and (wrong := unknown_token(ids, rows)) is not None:
         raise LincompileError(
             f"the text holds token {wrong}, the model knows 0 to {rows - 1}: another model's tokenizer made it"
         )

@@ -56,6 +56,16 @@ def vocabulary(program: Program) -> int | None:
     return min((int(tensor_of(node.args[0]).shape[0]) for node in token_lookups(program)), default=None)
 
 
+def unknown_token(ids: Tensor, rows: int | None) -> int | None:
+    """An id that a table of so many rows (None: any) hasn't, the highest or else the lowest; None: there is none."""
+    if not ids.numel():
+        return None
+    low, high = int(ids.min()), int(ids.max())
+    if rows is not None and high >= rows:
+        return high
+    return low if low < 0 else None
+
+
 def find_tables(program: Program, lookups: list[Node], layers: list[LinearLayer]) -> list[Table]:
     """The tables of ``lookups``; ``layers`` are all linear layers, from ``find_linears`` with these look-ups.
 

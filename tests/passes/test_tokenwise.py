@@ -251,12 +251,18 @@ REFUSED: dict[str, tuple[type[Plain], Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_reads_the_whole_sequence_is_refused(name: str) -> None:
-    kind, change, reason = REFUSED[name]
+def without_a_step_form(kind: type[Plain], change: Change, reason: str) -> Program:
+    """The program, of which no step form is made, for a reason and a line of this file."""
     program = program_of(kind, change)
     with pytest.raises(RefusedError, match=f"no step form: '.*({reason}).*test_tokenwise.py:"):
         make_stateful(program)
+    return program
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_reads_the_whole_sequence_is_refused(name: str) -> None:
+    kind, change, reason = REFUSED[name]
+    program = without_a_step_form(kind, change, reason)
     with pytest.raises(RefusedError, match=f"shard: '.*({reason})"):
         splittable(program)
 
@@ -311,11 +317,7 @@ ACROSS_ROWS: dict[str, tuple[type[Plain], Change, str]] = {
 @pytest.mark.parametrize("name", ACROSS_ROWS)
 def test_what_reads_other_rows_of_a_batch_is_refused(name: str) -> None:
     """A session takes prompts together that have nothing to do with each other; sharding leaves batches whole."""
-    kind, change, reason = ACROSS_ROWS[name]
-    program = program_of(kind, change)
-    with pytest.raises(RefusedError, match=f"no step form: '.*{reason}.*test_tokenwise.py:"):
-        make_stateful(program)
-    splittable(program)
+    splittable(without_a_step_form(*ACROSS_ROWS[name]))
 
 
 def test_a_count_by_twos_is_refused_where_it_shows_late() -> None:
