@@ -22,17 +22,17 @@ UNMEASURED = os.environ.get("LINCOMPILE_UNMEASURED", "0") == "1"
 
 
 @functools.cache
-def triton_module(folder: str) -> ModuleType | None:
+def triton_module(folder: str, file: str = "triton") -> ModuleType | None:
     """The Triton kernels of ``kernels/<folder>``, or None where Triton or that file doesn't exist."""
-    name = f"{__package__}.{folder}.triton"
+    name = f"{__package__}.{folder}.{file}"
     if importlib.util.find_spec("triton") is None or importlib.util.find_spec(name) is None:
         return None
     return importlib.import_module(name)
 
 
-def backend(folder: str, x: Tensor) -> ModuleType | None:
+def backend(folder: str, x: Tensor, file: str = "triton") -> ModuleType | None:
     """The Triton kernels for CUDA tensors; None means: run the reference."""
-    return triton_module(folder) if x.is_cuda else None
+    return triton_module(folder, file) if x.is_cuda else None
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:

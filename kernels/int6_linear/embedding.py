@@ -1,15 +1,20 @@
 """``torch.ops.lincompile.int6_embedding``: rows of a table packed in six bits, looked up and made float.
 
 The planes are those of :mod:`.pack`, so that one copy serves a table and an output head tied to it. The table is
-frozen: nothing here has a gradient.
+frozen: nothing here has a gradient. On a GPU one kernel makes the rows (groups of 128, K a multiple of 4, results of at
+most 32 bits) where Triton can be imported and it is right on its first use; else the plain ops do.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ..first_use import trusted
+from ..registration import backend
 from ..shapes import require
 from .codes import dequantize
 from .pack import group_count, plane_bytes, unpack
@@ -57,11 +62,33 @@ def int6_embedding(
         ValueError: shapes or dtypes that don't fit.
     """
     _check(ids, weight_hi, weight_lo, weight_scale, in_features, group_size)
-    flat = ids.flatten()  # index_select, unlike indexing, refuses negative ids
-    hi, lo, scale = (part.index_select(0, flat) for part in (weight_hi, weight_lo, weight_scale))
+    args = (ids.flatten(), weight_hi, weight_lo, weight_scale, in_features, group_size, dtype)
+    kernels = backend("int6_linear", weight_hi, "triton_embedding")
+    if kernels is None or not kernels.supports(*args):
+        rows = plain(*args)
+    # Some ids are compared; the table, which they are rows of, stays whole.
+    elif trusted("int6_embedding", kernels.lookup, _exact, ("t", "..", "..", ".."), args, together=False):
+        rows = kernels.lookup(*args)
+    else:
+        rows = plain(*args)
+    return rows.view(*ids.shape, in_features)
+
+
+def plain(
+    ids: Tensor, weight_hi: Tensor, weight_lo: Tensor, weight_scale: Tensor, in_features: int, group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The definition: rows ``[n, K]`` of the planes are looked up, then made float. ``ids [n]``."""
+    # index_select, unlike indexing, refuses negative ids
+    hi, lo, scale = (part.index_select(0, ids) for part in (weight_hi, weight_lo, weight_scale))
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    rows = dequantize(unpack(hi, lo, in_features, group_size), scale, group_size, compute)
-    return rows.to(dtype).view(*ids.shape, in_features)
+    return dequantize(unpack(hi, lo, in_features, group_size), scale, group_size, compute).to(dtype)
+
+
+def _exact(*args: Any) -> Tensor:
+    """:func:`plain` without the last rounding."""
+    ids, hi, lo, scale, in_features, group_size, _ = args
+    return plain(ids, hi, lo, scale, in_features, group_size, torch.float64)
 
 
 @int6_embedding.register_fake

@@ -46,6 +46,8 @@ launch = JITFunction.run
 def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
     kernel = launch(self, *args, grid=grid, warmup=True, **options)
     assert kernel.asm["cubin"], self.__name__
+    # An assertion that was compiled away would let a wrong id read anything.
+    assert "embedding" not in self.__name__ or "__assertfail" in kernel.asm["ptx"]
     print("compiled", self.__name__, kernel.metadata.shared)
     return kernel
 
@@ -189,5 +191,15 @@ def int6() -> None:
         launch(torch.zeros(tokens, 1024, dtype=BF16), int8, None, torch.zeros(tokens, 300, dtype=BF16), "a8")
 
 
-PARTS = (stages, attention, forms, small, sliding, inputs, int6)
+def lookup() -> None:
+    from lincompile.kernels.int6_linear import pack, triton_embedding
+
+    for rows, width, dtype in ((300, 576, BF16), (300, 1024, torch.float32), (9, 300, torch.float16)):
+        planes = [torch.zeros(rows, bytes_, dtype=torch.uint8) for bytes_ in pack.plane_bytes(width)]
+        scale = torch.zeros(rows, pack.group_count(width, 128), dtype=torch.float16)
+        for ids in (torch.zeros(1, dtype=torch.long), torch.zeros(5, dtype=torch.int32)):
+            triton_embedding.lookup(ids, *planes, scale, width, 128, dtype)
+
+
+PARTS = (stages, attention, forms, small, sliding, inputs, int6, lookup)
 {part.__name__: part for part in PARTS}[sys.argv[1]]()

@@ -36,6 +36,7 @@ SCRIPT = Path(__file__).with_name("compile_for_hopper.py")
             "quantize_kernel vector_kernel group_kernel token_kernel few_kernel small_kernel"
             " reduce_kernel unpack_kernel large_kernel vector_bytes_kernel",
         ),
+        ("lookup", "sm_90", "embedding_kernel"),
         ("inputs", "sm_90", "one_token"),
         ("sliding", "sm_90", "sliding_forward query_gradients key_gradients"),
     ],
