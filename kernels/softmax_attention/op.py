@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -38,6 +40,32 @@ def _kernels(*args: Any, function: str) -> ModuleType:
     return serving(f"softmax_attention {function}", kernels, reference, function, layouts, args, asked)
 
 
+def _few(*args: Any, function: str) -> Callable[..., Any] | None:
+    """The Triton kernel for few queries where it serves the call of ``forward`` or ``step``."""
+    q, k, v, kind, window = *args[:3], *args[-4:-2]
+    kernels, past = backend("softmax_attention", q, "triton_few"), args[3].shape[2] if function == "step" else None
+    if kernels is None or not kernels.supports(q, k, v, past):
+        return None
+    per = kernels.compared(q, k, v, past, kind, window)  # which decides what code runs: a part of the name
+    compared = partial(getattr(kernels, function), per=per), getattr(reference, function)
+    layouts, forms = [*["b.t."] * (len(args) - 5), "bt"], None if past is None else _with_padding
+    found = trusted(f"softmax_attention {function}, few queries, {per}", *compared, layouts, args, forms=forms)
+    return getattr(kernels, function) if found else None
+
+
+def _with_padding(args: Sequence[Any]) -> list[list[Any]]:
+    """A step's arguments whose axes of keys were cut alike: caches as long as the padding has columns for."""
+    *tensors, k_cache, v_cache, padding = args[:6]
+    past = k_cache.shape[2] if padding is None else min(k_cache.shape[2], padding.shape[1] - tensors[1].shape[2])
+    padding = None if padding is None else padding[:, : past + tensors[1].shape[2]]
+    return [[*tensors, k_cache[:, :, :past], v_cache[:, :, :past], padding, *args[6:]]]
+
+
+def _forward(*args: Any) -> Tensor:
+    out: Tensor = (_few(*args, function="forward") or _kernels(*args, function="forward").forward)(*args)
+    return out
+
+
 @custom_op(
     "lincompile::softmax_attention", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> Tensor"
 )
@@ -54,9 +82,7 @@ def softmax_attention(
 ) -> Tensor:
     """Softmax attention, ``o [B, H, T, Dv]`` in v's dtype; a row that sees no key is 0."""
     _check("softmax_attention", q, k, v, key_padding, kind, window, softcap)
-    args = (q, k, v, key_padding, kind, window, scale, softcap)
-    out: Tensor = _kernels(*args, function="forward").forward(*args)
-    return out
+    return _forward(q, k, v, key_padding, kind, window, scale, softcap)
 
 
 @softmax_attention.register_fake
@@ -190,11 +216,12 @@ def softmax_attention_step(
     P + t columns belong to the keys.
     """
     _check_step(q, k, v, k_cache, v_cache, key_padding, kind, window, softcap)
-    # cat keeps a layout with adjacent channels of heads; the fake promises contiguous caches
-    keys, values = (torch.cat(pair, 2).contiguous() for pair in ((k_cache, k), (v_cache, v)))
-    padding = _step_padding(key_padding, keys.shape[2])
-    args = (q, keys, values, padding, kind, window, scale, softcap)
-    return _kernels(*args, function="forward").forward(*args), keys, values
+    padding = _step_padding(key_padding, k_cache.shape[2] + k.shape[2])
+    args = (q, k, v, k_cache, v_cache, padding, kind, window, scale, softcap)
+    found: tuple[Tensor, Tensor, Tensor] = (_few(*args, function="step") or partial(reference.step, attend=_forward))(
+        *args
+    )
+    return found
 
 
 @softmax_attention_step.register_fake

@@ -6,7 +6,7 @@ bottom-right: query ``i`` of ``T`` sits at key position ``i + S - T``. A row tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -68,6 +68,28 @@ def forward(
             weights, _ = _weights(group_heads(q_part, k.shape[1]), k_part.unsqueeze(2), visible, scale, softcap)
             out[:, :, rows] = (weights @ v_part.to(weights.dtype).unsqueeze(2)).flatten(1, 2).to(v.dtype)
     return out
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    key_padding: Tensor | None,
+    kind: str,
+    window: int,
+    scale: float,
+    softcap: float,
+    attend: Callable[..., Tensor] = forward,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``k, v [B, Hkv, t, ·]`` after the caches, and what the t queries see there, by ``attend``.
+
+    Returns ``o [B, H, t, Dv]`` and the contiguous caches ``[B, Hkv, P + t, ·]``; ``key_padding [B, P + t]``.
+    """
+    # cat keeps a layout with adjacent channels of heads; the op's fake promises contiguous caches
+    keys, values = (torch.cat(pair, 2).contiguous() for pair in ((k_cache, k), (v_cache, v)))
+    return attend(q, keys, values, key_padding, kind, window, scale, softcap), keys, values
 
 
 def backward(

@@ -220,7 +220,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, kind: str, window: int) -> bool:
     )
 
 
-def _rows(x: Tensor) -> Tensor:
+def adjacent(x: Tensor) -> Tensor:
     """The same tensor with adjacent channels, and tokens not too far apart."""
     return x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < FAR_APART else x.contiguous()
 
@@ -254,7 +254,7 @@ def forward(
     """See ``reference.forward``; for calls that ``supports`` accepts."""
     batch, heads, length, _ = q.shape
     numbers, options = _options(q, k, v, key_padding, window, scale, softcap)
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = adjacent(q), adjacent(k), adjacent(v)
     out = v.new_empty(batch, heads, length, v.shape[3])
     launcher(sliding_forward, (batch * heads, triton.cdiv(length, options["BM"])))(
         q, k, v, mask_bytes(key_padding), out, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, *numbers,
@@ -277,7 +277,7 @@ def backward(
     """See ``reference.backward``; for calls that ``supports`` accepts."""
     (batch, heads, length, _), kv_heads, keys = q.shape, k.shape[1], k.shape[2]
     numbers, options = _options(q, k, v, key_padding, window, scale, softcap)
-    q, k, v, grad, mask = _rows(q), _rows(k), _rows(v), _rows(grad_o.to(v.dtype)), mask_bytes(key_padding)
+    q, k, v, grad, mask = adjacent(q), adjacent(k), adjacent(v), adjacent(grad_o.to(v.dtype)), mask_bytes(key_padding)
     strides = [step for x in (grad, q, k, v) for step in x.stride()[:3]]
     d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
     sums, deltas = (q.new_empty(batch, heads, length, dtype=torch.float32) for _ in range(2))

@@ -149,6 +149,23 @@ def sliding() -> None:
         kernels.backward(kernels.forward(q, k, k, *options), q, k, k, *options)
 
 
+def few() -> None:
+    from lincompile.kernels.softmax_attention import triton_few as kernels
+
+    mask = torch.ones(2, 2049, dtype=torch.bool)
+    for heads, kv_heads, length, dim, dtype, padding, softcap in (
+        (9, 3, 1, 64, BF16, None, 0.0),
+        (32, 8, 8, 128, torch.float16, mask, 30.0),
+        (8, 8, 1, 256, BF16, mask, 0.0),
+        (9, 3, 1, 64, torch.float32, None, 0.0),
+        (16, 1, 2, 256, torch.float32, mask, 0.0),
+    ):
+        q, k = (torch.zeros(2, length, count, dim, dtype=dtype).transpose(1, 2) for count in (heads, kv_heads))
+        cache = torch.zeros(2, kv_heads, 2049 - length, dim, dtype=dtype)
+        kernels.step(q, k, k, cache, cache, padding, "causal", 0, 0.125, softcap)
+        kernels.forward(q, cache, cache, None, "full", 0, 0.125, softcap)
+
+
 def inputs() -> None:
     from lincompile.kernels.lawcat_inputs import triton as kernels
 
@@ -201,5 +218,5 @@ def lookup() -> None:
             triton_embedding.lookup(ids, *planes, scale, width, 128, dtype)
 
 
-PARTS = (stages, attention, forms, small, sliding, inputs, int6, lookup)
+PARTS = (stages, attention, forms, small, sliding, few, inputs, int6, lookup)
 {part.__name__: part for part in PARTS}[sys.argv[1]]()

@@ -94,6 +94,11 @@ def kernels_of(reference: Any, wrong: str, by: float) -> SimpleNamespace:
     return SimpleNamespace(supports=lambda *_: True, **found)
 
 
+def only(kernels: Any) -> Callable[..., Any]:
+    """Finds these kernels, and none in another file of an op's folder."""
+    return lambda folder, x, file="triton": kernels if file == "triton" else None
+
+
 CASES = {
     "linear_attention": (linear, linear_op, linear_reference, "chunkwise"),
     "linear_attention_backward": (linear, linear_op, linear_reference, "chunkwise_backward"),
@@ -128,7 +133,7 @@ def results(call: Callable[[], list[Tensor]]) -> list[Tensor]:
 def test_wrong_kernels_are_found_and_not_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call, module, reference, wrong = CASES[name]
     wanted = results(call)
-    monkeypatch.setattr(module, "backend", lambda *_: kernels_of(reference, wrong, 1.5))
+    monkeypatch.setattr(module, "backend", only(kernels_of(reference, wrong, 1.5)))
     with pytest.warns(UserWarning, match="differ from the reference on cpu") as said:
         got = results(call)
     assert f"the kernels of {name} differ" in str(said[0].message)
@@ -152,7 +157,7 @@ def test_kernels_that_a_chip_has_no_room_for_are_not_used(name: str, monkeypatch
     wanted = results(call)
     kernels = kernels_of(reference, wrong, 1.0)
     setattr(kernels, wrong, refuse)
-    monkeypatch.setattr(module, "backend", lambda *_: kernels)
+    monkeypatch.setattr(module, "backend", only(kernels))
     with pytest.warns(UserWarning, match=rf"the kernels of {name} can't run on cpu \(.*shared memory.*329728"):
         got = results(call)
     with warnings.catch_warnings(action="error"):  # said once
@@ -170,7 +175,7 @@ def test_right_kernels_are_used(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     calls: list[Any] = []
     whole = getattr(kernels, wrong)
     setattr(kernels, wrong, lambda *args, **options: calls.append(args[0].shape) or whole(*args, **options))
-    monkeypatch.setattr(module, "backend", lambda *_: kernels)
+    monkeypatch.setattr(module, "backend", only(kernels))
     with warnings.catch_warnings(action="error"):
         got = results(call)
     for a, b in zip(wanted, got, strict=True):

@@ -109,7 +109,8 @@ def test_the_ops_call_them(monkeypatch: pytest.MonkeyPatch) -> None:
     forward, backward = MagicMock(wraps=kernels.forward), MagicMock(wraps=kernels.backward)
     monkeypatch.setattr(kernels, "forward", forward)
     monkeypatch.setattr(kernels, "backward", backward)
-    monkeypatch.setattr(op, "backend", lambda folder, x: kernels)
+    # few queries have a kernel of their own
+    monkeypatch.setattr(op, "backend", lambda folder, x, file="triton": kernels if file == "triton" else None)
     monkeypatch.setenv("LINCOMPILE_KERNEL_CHECK", "0")  # which would call them, too
     torch.manual_seed(0)
     sizes = [(4, 3), (2, 3), (2, 3), (2, 9), (2, 9)]

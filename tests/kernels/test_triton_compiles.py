@@ -38,6 +38,7 @@ SCRIPT = Path(__file__).with_name("compile_for_hopper.py")
         ),
         ("lookup", "sm_90", "embedding_kernel"),
         ("inputs", "sm_90", "one_token"),
+        ("few", "sm_90", "few_queries"),
         ("sliding", "sm_90", "sliding_forward query_gradients key_gradients"),
     ],
 )
