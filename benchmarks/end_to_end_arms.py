@@ -247,15 +247,20 @@ class Layer(nn.Module):
             size = (batch, shape.kv_heads, context, shape.head_dim)
             self.register_buffer(name, torch.randn(size, device="cuda", dtype=DTYPE), persistent=False)
 
-    def attend(self, qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
-        """The heads' outputs side by side, of all projections side by side."""
+    def attend(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, attention: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """The heads' outputs side by side, of all projections side by side; ``attention`` in SDPA's place."""
         q, k, v = (part.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2) for part in qkv.split(self.sizes, -1))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if not self.prefill:
             self.keys.index_copy_(2, position, k)
             self.values.index_copy_(2, position, v)
             k, v = self.keys, self.values
-        o = functional.scaled_dot_product_attention(q, k, v, is_causal=self.prefill, enable_gqa=True)
+        if attention is None:
+            o = functional.scaled_dot_product_attention(q, k, v, is_causal=self.prefill, enable_gqa=True)
+        else:
+            o = attention(q, k, v)
         return o.transpose(1, 2).flatten(2)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:

@@ -5,10 +5,12 @@
 Llama-shaped models with random weights (speed doesn't depend on them), built and quantized layer by layer on the device
 by ``lincompile.quantize_``, so that no more than one layer is ever there in bf16. Every arm runs the same code: q, k
 and v in one linear, gate and up in one, ``torch.compile`` around a layer, one CUDA graph around a token. Decoding is
-greedy, one sequence, over a full key-value cache of ``--context`` positions. An untied output head is quantized too; a
-tied one, like every embedding, stays bf16, except in the arm ``int6 embeddings``, where one copy of the planes serves
-both. In the arms ``int6`` and ``int6 embeddings`` norms, gated products and sums are part of the packed layers, as the
-compiler's lowering for GPUs makes them (``int6_layer``); in ``int6 apart`` they are left to ``torch.compile``.
+greedy (the largest logit is looked for in blocks, then among theirs), one sequence, over a full key-value cache of
+``--context`` positions. An untied output head is quantized too; a tied one, like every embedding, stays bf16, except in
+the arm ``int6 embeddings``, where one copy of the planes serves both. In the arms ``int6`` and ``int6 embeddings``
+norms, gated products and sums are part of the packed layers, a packed head's norm included, as the compiler's lowering
+for GPUs makes them (``int6_layer``), and attention is ``softmax_attention``, the op that sites which stay softmax
+become; in ``int6 apart`` they are left to ``torch.compile`` and SDPA, as in ``bf16`` and ``w8a8``.
 """
 
 from __future__ import annotations
@@ -32,19 +34,21 @@ from lincompile.kernels.int6_linear import codes, pack
 EMBEDDINGS = "int6 embeddings"
 APART = "int6 apart"
 ARMS = {"bf16": None, "w8a8": W8A8(), APART: W6A8(), "int6": W6A8(), EMBEDDINGS: W6A8()}
+WHOLE = ("int6", EMBEDDINGS)  # with what surrounds the products inside them
+BLOCK = 128  # logits whose largest is looked for first
 
 
 SHAPES = [
     Shape("SmolLM2-135M", 30, 576, 9, 3, 64, 1536, 49152, True),
     Shape("Llama-3-8B", 32, 4096, 32, 8, 128, 14336, 128256, False),
 ]
-DRY = {"SHAPES": [Shape("tiny", 2, 128, 4, 2, 32, 256, 128, False)]}
+DRY = {"SHAPES": [Shape("tiny", 2, 128, 4, 2, 32, 256, 128 * (1 + tied), tied) for tied in (False, True)]}
 
 
 class Model(nn.Module):
     def __init__(self, shape: Shape, arm: str, context: int, device: str, compiled: bool) -> None:
         super().__init__()
-        self.shape, self.position = shape, torch.tensor([context - 1], device=device)
+        self.shape, self.whole, self.position = shape, arm in WHOLE, torch.tensor([context - 1], device=device)
         angles = (context - 1) * 10000.0 ** -torch.arange(0, 1, 2 / shape.head_dim, device=device)
         self.cos, self.sin = angles.cos().to(DTYPE), angles.sin().to(DTYPE)
         self.embedding: nn.Module = nn.Embedding(shape.vocabulary, shape.hidden, device=device, dtype=DTYPE)
@@ -54,7 +58,7 @@ class Model(nn.Module):
         parts: list[nn.Module] = []
         for _ in range(shape.layers):
             parts.append(packed(Layer(shape, 1, context), arm))
-            if ARMS[arm] is not None and arm not in ("w8a8", APART):
+            if self.whole:
                 parts[-1] = Whole(parts[-1])
             if compiled:
                 parts[-1].compile(fullgraph=True, dynamic=False)
@@ -62,19 +66,52 @@ class Model(nn.Module):
         if not shape.tied:
             head = nn.Linear(shape.hidden, shape.vocabulary, bias=False, device=device, dtype=DTYPE)
             self.head = packed(nn.Sequential(head), arm)
+        self.choose = torch.compile(chosen, fullgraph=True, dynamic=False) if compiled else chosen
 
     def forward(self, token: Tensor) -> Tensor:
         x = self.embedding(token)
         for block in self.blocks:
             x = block(x, self.cos, self.sin, self.position)
-        x = F.rms_norm(x, (self.shape.hidden,), self.norm)
-        if not self.shape.tied:
-            logits = self.head(x)
-        elif isinstance(self.embedding, Table):
-            logits = self.embedding.head(x)
-        else:
-            logits = F.linear(x, self.embedding.weight)
-        return logits.argmax(dim=-1)
+        if isinstance(self.embedding, Table) and self.shape.tied:
+            return self.choose(whole(self.embedding.planes, x, norm=self.norm))
+        if self.whole and not self.shape.tied:
+            return self.choose(whole(planes(self.head[0]), x, norm=self.norm))
+        x = F.rms_norm(x, (self.shape.hidden,), self.norm, EPSILON)
+        return self.choose(F.linear(x, self.embedding.weight) if self.shape.tied else self.head(x))
+
+
+def chosen(logits: Tensor) -> Tensor:
+    """The place of the first largest logit ``[…]`` of ``[…, V]``, V a multiple of BLOCK.
+
+    In two steps: argmax over all of a row takes one block of threads.
+    """
+    best, place = logits.unflatten(-1, (-1, BLOCK)).max(-1)
+    block = best.argmax(-1, keepdim=True)
+    return (block * BLOCK + place.gather(-1, block)).squeeze(-1)
+
+
+Planes = tuple[Tensor, Tensor, Tensor]
+
+
+def planes(part: Any) -> Planes:
+    """What a packed linear layer stores."""
+    return part.weight_hi, part.weight_lo, part.weight_scale
+
+
+def whole(
+    planes: Planes, x: Tensor, norm: Tensor | None = None, gated: bool = False, residual: Tensor | None = None
+) -> Tensor:
+    """A packed product with what surrounds it."""
+    out: Tensor = torch.ops.lincompile.int6_layer(
+        x, norm, EPSILON, gated, residual, *planes, None, pack.GROUP_SIZE, "a8"
+    )
+    return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One token over a full cache."""
+    out: Tensor = torch.ops.lincompile.softmax_attention(q, k, v, None, "full", 0, q.shape[-1] ** -0.5, 0.0)
+    return out
 
 
 class Whole(nn.Module):
@@ -86,19 +123,10 @@ class Whole(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
         layer = self.layer
-
-        def linear(
-            part: Any, x: Tensor, norm: Tensor | None = None, gated: bool = False, residual: Tensor | None = None
-        ) -> Tensor:
-            planes = part.weight_hi, part.weight_lo, part.weight_scale
-            out: Tensor = torch.ops.lincompile.int6_layer(
-                x, norm, EPSILON, gated, residual, *planes, None, pack.GROUP_SIZE, "a8"
-            )
-            return out
-
-        attended = layer.attend(linear(layer.qkv, x, norm=layer.norms[0]), cos, sin, position)
-        x = linear(layer.o_proj, attended, residual=x)
-        return linear(layer.down, linear(layer.gate_up, x, norm=layer.norms[1]), gated=True, residual=x)
+        qkv = whole(planes(layer.qkv), x, norm=layer.norms[0])
+        x = whole(planes(layer.o_proj), layer.attend(qkv, cos, sin, position, attention), residual=x)
+        gate_up = whole(planes(layer.gate_up), x, norm=layer.norms[1])
+        return whole(planes(layer.down), gate_up, gated=True, residual=x)
 
 
 class Table(nn.Module):
@@ -111,12 +139,12 @@ class Table(nn.Module):
         for name, plane in zip(("hi", "lo", "scale"), (*pack.pack(values), scale), strict=True):
             self.register_buffer(name, plane)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        planes = self.hi, self.lo, self.scale
-        return torch.ops.lincompile.int6_embedding(ids, *planes, self.in_features, pack.GROUP_SIZE, DTYPE)
+    @property
+    def planes(self) -> Planes:
+        return self.hi, self.lo, self.scale
 
-    def head(self, x: Tensor) -> Tensor:
-        return torch.ops.lincompile.int6_linear(x, self.hi, self.lo, self.scale, None, pack.GROUP_SIZE, "a8")
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.ops.lincompile.int6_embedding(ids, *self.planes, self.in_features, pack.GROUP_SIZE, DTYPE)
 
 
 def packed(module: nn.Module, arm: str) -> nn.Module:

@@ -238,6 +238,32 @@ def dry(*command: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
+def test_every_arm_of_six_bit_models_in_a_dry_run(tmp_path: Path) -> None:
+    file = tmp_path / "models.json"
+    dry("int6_end_to_end.py", "--eager", "--tokens", "2", "--context", "5", "--out", str(file))
+    models = json.loads(file.read_text())["models"]
+    assert [model["shape"]["tied"] for model in models] == [False, True]
+    for model in models:
+        assert [arm["arm"] for arm in model["arms"]] == ["bf16", "w8a8", "int6 apart", "int6", "int6 embeddings"]
+        assert all(arm["tokens_per_second"] > 0 for arm in model["arms"]), model["arms"]
+
+
+def test_the_parts_of_six_bit_arms_are_those_of_the_others(script: Script) -> None:
+    """What is inside of packed layers, attention and the chosen token."""
+    torch = pytest.importorskip("torch")
+    module = script("int6_end_to_end")
+    logits = torch.randint(0, 9, (2, 3, 5 * 128)).bfloat16()  # with ties
+    assert torch.equal(module.chosen(logits), logits.argmax(-1))
+    planes = module.Table(torch.randn(96, 128)).planes
+    x, norm = torch.randn(1, 1, 128, dtype=module.DTYPE), torch.rand(128, dtype=module.DTYPE)
+    apart = torch.nn.functional.rms_norm(x, (128,), norm, module.EPSILON)
+    want = torch.ops.lincompile.int6_linear(apart, *planes, None, 128, "a8")
+    assert torch.equal(module.whole(planes, x, norm=norm), want)
+    q, k, v = (torch.randn(1, heads, count, 32) for heads, count in ((4, 1), (2, 7), (2, 7)))
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(module.attention(q, k, v), want)
+
+
 def test_the_fastest_tiles_of_each_kernel_run_through_a_whole_model(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
