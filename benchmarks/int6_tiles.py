@@ -3,7 +3,8 @@
     python benchmarks/int6_tiles.py --out benchmarks/results/int6_tiles.json [--paths narrow,vector]
 
 Microseconds a call, taken as in ``int6_linear.py``, which has the tiles of the Gluon kernel for a few tokens
-(``--variants``). A tile of ``narrow`` is checked before it is timed, and the fastest ones run through a whole model.
+(``--variants``). A tile of ``narrow`` or ``head`` is checked before it is timed, and the fastest ones of ``narrow`` run
+through a whole model.
 """
 
 from __future__ import annotations
@@ -26,13 +27,20 @@ from lincompile.kernels import ops  # noqa: F401  registers torch.ops.lincompile
 from lincompile.kernels.int6_linear import layer, pack
 from lincompile.kernels.int6_linear import triton as kernels
 
-PATHS = ("vector", "narrow", "small", "large")
+PATHS = ("vector", "narrow", "head", "small", "large")
 # SmolLM2-135M's packed layers: rows, channels, norm before, gated product before, sum after.
 NARROW = [(960, 576, True, False, False), (576, 576, False, False, True), (3072, 576, True, False, False),
           (576, 1536, False, True, True)]  # fmt: skip
 NARROW_LAYERS = 30
 # Rows of a program and warps, in Triton and in Gluon.
 NARROW_TILES = {"triton": [(1, 1), (4, 4), (8, 4), (8, 8)], "gluon": [(n, w) for n in (4, 8, 16) for w in (4, 8, 16)]}
+# SmolLM2-135M's output head, of its table packed in six bits. Rows of a program, warps, and how many programs of a
+# multiprocessor walk over all rows (0: none walks). Of the kernel that has its token quantized for it: rows, half
+# groups and warps.
+HEAD = (49152, 576, True, False, False)
+HEAD_TILES = [(32, 4, 0), (32, 8, 0), (8, 4, 0), *itertools.product((16, 32, 64), (4,), (2, 3, 4)), (16, 4, 6),
+              (16, 4, 8), (32, 8, 2), (64, 8, 2), (16, 2, 8), (8, 2, 8)]  # fmt: skip
+HEAD_VECTOR = [(2, 64, 2), (4, 8, 1), (8, 8, 2), (8, 8, 1), (16, 8, 4), (16, 8, 2), (32, 8, 4), (32, 8, 8), (64, 8, 8)]
 VECTOR = [(1, 64, 2), (1, 128, 4), (2, 64, 2), (2, 64, 4), (2, 128, 4), (4, 64, 2), (4, 64, 4), (4, 128, 4), (8, 64, 4)]
 SMALL = [
     (32, 1, 4, 1),
@@ -55,7 +63,12 @@ def narrow_call(site: Site, planes: Planes, x: Tensor, y: Tensor, stream: Tensor
     """One of SmolLM2-135M's layers; ``stream`` is what its output is added to."""
     _, width, norm, gated, residual = site
     around = kernels.Around(norm_weight(width) if norm else None, 1e-5, gated, stream if residual else None)
-    kernels.narrow(x, planes, None, y, "a8", config, around)
+    way(config)(x, planes, None, y, "a8", config, around)
+
+
+def way(config: dict[str, Any]) -> Any:
+    """The launcher that a tile is for."""
+    return kernels.narrow if "GB" in config else kernels.vector
 
 
 @functools.cache
@@ -67,13 +80,14 @@ def norm_weight(width: int) -> Tensor:
 def check_narrow(site: Site, config: dict[str, Any]) -> None:
     """A tile over poisoned memory: the integer part bit for bit, the whole layer against float64; NaN comes through."""
     rows, width, norm, gated, residual = site
+    rows = min(rows, 9001)
     codes = torch.randint(-32, 32, (rows, width), dtype=torch.int8)
     planes = (*(plane.cuda() for plane in pack.pack(codes)),
               torch.ones(rows, pack.group_count(width, 128), dtype=torch.float16, device="cuda"))  # fmt: skip
     x = torch.randint(-127, 128, (1, width)).float()
     x[:, ::16] = 127
     y, bias = poisoned(1, rows), torch.randint(-9, 9, (rows,)).float()
-    kernels.narrow(x.cuda(), planes, bias.cuda(), y, "a8", config)
+    way(config)(x.cuda(), planes, bias.cuda(), y, "a8", config)
     assert torch.equal(y.cpu().double(), x.double() @ codes.double().t() + bias.double()), "the integer part differs"
     planes = random_planes(rows, width)
     x, stream = (torch.randn(1, n, device="cuda", dtype=torch.bfloat16) for n in (width * (1 + gated), rows))
@@ -141,6 +155,25 @@ def sweep_narrow() -> dict[str, Any]:
     return found
 
 
+def sweep_head() -> dict[str, Any]:
+    """An output head: programs that walk, programs that don't, and the token quantized in a kernel of its own."""
+    found: dict[str, Any] = {}
+    rows, width, *_ = HEAD
+    attempt(found, f"cublas {rows}x{width}", lambda: cublas_us(rows, width, 1))
+    groups = pack.group_count(width, 128)
+    few = kernels.narrow_config(groups, 1, True)["GB"]
+    tiles: dict[str, dict[str, Any]] = {"today": dict(kernels.narrow_config(groups, rows, True))}
+    for block, warps, walks in HEAD_TILES:
+        tiles[f"gluon {block}/{warps}/{walks}"] = {
+            "GLUON": True, "BN": block, "GB": few, "num_warps": warps, **({"WALKS": walks} if walks else {}),
+        }  # fmt: skip
+    for block, halves, warps in HEAD_VECTOR:
+        tiles[f"vector {block}/{halves}/{warps}"] = {"BN": block, "HALVES": halves, "num_warps": warps}
+    for name, config in tiles.items():
+        attempt(found, f"head {name}", lambda c=config: narrow_us(HEAD, c))  # type: ignore[misc]
+    return found
+
+
 def sweep(paths: list[str]) -> dict[str, Any]:
     """Other tile shapes of these of ``PATHS``."""
     found: dict[str, Any] = {}
@@ -150,6 +183,8 @@ def sweep(paths: list[str]) -> dict[str, Any]:
                 lambda c=config, r=rows, w=width: int6_us(r, w, 1, "vector", c))  # type: ignore[misc]  # fmt: skip
     if "narrow" in paths:
         found |= sweep_narrow()
+    if "head" in paths:
+        found |= sweep_head()
     few = DECODE[:2] if "small" in paths else ()
     for (rows, width), tokens, (block, warps, stages, split) in itertools.product(few, (16, 32), SMALL):
         config = {"BM": tokens, "BN": block, "STAGES": stages, "SPLIT": split, "num_warps": warps}

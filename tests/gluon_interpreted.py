@@ -30,6 +30,14 @@ class Shared:
     def load(self, layout: None) -> Any:
         return self.value
 
+    def slice(self, start: Any, length: Any, axis: Any) -> Any:
+        """Some of the rows of a matrix, of which there are a multiple of so many."""
+        assert int(axis) == 0 and int(start) % int(length) == 0
+        part, count = Shared(None, [length, self.shape[1]], None), self.shape[0] // int(length)
+        whole, which = self.value.reshape([count, *part.shape]), tl.arange(0, count)[:, None, None]
+        part.value = tl.sum(tl.where(which == int(start) // int(length), whole, 0), 0)
+        return part
+
 
 def _layout(*parts: Any) -> None:
     return None
@@ -39,7 +47,8 @@ _LANGUAGE = SimpleNamespace(
     BlockedLayout=_layout, SliceLayout=_layout, SwizzledSharedLayout=_layout, num_warps=lambda: 8,
     arange=lambda start, end, layout: tl.arange(start, end), zeros=lambda shape, dtype, layout: tl.zeros(shape, dtype),
     convert_layout=lambda value, layout, assert_trivial: value, allocate_shared_memory=Shared,
-    program_id=lambda axis: tl.program_id(axis), minimum=lambda a, b: tl.minimum(a, b),
+    program_id=lambda axis: tl.program_id(axis), num_programs=lambda axis: tl.num_programs(axis),
+    where=lambda condition, a, b: tl.where(condition, a, b), minimum=lambda a, b: tl.minimum(a, b),
     load=lambda pointer, mask, other: tl.load(pointer, mask=mask, other=other), sum=lambda x, axis: tl.sum(x, axis),
     int32=tl.int32, int64=tl.int64, float32=tl.float32,
 )  # fmt: skip

@@ -229,6 +229,31 @@ def test_sections_give_arguments_that_their_scripts_take(script: Script) -> None
     assert set(script("kernels").SECTIONS.split(",")) <= {section.name for section in sections}
 
 
+def test_every_way_of_an_output_head_is_timed_with_its_own_kernel(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton isn't installed")
+    tiles = script("int6_tiles")
+    timed: list[tuple[str, Any]] = []
+
+    def narrow_us(site: Any, config: dict[str, Any]) -> float:
+        assert site == (49152, 576, True, False, False)
+        timed.append((tiles.way(config).__name__, config.get("WALKS")))
+        return 1.0
+
+    monkeypatch.setattr(tiles, "narrow_us", narrow_us)
+    monkeypatch.setattr(tiles, "cublas_us", lambda *shape: 3.0)
+    out = tmp_path / "tiles.json"
+    monkeypatch.setattr(sys, "argv", ["int6_tiles.py", "--paths", "head", "--out", str(out)])
+    assert tiles.main() == 0
+    found = json.loads(out.read_text())["sweep"]
+    assert len(found) == 2 + len(tiles.HEAD_TILES) + len(tiles.HEAD_VECTOR) and found["head vector 16/8/4"] == 1.0
+    assert timed[0] == ("narrow", 4) and set(timed[1:]) == {
+        ("vector", None),
+        *(("narrow", n) for n in (None, 2, 3, 4, 6, 8)),
+    }
+
+
 def dry(*command: str) -> None:
     """A script on a CPU, by ``benchmarks/dry.py``."""
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}

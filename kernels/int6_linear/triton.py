@@ -27,7 +27,7 @@ import triton
 from torch import Tensor
 
 from ..first_use import trusted
-from ..triton_device import chained
+from ..triton_device import chained, processors
 from . import layer, reference
 from . import triton_kernels as kernels
 from . import triton_token as one
@@ -260,10 +260,13 @@ def vector_config(in_features: int) -> Tile:
 def narrow_config(groups: int, rows: int, gluon: bool) -> Tile:
     """Tile of the one-token kernel for few channels, and whether it is Gluon's (:func:`hopper`) or plain Triton's.
 
-    More rows in a program wait longer, fewer read the token more often; on an H200, ``int6_narrow_h200.json``.
+    More rows in a program wait longer, fewer read the token more often; on an H200, ``int6_narrow_h200.json``. WALKS:
+    so many programs of a multiprocessor walk over all rows.
     """
     few = max(2, triton.next_power_of_2(groups))
-    block = 4 if rows <= 640 else 8 if rows <= 8192 else 32  # an output head: the token would be read too often
+    if rows > 8192 and gluon:  # an output head: blocks in turn, of as many rows as registers hold twice
+        return {"GLUON": True, "BN": max(16, 256 // few), "GB": few, "WALKS": 4 if few <= 8 else 2, "num_warps": 4}
+    block = 4 if rows <= 640 else 8 if rows <= 8192 else 32  # the token would be read too often
     return {"GLUON": gluon, "BN": block, "GB": few, "num_warps": 4 if few <= 8 else 8}
 
 
@@ -327,10 +330,14 @@ def narrow(
     hi, lo, weight_scale = planes
     (rows, groups), in_features = weight_scale.shape, x.shape[1] // (1 + around.gated)
     options = dict(config or narrow_config(groups, rows, hopper(x.device)))
-    kernel = one.group_kernel
+    kernel, programs, walks = one.group_kernel, triton.cdiv(rows, options["BN"]), options.pop("WALKS", 0)
     if options.pop("GLUON"):
-        from .gluon_token import token_kernel as kernel
-    kernel[(triton.cdiv(rows, options["BN"]),)](
+        from .gluon_token import head_kernel, token_kernel
+
+        kernel = head_kernel if walks else token_kernel
+    if walks:  # two blocks each at least, so that the few rows of a first use are walked over, too
+        programs = min(walks * processors(x.device), triton.cdiv(programs, 2))
+    kernel[(programs,)](
         x, around.norm_weight, hi.view(torch.int32), lo.view(torch.int32), weight_scale, bias, around.residual, y,
         rows, in_features, hi.shape[1] // 4, lo.shape[1] // 4, groups, around.epsilon,
         LEVELS=LEVELS[int(activation[1:])], TAIL=in_features % _GROUP, BIAS=bias is not None,

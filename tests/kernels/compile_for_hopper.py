@@ -199,9 +199,16 @@ def int6() -> None:
         )  # fmt: skip
         x, y = torch.zeros(1, 1024 * (1 + gated), dtype=BF16), torch.zeros(1, 300, dtype=BF16)
         int6_linear.vector(x, planes, None, y, "a8", around=around)
-        for gluon in (False, True):
-            config = int6_linear.narrow_config(8, 300, gluon)
+        for gluon, rows in ((False, 300), (True, 300), (True, 9000)):
+            config = int6_linear.narrow_config(8, rows, gluon)
             int6_linear.narrow(x, planes, None, y, "a8", config, around)
+    for width in (128, 576, 2048):  # output heads, as wide as this kernel takes
+        head = tuple(torch.zeros(9000, size, dtype=torch.uint8) for size in pack.plane_bytes(width))
+        head += (torch.zeros(9000, pack.group_count(width, 128), dtype=torch.float16),)
+        config = int6_linear.narrow_config(head[2].shape[1], 9000, True)
+        around = int6_linear.Around(torch.ones(width, dtype=BF16), 1e-5)
+        y = torch.zeros(1, 9000, dtype=BF16)
+        int6_linear.narrow(torch.zeros(1, width, dtype=BF16), head, None, y, "a8", config, around)
     for tokens in (1, 60):
         int8 = torch.zeros(300, 1024, dtype=torch.int8), planes[2]
         launch = int6_linear.vector_bytes if tokens == 1 else int6_linear.large_bytes

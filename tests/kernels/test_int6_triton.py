@@ -40,9 +40,11 @@ for width in (176, 576):
             error = float((got - expected).norm() / expected.norm())
             assert error < 1e-6, (width, tokens, activation, error)
 narrow_shapes = ((176, 11), (576, 37), (1536, 9), (128, 3), (2048, 5))
-for (width, rows), gluon in itertools.product(narrow_shapes, (False, True)):
+cases = [*itertools.product(narrow_shapes, (False, True)), *(((width, 70), "head") for width in (176, 576, 1024, 2048))]
+for (width, rows), gluon in cases:
     codes, scale = q.quantize_weight(torch.randn(rows, width))
-    config = kernels.narrow_config(scale.shape[1], rows, gluon)
+    config = kernels.narrow_config(scale.shape[1], 9000 if gluon == "head" else rows, bool(gluon))
+    assert ("WALKS" in config) == (gluon == "head")
     planes, x, bias = (*pack.pack(codes), scale), torch.randn(1, width), torch.randn(rows)
     x[0, 16:24], x[0, 128:256] = 3.5, 0.0
     for activation in ("a8", "a6"):
@@ -204,6 +206,9 @@ def test_which_kernels_take_one_token_and_with_which_tiles(monkeypatch: pytest.M
     assert found(2048, 9) == [("narrow", narrow(16, 9, False)), ("vector", vector(2048))]
     assert found(2048, 9)[0][1] is found(2048, 9)[0][1], "tiles are made once"
     monkeypatch.setattr(kernels, "hopper", lambda device: True)
+    assert [config.get("WALKS") for _, config in found(576, 8192)] == [None] * 3
+    assert [config.get("WALKS") for _, config in found(576, 8193)] == [4, None, None]
+    assert [config["BN"] for _, config in found(576, 49152)] == [32, 32, 2]
     assert [config.get("GLUON") for _, config in found(2048, 9)] == [True, False, None]
     assert [config.get("GLUON") for _, config in found(2064, 9)] == [None]
 
@@ -251,7 +256,10 @@ def test_gpu_kernels_are_exact_in_the_integer_part(rows: int, width: int, tokens
 @pytest.mark.gpu
 @pytest.mark.parametrize("activation", ["a8", "a6"])
 @pytest.mark.parametrize("gluon", [False, True])
-@pytest.mark.parametrize(("rows", "width"), [(70, 576), (1537, 1536), (64, 2048), (33, 176), (9, 128)])
+@pytest.mark.parametrize(
+    ("rows", "width"),
+    [(70, 576), (1537, 1536), (64, 2048), (33, 176), (9, 128), (49152, 576), (9001, 2048), (8200, 128)],
+)
 def test_narrow_kernels_are_exact_in_the_integer_part(rows: int, width: int, gluon: bool, activation: str) -> None:
     from lincompile.kernels.int6_linear import triton as kernels
 
