@@ -13,6 +13,7 @@ read here; until it ends, keys are only brought into the L2 cache, where what it
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,6 +215,7 @@ def compared(q: Tensor, k: Tensor, v: Tensor, past: int | None, kind: str, windo
 
 _SHARED: dict[tuple[torch.device, int], Tensor] = {}
 _STORES: dict[torch.device, list[Tensor]] = {}
+_TAKING = threading.Lock()
 
 
 def counters(count: int, device: torch.device) -> Tensor:
@@ -226,10 +228,12 @@ def counters(count: int, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
     stores = _STORES.setdefault(device, [])
+    count = (count + 3) // 4 * 4  # 16 bytes: elsewhere aligned memory would be another kernel to compile
     if torch.cuda.is_current_stream_capturing():
         if not stores or stores[-1].shape[0] < count:
             return torch.zeros(count, dtype=torch.int32, device=device)
-        taken, stores[-1] = stores[-1][:count], stores[-1][count:]
+        with _TAKING:
+            taken, stores[-1] = stores[-1][:count], stores[-1][count:]
         return taken
     if not stores or stores[-1].shape[0] < COUNTERS // 2:  # those before are kept: graphs count in them
         stores.append(torch.zeros(COUNTERS, dtype=torch.int32, device=device))

@@ -220,6 +220,34 @@ def test_keys_are_shared_out_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.shares(q, k, k, None, "sliding", 100).first == 900 // 64
 
 
+@needs_kernels
+def test_each_recorded_launch_has_counters_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lincompile.kernels.softmax_attention import triton_few as kernels
+
+    zeros, state = torch.zeros, {"recording": False, "stream": 1}
+    monkeypatch.setattr(torch, "zeros", lambda count, dtype, device: zeros(count, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["recording"])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: MagicMock(cuda_stream=state["stream"]))
+    monkeypatch.setattr(kernels, "_SHARED", {})
+    monkeypatch.setattr(kernels, "_STORES", {})
+    monkeypatch.setattr(kernels, "COUNTERS", 32)
+
+    def take(count: int, recording: bool, stream: int = 1) -> Tensor:
+        state.update(recording=recording, stream=stream)
+        return kernels.counters(count, torch.device("cuda"))
+
+    def places(tensor: Tensor) -> set[int]:
+        return {tensor.data_ptr() + 4 * index for index in range(tensor.shape[0])}
+
+    early = take(3, True)  # before any store: a part of the recording
+    shared = take(3, False)
+    assert take(2, False).data_ptr() == shared.data_ptr() != take(3, False, stream=2).data_ptr()
+    taken = [early, shared, *(take(3, True) for _ in range(10))]
+    assert all(each.shape[0] >= 3 and each.data_ptr() % 16 == 0 for each in taken)
+    assert len(set().union(*map(places, taken))) == sum(each.shape[0] for each in taken), "two share a counter"
+    assert take(2000, False).shape[0] == 2000 and len(kernels._STORES[torch.device("cuda")]) == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("past", [0, 1, 63, 1023, 8191, 262143])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -235,7 +263,7 @@ def test_recorded_steps_on_a_gpu(past: int, dtype: torch.dtype) -> None:
         keys, values = torch.cat((args[3], args[1]), 2), torch.cat((args[4], args[2]), 2)
         want = reference.definition(*(x.double() for x in (args[0], keys, values)), None, "causal", 0, 0.125, 0.0)
         error = float((made[0].double() - want).norm() / want.norm())
-        assert error < {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 2e-6}[dtype], error
+        assert error < {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}[dtype], error
         assert torch.equal(made[1], keys) and torch.equal(made[2], values)
 
     layers = [inputs() for _ in range(3)]
@@ -296,4 +324,4 @@ def test_chained_kernels_wait_for_each_other(case: Case) -> None:
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the cases run in this process")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, 4 * len(CASES) + 8)
+    run_under_the_interpreter(__file__, 4 * len(CASES) + 9)
