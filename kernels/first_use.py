@@ -83,9 +83,11 @@ def trusted(
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return True  # nothing may be waited for here; a graph's warm-up has come this way before
         try:
+            few = [_cut(x, layout) for x, layout in zip_longest(args, layouts, fillvalue="")]
+            compared = [few] if forms is None else forms(few)
             if together and any(isinstance(x, Tensor) and x.is_cuda for x in args):
-                _compile(kernel, layouts, args, ahead)
-            worst = _difference(kernel, reference, layouts, args, forms)
+                _compile(kernel, [args, *compared], ahead)
+            worst = _difference(kernel, reference, compared)
         except Exception as error:
             if not _refused(error):
                 raise
@@ -118,12 +120,11 @@ def _where(args: Sequence[Any]) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def _compile(kernel: Function, layouts: Sequence[str], args: Sequence[Any], ahead: Callable[[], Any] | None) -> None:
-    """Compiles what this call, its comparison and ``ahead`` launch."""
+def _compile(kernel: Function, calls: Sequence[Sequence[Any]], ahead: Callable[[], Any] | None) -> None:
+    """Compiles what calls with these arguments and ``ahead`` launch."""
     from .compile_ahead import compile_together  # Triton isn't everywhere that this module is
 
-    calls = [lambda: kernel(*args), lambda: kernel(*_few(layouts, args))]
-    compile_together(*calls, *([] if ahead is None else [ahead]))
+    compile_together(*(functools.partial(kernel, *args) for args in calls), *([] if ahead is None else [ahead]))
 
 
 def _form(x: Any, layout: str) -> Any:
@@ -147,20 +148,13 @@ def _cut(x: Any, layout: str) -> Any:
     return x
 
 
-def _few(layouts: Sequence[str], args: Sequence[Any]) -> list[Any]:
-    return [_cut(x, layout) for x, layout in zip_longest(args, layouts, fillvalue="")]
-
-
 def _wide(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def _difference(
-    kernel: Function, reference: Function, layouts: Sequence[str], args: Sequence[Any], forms: Forms | None
-) -> float | None:
+def _difference(kernel: Function, reference: Function, compared: Sequence[Sequence[Any]]) -> float | None:
     """The largest difference of an output over its tolerance; None where the reference isn't finite or is empty."""
-    few = _few(layouts, args)
-    found = [_worst(kernel, reference, compared) for compared in ([few] if forms is None else forms(few))]
+    found = [_worst(kernel, reference, args) for args in compared]
     return max((worst for worst in found if worst is not None), default=None)
 
 

@@ -8,7 +8,8 @@ integers:
   packed weights crosses the memory bus (0.77 bytes per weight).
 * M up to ``FEW_TOKENS`` on Hopper: :func:`.gluon.few_kernel`.
 * M up to ``_SMALL_M``: the same planes feed int8 tensor-core products of four 32-wide slices per group, weights first.
-* larger M: the planes are unpacked once into an int8 scratch matrix, then one int8 product per group of 128.
+* larger M: the planes are unpacked once into an int8 scratch matrix, then one int8 product per group of 128, on Hopper
+  by :mod:`.gluon_prefill` where there are tiles enough for the chip.
 
 A way that differs from the reference on its first use isn't taken: the next one is, or the reference.
 """
@@ -78,9 +79,12 @@ def int8_linear(
     """As :func:`.reference.int8_linear`, for calls that :func:`supports` accepts."""
     (weight, scale, bias), _ = _contiguous(weight, weight_scale, bias)
     aligned = x.shape[-1] % 64 == 0 and weight.data_ptr() % 16 == 0
-    launch = vector_bytes if x.numel() == x.shape[-1] and aligned else large_bytes
+    tokens = x.numel() // max(1, x.shape[-1])
+    launches: list[Launch] = [vector_bytes if tokens == 1 and aligned else large_bytes]
+    if fills(tokens, scale.shape[0], x.device):
+        launches.insert(0, prefill_bytes)
     return _first_right(
-        "int8_linear", [launch], reference.int8_linear, x, (weight, scale), bias, group_size, activation
+        "int8_linear", launches, reference.int8_linear, x, (weight, scale), bias, group_size, activation
     )
 
 
@@ -191,11 +195,16 @@ def ways(x: Tensor, planes: Planes, early: bool) -> list[Launch]:
         around = Around(early=early)
         return [functools.partial(launch, around=around) for launch in one_token(in_features, rows, x.device)]
     if tokens > _SMALL_M:
-        return [large]
+        return [prefill, large] if fills(tokens, rows, x.device) else [large]
     found = []
     if tokens <= FEW_TOKENS and in_features % _GROUP == 0 and in_features > _GROUP and hopper(x.device):
         found.append(functools.partial(few, config=few_config(tokens, rows, in_features)))
     return [*found, functools.partial(small, config=small_config(tokens, rows, in_features))]
+
+
+def fills(tokens: int, rows: int, device: torch.device) -> bool:
+    """Whether the Gluon kernel for many tokens runs here, and has a tile for two in three multiprocessors."""
+    return hopper(device) and triton.cdiv(tokens, 128) * triton.cdiv(rows, 256) * 3 >= processors(device) * 2
 
 
 @functools.cache
@@ -416,11 +425,30 @@ def unpack_to_int8(planes: Planes, in_features: int) -> Tensor:
     hi, lo, weight_scale = planes
     rows, groups = weight_scale.shape
     out = torch.empty(rows, groups * _GROUP, dtype=torch.int8, device=hi.device)
-    kernels.unpack_kernel[(triton.cdiv(rows, 64), groups)](
+    kernels.unpack_kernel[(triton.cdiv(rows, 16), triton.cdiv(groups, 4))](
         hi, lo, out, rows, hi.shape[1], lo.shape[1], out.shape[1], in_features // _GROUP,
-        TAIL=in_features % _GROUP, BN=64, ASM=not INTERPRET, num_warps=4,
+        TAIL=in_features % _GROUP, BN=16, GB=4, ASM=not INTERPRET, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def prefill(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: str) -> None:
+    """Many tokens on Hopper, in Gluon."""
+    _prefill(x, unpack_to_int8(planes, x.shape[1]), planes[2], bias, y, activation, 0.25)
+
+
+def prefill_bytes(x: Tensor, weights: Weights, bias: Tensor | None, y: Tensor, activation: str) -> None:
+    """Many tokens on Hopper, eight-bit weights, in Gluon."""
+    _prefill(x, weights[0], weights[1], bias, y, activation, 1.0)
+
+
+def _prefill(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, y: Tensor, activation: str, factor: float
+) -> None:
+    from . import gluon_prefill
+
+    codes, scale = quantize_activation(x, activation, pad=4, columns=True)
+    gluon_prefill.launch(codes, scale, weight, weight_scale, bias, y, factor)
 
 
 def large(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: str, config: Config = None) -> None:

@@ -201,17 +201,18 @@ def reduce_kernel(parts_ptr, bias_ptr, y_ptr, M, N, SPLIT: tl.constexpr, BN: tl.
 @triton.jit(do_not_specialize=["N"])
 def unpack_kernel(
     hi_ptr, lo_ptr, out_ptr, N, HI_BYTES, LO_BYTES, K_PAD, FULL,
-    TAIL: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
+    TAIL: tl.constexpr, BN: tl.constexpr, GB: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One group of BN rows from the planes to ``4·c`` int8 ``[N, K_PAD]``; codes past K are written as 0."""
+    """GB groups of BN rows from the planes to ``4·c`` int8 ``[N, K_PAD]``; codes past K are written as 0."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    group = tl.program_id(1)
-    k = tl.arange(0, 32)[None, :]
+    flat = tl.arange(0, GB * 32)[None, :]
+    group, k = tl.program_id(1) * GB + flat // 32, flat % 32
     row = rows.to(tl.int64)[:, None]
     quarter = 32
-    if TAIL and group == FULL:
-        quarter = TAIL // 4
-    mask = (rows < N)[:, None] & (k < quarter)
+    mask = (rows < N)[:, None] & (group < FULL)
+    if TAIL:
+        quarter = tl.where(group == FULL, TAIL // 4, 32)
+        mask = (rows < N)[:, None] & (group <= FULL) & (k < quarter)
     hi = hi_ptr + row * HI_BYTES + group * 64 + k
     two = tl.load(lo_ptr + row * LO_BYTES + group * 32 + k, mask=mask, other=0)
     w0, w1 = unpack_pair(tl.load(hi, mask=mask, other=0), two, False, ASM)
@@ -221,10 +222,24 @@ def unpack_kernel(
     tl.store(out + quarter, w1, mask=mask)
     tl.store(out + 2 * quarter, w2, mask=mask)
     tl.store(out + 3 * quarter, w3, mask=mask)
-    if TAIL and group == FULL:
+    if TAIL and (tl.program_id(1) * GB <= FULL) & (tl.program_id(1) * GB + GB > FULL):
         wide = tl.arange(0, 128)[None, :]
         padding = (rows < N)[:, None] & (wide >= TAIL)
-        tl.store(out_ptr + row * K_PAD + group * 128 + wide, tl.zeros([BN, 128], tl.int8), mask=padding)
+        tl.store(out_ptr + row * K_PAD + FULL * 128 + wide, tl.zeros([BN, 128], tl.int8), mask=padding)
+
+
+@triton.jit(do_not_specialize=["N", "N_PAD"])
+def scale_kernel(sw_ptr, out_ptr, N, N_PAD, G, FACTOR: tl.constexpr, BN: tl.constexpr, GB: tl.constexpr):
+    """Scales ``[N, G]`` times FACTOR in float32 ``[G, N_PAD]``, a group's rows as :mod:`.gluon_prefill` reads them:
+    of sixteen, a thread's four (two neighbours, and those eight rows on) side by side. Rows from N on are 0.
+    """
+    place = tl.program_id(0) * BN + tl.arange(0, BN)
+    group = tl.program_id(1) * GB + tl.arange(0, GB)
+    row = place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
+    inside = (row < N)[None, :] & (group < G)[:, None]
+    scale = tl.load(sw_ptr + row.to(tl.int64)[None, :] * G + group[:, None], mask=inside, other=0.0)
+    out = out_ptr + group.to(tl.int64)[:, None] * N_PAD + place[None, :]
+    tl.store(out, scale.to(tl.float32) * FACTOR, mask=(place < N_PAD)[None, :] & (group < G)[:, None])
 
 
 @triton.jit(do_not_specialize=["M", "N"])
