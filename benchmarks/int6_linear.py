@@ -31,6 +31,7 @@ from torch import Tensor
 from lincompile.kernels import ops  # noqa: F401  registers torch.ops.lincompile
 from lincompile.kernels.int6_linear import codes as q
 from lincompile.kernels.int6_linear import pack, reference
+from lincompile.kernels.int6_linear import tiles as rules
 from lincompile.kernels.int6_linear import triton as kernels
 
 DECODE = [(28672, 8192), (8192, 28672), (4096, 4096)]
@@ -80,7 +81,7 @@ def few_options(tokens: int, rows: int, width: int, tile: tuple[int, ...]) -> di
     per_warp, warps, stages = tile
     programs = -(-rows // (16 * per_warp * warps))
     changed = {"ROWS": per_warp, "WARPS": warps, "STAGES": stages, "SHARES": max(1, 264 // programs)}
-    return {**kernels.few_config(tokens, rows, width), **changed}
+    return {**rules.few_config(tokens, rows, width), **changed}
 
 
 def check_variants() -> dict[str, Any]:

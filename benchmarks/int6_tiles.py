@@ -25,6 +25,7 @@ from versions import versions
 
 from lincompile.kernels import ops  # noqa: F401  registers torch.ops.lincompile
 from lincompile.kernels.int6_linear import layer, pack
+from lincompile.kernels.int6_linear import tiles as rules
 from lincompile.kernels.int6_linear import triton as kernels
 
 PATHS = ("vector", "narrow", "head", "small", "large")
@@ -138,7 +139,7 @@ def sweep_narrow() -> dict[str, Any]:
         attempt(found, f"cublas {name}", lambda r=rows, w=width: cublas_us(r, w, 1))  # type: ignore[misc]
         timed: dict[str, list[tuple[float, dict[str, Any]]]] = {}
         for form, (block, warps) in ((form, tile) for form, tiles in NARROW_TILES.items() for tile in tiles):
-            config = dict(kernels.narrow_config(pack.group_count(width, 128), rows, form == "gluon"))
+            config = dict(rules.narrow_config(pack.group_count(width, 128), rows, form == "gluon"))
             config |= {"BN": block, "num_warps": warps}
             if warps > config["GB"]:  # warps without a group
                 continue
@@ -148,7 +149,7 @@ def sweep_narrow() -> dict[str, Any]:
                 timed.setdefault(form, []).append((found[label], config))
         for form, results in timed.items():
             best.setdefault(form, []).append(min(results, key=lambda result: result[0])[1])
-    today = [kernels.narrow_config(pack.group_count(width, 128), rows, True) for rows, width, *_ in NARROW]
+    today = [rules.narrow_config(pack.group_count(width, 128), rows, True) for rows, width, *_ in NARROW]
     for form, configs in {"today": today, **best}.items():
         tiles = " ".join(f"{config['BN']}/{config['num_warps']}" for config in configs)
         attempt(found, f"chain {form} {tiles}", lambda c=configs: chain_us(c))  # type: ignore[misc]
@@ -161,8 +162,8 @@ def sweep_head() -> dict[str, Any]:
     rows, width, *_ = HEAD
     attempt(found, f"cublas {rows}x{width}", lambda: cublas_us(rows, width, 1))
     groups = pack.group_count(width, 128)
-    few = kernels.narrow_config(groups, 1, True)["GB"]
-    tiles: dict[str, dict[str, Any]] = {"today": dict(kernels.narrow_config(groups, rows, True))}
+    few = rules.narrow_config(groups, 1, True)["GB"]
+    tiles: dict[str, dict[str, Any]] = {"today": dict(rules.narrow_config(groups, rows, True))}
     for block, warps, walks in HEAD_TILES:
         tiles[f"gluon {block}/{warps}/{walks}"] = {
             "GLUON": True, "BN": block, "GB": few, "num_warps": warps, **({"WALKS": walks} if walks else {}),

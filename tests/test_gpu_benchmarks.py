@@ -308,7 +308,7 @@ def test_the_fastest_tiles_of_each_kernel_run_through_a_whole_model(
     monkeypatch.setattr(tiles, "narrow_us", narrow_us)
     monkeypatch.setattr(tiles, "chain_us", chain_us)
     monkeypatch.setattr(tiles, "cublas_us", lambda *shape: 3.0)
-    today = [dict(tiles.kernels.narrow_config(-(-width // 128), rows, True)) for rows, width, *_ in tiles.NARROW]
+    today = [dict(tiles.rules.narrow_config(-(-width // 128), rows, True)) for rows, width, *_ in tiles.NARROW]
     out = tmp_path / "tiles.json"
     monkeypatch.setattr(sys, "argv", ["int6_tiles.py", "--paths", "narrow", "--out", str(out)])
     assert tiles.main() == 0
@@ -317,7 +317,7 @@ def test_the_fastest_tiles_of_each_kernel_run_through_a_whole_model(
     assert found["sweep"]["narrow 960x576 gluon 16/4"] == "RuntimeError: no room"
     assert found["sweep"]["cublas 576x1536"] == 3.0 and not any(name.startswith("large") for name in found["sweep"])
     assert chains == [[(tile["BN"], tile["num_warps"]) for tile in today], [(1, 1)] * 4, [(4, 4)] * 4]
-    kept = [dict(tiles.kernels.narrow_config(-(-width // 128), rows, True)) for rows, width, *_ in tiles.NARROW]
+    kept = [dict(tiles.rules.narrow_config(-(-width // 128), rows, True)) for rows, width, *_ in tiles.NARROW]
     assert kept == today, "the kernels' own tiles were changed"
     monkeypatch.setattr(sys, "argv", ["int6_tiles.py", "--paths", "narow"])
     with pytest.raises(SystemExit):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,17 +34,24 @@ from . import triton_kernels as kernels
 from . import triton_token as one
 from .codes import LEVELS
 from .pack import group_count
+from .tiles import (
+    NARROW,
+    Tile,
+    few_config,
+    int8_config,
+    large_config,
+    narrow_config,
+    small_config,
+    vector_config,
+)
 
 # The interpreter has no inline assembly; there the kernels use the same arithmetic spelled with Triton's operators.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # Up to so many tokens the Gluon kernel of a few is the fastest on Hopper.
 FEW_TOKENS = 64
 _SMALL_M = 256
-# Up to so many channels a program can quantize a token beside its own rows' product.
-NARROW = 2048
 _GROUP = 128
 Planes = tuple[Tensor, Tensor, Tensor]
-Tile = Mapping[str, Any]  # shared by all calls of a shape: not to be changed
 Config = Tile | None
 
 
@@ -77,10 +84,11 @@ def int8_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group_size: int, activation: str
 ) -> Tensor:
     """As :func:`.reference.int8_linear`, for calls that :func:`supports` accepts."""
-    (weight, scale, bias), _ = _contiguous(weight, weight_scale, bias)
+    (weight, scale, bias), early = _contiguous(weight, weight_scale, bias)
     aligned = x.shape[-1] % 64 == 0 and weight.data_ptr() % 16 == 0
     tokens = x.numel() // max(1, x.shape[-1])
-    launches: list[Launch] = [vector_bytes if tokens == 1 and aligned else large_bytes]
+    one = functools.partial(vector_bytes, around=Around(early=early))
+    launches: list[Launch] = [one if tokens == 1 and aligned else large_bytes]
     if fills(tokens, scale.shape[0], x.device):
         launches.insert(0, prefill_bytes)
     return _first_right(
@@ -257,61 +265,6 @@ def quantize_activation(
     return codes, scale
 
 
-# Tiles by rule, from sweeps on one H200 (benchmarks/int6_tiles.py); no autotuning, so a first call is quick. They are
-# kept: a layer of one token that isn't recorded is bound by what Python does for its launch.
-@functools.cache
-def vector_config(in_features: int) -> Tile:
-    """Tile of the one-token kernel."""
-    return {"BN": 2, "HALVES": 64, "num_warps": 4 if in_features >= 8192 else 2}
-
-
-@functools.cache
-def narrow_config(groups: int, rows: int, gluon: bool) -> Tile:
-    """Tile of the one-token kernel for few channels, and whether it is Gluon's (:func:`hopper`) or plain Triton's.
-
-    More rows in a program wait longer, fewer read the token more often; on an H200, ``int6_narrow_h200.json``. WALKS:
-    so many programs of a multiprocessor walk over all rows.
-    """
-    few = max(2, triton.next_power_of_2(groups))
-    if rows > 8192 and gluon:  # an output head: blocks in turn, of as many rows as registers hold twice
-        return {"GLUON": True, "BN": max(16, 256 // few), "GB": few, "WALKS": 4 if few <= 8 else 2, "num_warps": 4}
-    block = 4 if rows <= 640 else 8 if rows <= 8192 else 32  # the token would be read too often
-    return {"GLUON": gluon, "BN": block, "GB": few, "num_warps": 4 if few <= 8 else 8}
-
-
-@functools.cache
-def few_config(tokens: int, rows: int, in_features: int) -> Tile:
-    """Tile of the few-token Gluon kernel; groups are shared out until each multiprocessor has two programs."""
-    block_m, groups = (16 if tokens <= 16 else 32), group_count(in_features, _GROUP)
-    programs = triton.cdiv(rows, 128) * triton.cdiv(tokens, block_m)
-    shares = max(1, min(264 // max(1, programs), groups // 4))  # of a call without tokens, too
-    return {"BM": block_m, "ROWS": 2, "WARPS": 4, "STAGES": 3, "SHARES": shares}
-
-
-@functools.cache
-def small_config(tokens: int, rows: int, in_features: int) -> Tile:
-    """Tile of the few-token kernel; the groups are split until there are a few programs for every multiprocessor."""
-    block_m = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    programs = triton.cdiv(rows, 64) * triton.cdiv(tokens, block_m)
-    split = 1
-    while split < 8 and programs * split < 400 and in_features // _GROUP >= 8 * split:
-        split *= 2
-    return {"BM": block_m, "BN": 64, "STAGES": 3, "SPLIT": split, "num_warps": 4}
-
-
-@functools.cache
-def large_config() -> Tile:
-    """Tile of the many-token kernel."""
-    return {"BM": 64, "BN": 128, "STAGES": 3, "BAND": 8, "num_warps": 4}
-
-
-def int8_config(tokens: int) -> Tile:
-    """Tile of eight-bit weights: few rows per program for few tokens, which are bound by memory."""
-    if tokens > 64:
-        return large_config()
-    return {"BM": 16 if tokens <= 16 else 64, "BN": 32, "STAGES": 5, "BAND": 8, "num_warps": 4}
-
-
 def vector(
     x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation: str, config: Config = None,
     around: Around = ALONE,
@@ -355,15 +308,19 @@ def narrow(
     )  # fmt: skip
 
 
-def vector_bytes(x: Tensor, weights: Weights, bias: Tensor | None, y: Tensor, activation: str) -> None:
-    """One token, eight-bit weights."""
+def vector_bytes(
+    x: Tensor, weights: Weights, bias: Tensor | None, y: Tensor, activation: str, config: Config = None,
+    around: Around = ALONE,
+) -> None:  # fmt: skip
+    """One token, eight-bit weights; of ``around``, whether they may be read early."""
     weight, weight_scale = weights
-    codes, scale = quantize_activation(x, activation)
+    codes, scale = quantize_activation(x, activation, around=Around(early=around.early))
     rows, in_features = weight.shape
-    options: Tile = vector_config(in_features)
+    options: Tile = config or vector_config(in_features)
     one.vector_bytes_kernel[(triton.cdiv(rows, options["BN"]),)](
         codes.view(torch.int32), scale, weight.view(torch.int32), weight_scale, bias, y, rows, in_features // 4,
-        weight_scale.shape[1], in_features // 64, BIAS=bias is not None, ASM=not INTERPRET, **options,
+        weight_scale.shape[1], in_features // 64, BIAS=bias is not None, ASM=not INTERPRET,
+        **chained(x.device, around.early), **options,
     )  # fmt: skip
 
 

@@ -271,30 +271,37 @@ def group_kernel(
 @triton.jit(do_not_specialize=["N"])
 def vector_bytes_kernel(
     a_ptr, sa_ptr, w_ptr, sw_ptr, bias_ptr, y_ptr, N, WORDS, G, COUNT,
-    BN: tl.constexpr, HALVES: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr,
+    BN: tl.constexpr, HALVES: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token, eight-bit weights of COUNT half groups a row; tiles and pointers as :func:`vector_kernel`'s."""
+    """One token, eight-bit weights of COUNT half groups a row; tiles and pointers as :func:`vector_kernel`'s.
+
+    Two threads take a group's pieces of 16 bytes in turn, so that each load of theirs fills sectors of 32.
+    """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(rows, N - 1).to(tl.int64)[:, None]
     half = tl.arange(0, HALVES)[None, :]
+    if PDL:
+        gdc_launch_dependents()
+    bias = load_row(bias_ptr, rows, N, BIAS)
+    if PDL:
+        gdc_wait()
     acc = tl.zeros([BN, HALVES], tl.float32)
     for start in range(0, COUNT, HALVES):
         inside = start + half < COUNT
         index = tl.minimum(start + half, COUNT - 1)
-        w, a = w_ptr + row * WORDS + index * 16, a_ptr + index * 16 + row * 0
+        place = index // 2 * 32 + index % 2 * 4
+        step = tl.where(index // 2 * 2 + 1 < COUNT, 8, 4)  # a row's last half group may be alone
+        w, a = w_ptr + row * WORDS + place, a_ptr + place + row * 0
         if ASM:
             part = tl.inline_asm_elementwise(
-                _ASM_BYTES, "=r,l,l", [w.to(tl.int64), a.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
-            )
+                _ASM_BYTES, "=r,l,l,l", [w.to(tl.int64), a.to(tl.int64), step.to(tl.int64) * 4 + row * 0],
+                dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
         else:
             part = tl.zeros([BN, HALVES], tl.int32)
             for word in tl.static_range(16):
-                weights, codes = tl.load(w + word), tl.load(a + word)
-                for byte in tl.static_range(4):
-                    part += _signed_byte(weights, byte) * _signed_byte(codes, byte)
+                offset = word // 4 * step + word % 4
+                part = add_products(tl.load(w + offset), tl.load(a + offset), part, False)
         scale = tl.load(sa_ptr + index // 2) * tl.load(sw_ptr + row * G + index // 2).to(tl.float32)
         acc += tl.where(inside, part.to(tl.float32) * scale, 0.0)
-    y = tl.sum(acc, axis=1)
-    if BIAS:
-        y += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
+    store_row(y_ptr, tl.sum(acc, axis=1), bias, bias, rows, N, False)

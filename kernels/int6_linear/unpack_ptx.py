@@ -65,13 +65,16 @@ def dot_half(stride: int) -> str:
 
 
 def dot_bytes() -> str:
-    """PTX for ``Σ c·a`` over 64 weights of eight bits.
+    """PTX for ``Σ c·a`` over 64 weights of eight bits, in four pieces of 16.
 
-    Operands: $0 the int32 sum, $1 the address of the weights, $2 of the activation codes.
+    Operands: $0 the int32 sum, $1 the address of the weights, $2 of the activation codes, $3 the bytes from one piece
+    to the next.
     """
-    lines = [".reg .b32 w<4>, a<4>, sum;", "mov.b32 sum, 0;"]
-    for start in range(0, 64, 16):
-        lines += [_load("w", "$1", start, stream=True), _load("a", "$2", start, stream=False)]
+    lines = [".reg .b32 w<4>, a<4>, sum;", ".reg .b64 p, q;", "mov.b32 sum, 0;", "mov.b64 p, $1;", "mov.b64 q, $2;"]
+    for piece in range(4):
+        if piece:
+            lines += ["add.s64 p, p, $3;", "add.s64 q, q, $3;"]
+        lines += [_load("w", "p", 0, stream=True), _load("a", "q", 0, stream=False)]
         lines += [f"dp4a.s32.s32 sum, w{word}, a{word}, sum;" for word in range(4)]
     return "{ " + " ".join(lines) + " mov.b32 $0, sum; }"
 

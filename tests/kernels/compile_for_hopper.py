@@ -12,10 +12,14 @@ stops after compiling.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import sys
 from typing import Any
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -44,14 +48,27 @@ launch = JITFunction.run
 
 
 def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-    kernel = launch(self, *args, grid=grid, warmup=True, **options)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
     assert kernel.asm["cubin"], self.__name__
     # An assertion that was compiled away would let a wrong id read anything.
     assert "embedding" not in self.__name__ or "__assertfail" in kernel.asm["ptx"]
+    if self.__name__ == "prefill_kernel" and said.getvalue():  # nothing where it was compiled before
+        check_registers(said.getvalue())
     print("compiled", self.__name__, kernel.metadata.shared)
     return kernel
 
 
+def check_registers(said: str) -> None:
+    """Hardly anything lies in memory that belongs in registers, and no product is waited for without need.
+
+    The assembler says either, in words alone; the kernel would be right, and take twice as long.
+    """
+    spills = re.findall(r"(\d+) bytes spill", said)
+    assert spills and max(map(int, spills)) <= 16 and "serialized" not in said, said
+
+
+triton.knobs.nvidia.dump_ptxas_log = True
 driver.set_active(NoGpu())
 JITFunction.run = compile_only
 BF16 = torch.bfloat16
@@ -184,7 +201,7 @@ def inputs() -> None:
 
 
 def int6() -> None:
-    from lincompile.kernels.int6_linear import pack
+    from lincompile.kernels.int6_linear import pack, tiles
     from lincompile.kernels.int6_linear import triton as int6_linear
 
     planes = tuple(torch.zeros(300, width, dtype=torch.uint8) for width in pack.plane_bytes(1024))
@@ -200,15 +217,20 @@ def int6() -> None:
         x, y = torch.zeros(1, 1024 * (1 + gated), dtype=BF16), torch.zeros(1, 300, dtype=BF16)
         int6_linear.vector(x, planes, None, y, "a8", around=around)
         for gluon, rows in ((False, 300), (True, 300), (True, 9000)):
-            config = int6_linear.narrow_config(8, rows, gluon)
+            config = tiles.narrow_config(8, rows, gluon)
             int6_linear.narrow(x, planes, None, y, "a8", config, around)
     for width in (128, 576, 2048):  # output heads, as wide as this kernel takes
         head = tuple(torch.zeros(9000, size, dtype=torch.uint8) for size in pack.plane_bytes(width))
         head += (torch.zeros(9000, pack.group_count(width, 128), dtype=torch.float16),)
-        config = int6_linear.narrow_config(head[2].shape[1], 9000, True)
+        config = tiles.narrow_config(head[2].shape[1], 9000, True)
         around = int6_linear.Around(torch.ones(width, dtype=BF16), 1e-5)
         y = torch.zeros(1, 9000, dtype=BF16)
         int6_linear.narrow(torch.zeros(1, width, dtype=BF16), head, None, y, "a8", config, around)
+    for dtype, bias in ((BF16, None), (torch.float16, torch.zeros(300)), (torch.float32, None)):
+        y = torch.zeros(300, 300, dtype=dtype)
+        int6_linear.prefill(torch.zeros(300, 1024, dtype=dtype), planes, bias, y, "a8")
+        int8 = torch.zeros(300, 1024, dtype=torch.int8), planes[2]
+        int6_linear.prefill_bytes(torch.zeros(300, 1024, dtype=dtype), int8, bias, y, "a8")
     for tokens in (1, 60):
         int8 = torch.zeros(300, 1024, dtype=torch.int8), planes[2]
         launch = int6_linear.vector_bytes if tokens == 1 else int6_linear.large_bytes

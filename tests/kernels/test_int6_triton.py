@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = """
 import itertools, pathlib, sys
 import torch
-from lincompile.kernels.int6_linear import codes as q, pack, reference, triton as kernels
+from lincompile.kernels.int6_linear import codes as q, pack, reference, tiles as rules, triton as kernels
 sys.path.insert(0, sys.argv[1])
 import gluon_interpreted, triton_cases
 gluon_interpreted.load("lincompile.kernels.int6_linear.gluon_token", pathlib.Path(sys.argv[2]))
@@ -43,7 +43,7 @@ narrow_shapes = ((176, 11), (576, 37), (1536, 9), (128, 3), (2048, 5))
 cases = [*itertools.product(narrow_shapes, (False, True)), *(((width, 70), "head") for width in (176, 576, 1024, 2048))]
 for (width, rows), gluon in cases:
     codes, scale = q.quantize_weight(torch.randn(rows, width))
-    config = kernels.narrow_config(scale.shape[1], 9000 if gluon == "head" else rows, bool(gluon))
+    config = rules.narrow_config(scale.shape[1], 9000 if gluon == "head" else rows, bool(gluon))
     assert ("WALKS" in config) == (gluon == "head")
     planes, x, bias = (*pack.pack(codes), scale), torch.randn(1, width), torch.randn(rows)
     x[0, 16:24], x[0, 128:256] = 3.5, 0.0
@@ -60,6 +60,16 @@ codes, scale = q.quantize_weight(torch.randn(70, 176))
 planes = (*pack.pack(codes), scale)
 unpacked = kernels.unpack_to_int8(planes, 176)
 assert torch.equal(unpacked[:, :176] >> 2, codes) and not unpacked[:, 176:].any()
+codes, scale = q.quantize_weight(torch.randn(21, 1200))  # more groups than a program's, the last a partial one
+unpacked = kernels.unpack_to_int8((*pack.pack(codes), scale), 1200)
+assert torch.equal(unpacked[:, :1200] >> 2, codes) and not unpacked[:, 1200:].any()
+scale = torch.rand(37, 3).half()
+ordered = torch.full((3, 48), float("nan"))
+kernels.kernels.scale_kernel[(3, 2)](scale, ordered, 37, 48, 3, FACTOR=0.25, BN=16, GB=2)
+read = ordered.view(3, 3, 4, 2, 2).transpose(2, 3).reshape(3, 48)  # by thread, eighth and neighbour: as its rows lie
+assert torch.equal(read[:, :37], scale.t().float() / 4) and not read[:, 37:].any()
+codes, scale = q.quantize_weight(torch.randn(70, 176))
+planes = (*pack.pack(codes), scale)
 x = torch.randn(5, 176)
 expected = reference.int6_linear_definition(x, *planes, None, 128, "a8")
 y = torch.full((5, 70), float("nan"))
@@ -82,7 +92,7 @@ for width, tokens in ((256, 5), (208, 5), (576, 1), (1024, 1)):
     expected = reference.int8_linear_definition(x, codes, scale, bias[:40], 128, "a8")
     assert float((got - expected).norm() / expected.norm()) < 1e-6
 assert kernels.int6_linear(wide[:0], *planes, None, 128, "a8").shape == (0, 70)
-assert kernels.few_config(0, 70, 256)["SHARES"] == 1
+assert rules.few_config(0, 70, 256)["SHARES"] == 1
 rows_codes, rows_scale = kernels.quantize_activation(wide, "a8")
 few_codes, few_scale = kernels.quantize_activation(wide, "a8", pad=4, columns=True, fragment=4)
 assert few_codes.shape == (8, 640) and few_scale.shape == (5, 8)
@@ -195,13 +205,14 @@ def test_one_tokens_ways_are_tried_in_turn(form: str, broken: int, monkeypatch: 
 
 def test_which_kernels_take_one_token_and_with_which_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton isn't installed")
+    from lincompile.kernels.int6_linear import tiles as rules
     from lincompile.kernels.int6_linear import triton as kernels
 
     def found(width: int, rows: int) -> list[tuple[str, Any]]:
         launchers: list[Any] = kernels.one_token(width, rows, torch.device("cpu"))
         return [(each.func.__name__, each.keywords["config"]) for each in launchers]
 
-    narrow, vector = kernels.narrow_config, kernels.vector_config
+    narrow, vector = rules.narrow_config, rules.vector_config
     assert found(2064, 9) == [("vector", vector(2064))]
     assert found(2048, 9) == [("narrow", narrow(16, 9, False)), ("vector", vector(2048))]
     assert found(2048, 9)[0][1] is found(2048, 9)[0][1], "tiles are made once"
@@ -216,6 +227,7 @@ def test_which_kernels_take_one_token_and_with_which_tiles(monkeypatch: pytest.M
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [2, 8, 13, 32, 50, 64])
 def test_the_gluon_kernel_is_exact_over_poisoned_memory(tokens: int) -> None:
+    from lincompile.kernels.int6_linear import tiles as rules
     from lincompile.kernels.int6_linear import triton as kernels
 
     device = torch.device("cuda")
@@ -224,16 +236,107 @@ def test_the_gluon_kernel_is_exact_over_poisoned_memory(tokens: int) -> None:
     for rows, width in ((70, 512), (512, 1152), (257, 256), (130, 9088)):
         poison = torch.full((1 << 24,), float("nan"), device=device)  # whatever is allocated next starts as NaN
         del poison
-        codes = torch.randint(-32, 32, (rows, width), dtype=torch.int8)
-        scale = torch.randint(0, 3, (rows, width // 128)).exp2()  # powers of two: sums stay exact
-        planes = (*(p.cuda() for p in pack.pack(codes)), scale.half().cuda())
-        x = torch.randint(-127, 128, (tokens, width)).float()
-        x[:, ::16] = 127
-        x *= torch.randint(0, 3, (tokens, width // 128)).exp2().repeat_interleave(128, 1)
-        y, bias = torch.full((tokens, rows), float("nan"), device=device), torch.randint(-9, 9, (rows,)).float()
-        kernels.few(x.cuda(), planes, bias.cuda(), y, "a8", kernels.few_config(tokens, rows, width))
-        expected = x.double() @ (codes.double() * scale.repeat_interleave(128, 1)).t() + bias.double()
+        codes, scale, x, bias, expected = exact_case(tokens, rows, width)
+        planes = (*(p.cuda() for p in pack.pack(codes)), scale.cuda())
+        y = torch.full((tokens, rows), float("nan"), device=device)
+        kernels.few(x.cuda(), planes, bias.cuda(), y, "a8", rules.few_config(tokens, rows, width))
         assert torch.equal(y.cpu().double(), expected.float().double()), (rows, width)
+
+
+def exact_case(tokens: int, rows: int, width: int, bits: int = 6) -> tuple[Tensor, ...]:
+    """Integer codes, scales that are powers of two, inputs that are quantized exactly, a bias, and the outputs."""
+    most = 2 ** (bits - 1)
+    codes = torch.randint(1 - most if bits == 8 else -most, most, (rows, width), dtype=torch.int8)
+    groups = pack.group_count(width, 128)
+    scale = torch.randint(0, 3, (rows, groups)).exp2()
+    x = torch.randint(-127, 128, (tokens, width)).float()
+    x[:, ::16] = 127
+    x *= torch.randint(0, 3, (tokens, groups)).exp2().repeat_interleave(128, 1)[:, :width]
+    bias = torch.randint(-9, 9, (rows,)).float()
+    expected = x.double() @ (codes.double() * scale.repeat_interleave(128, 1)[:, :width]).t() + bias.double()
+    return codes, scale.half(), x, bias, expected
+
+
+# Less than a tile of tokens and of rows, tiles cut off at both ends, partial groups, more tiles than multiprocessors;
+# the last three have rows that TMA can't write in place in 16 or 32 bits.
+PREFILL = [(300, 704, 640), (1, 580, 128), (900, 2000, 2048), (2049, 4352, 192), (517, 1036, 1168), (257, 130, 1040),
+           (140, 33, 16)]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [6, 8])
+@pytest.mark.parametrize(("tokens", "rows", "width"), PREFILL)
+def test_prefill_is_exact_over_poisoned_memory(tokens: int, rows: int, width: int, bits: int) -> None:
+    from lincompile.kernels.int6_linear import triton as kernels
+
+    device = torch.device("cuda")
+    if not kernels.hopper(device):
+        pytest.skip("the Gluon kernel is for Hopper")
+    codes, scale, x, bias, expected = exact_case(tokens, rows, width, bits)
+    weights = [t.cuda() for t in (*(pack.pack(codes) if bits == 6 else (codes,)), scale)]
+    launch = kernels.prefill if bits == 6 else kernels.prefill_bytes
+    x, bias, expected = x.cuda(), bias.cuda(), expected.cuda()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if not torch.equal(x.to(dtype).float(), x):
+            continue
+        poison = torch.full((1 << 24,), float("nan"), device=device)  # whatever is allocated next starts as NaN
+        del poison
+        y = torch.full((tokens, rows), float("nan"), dtype=dtype, device=device)
+        launch(x.to(dtype), weights, bias.to(dtype), y, "a8")
+        assert torch.equal(y, expected.float().to(dtype)), dtype
+    launch(x, weights, None, y := torch.empty(tokens, rows, device=device), "a8")
+    assert torch.equal(y, (expected - bias).float())
+    x[-1, -1] = float("nan")
+    launch(x, weights, None, y, "a8")
+    assert bool(y[-1].isnan().all()) and torch.equal(y[:-1], (expected - bias).float()[:-1])
+
+
+@pytest.mark.gpu
+def test_prefill_serves_what_fills_the_chip_and_is_recorded() -> None:
+    from lincompile.kernels.int6_linear import triton as kernels
+
+    if not kernels.hopper(torch.device("cuda")):
+        pytest.skip("the Gluon kernel is for Hopper")
+    codes, scale, x, bias, expected = exact_case(1100, 6144, 640)
+    (hi, lo), scale, x, bias, expected = pack.pack(codes), scale.cuda(), x.cuda(), bias.cuda(), expected.cuda()
+    planes = hi.cuda(), lo.cuda(), scale
+    assert [launch.__name__ for launch in kernels.ways(x, planes, True)] == ["prefill", "large"]
+    y = torch.ops.lincompile.int6_linear(x, *planes, bias, 128, "a8")
+    assert torch.equal(y, expected.float())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.ops.lincompile.int6_linear(x, *planes, bias, 128, "a8")
+    x.copy_(x.flip(0))
+    for _ in range(3):
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, expected.float().flip(0))
+
+
+def test_which_calls_fill_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but Hopper runs the kernel, and two in three of its multiprocessors must have a tile."""
+    from lincompile.kernels.int6_linear import triton as kernels
+
+    device = torch.device("cpu")
+    assert not kernels.fills(4096, 28672, device)
+    monkeypatch.setattr(kernels, "hopper", lambda device: True)
+    monkeypatch.setattr(kernels, "processors", lambda device: 132)
+    asked = [(4096, 28672), (1024, 4096), (705, 4096), (704, 3840), (512, 4096), (257, 28672), (300, 128)]
+    assert [kernels.fills(tokens, rows, device) for tokens, rows in asked] == [
+        True,
+        True,
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
+    planes = torch.empty(28672, 4), torch.empty(28672, 2), torch.empty(28672, 1)
+    found = {n: [launch.__name__ for launch in kernels.ways(torch.empty(n, 8), planes, True)] for n in (257, 300)}
+    assert found == {257: ["prefill", "large"], 300: ["prefill", "large"]}
+    assert [
+        launch.__name__ for launch in kernels.ways(torch.empty(300, 8), (planes[0], planes[1], torch.empty(9, 1)), True)
+    ] == ["large"]
 
 
 @pytest.mark.gpu
@@ -261,6 +364,7 @@ def test_gpu_kernels_are_exact_in_the_integer_part(rows: int, width: int, tokens
     [(70, 576), (1537, 1536), (64, 2048), (33, 176), (9, 128), (49152, 576), (9001, 2048), (8200, 128)],
 )
 def test_narrow_kernels_are_exact_in_the_integer_part(rows: int, width: int, gluon: bool, activation: str) -> None:
+    from lincompile.kernels.int6_linear import tiles as rules
     from lincompile.kernels.int6_linear import triton as kernels
 
     if gluon and not kernels.hopper(torch.device("cuda")):
@@ -272,7 +376,7 @@ def test_narrow_kernels_are_exact_in_the_integer_part(rows: int, width: int, glu
     x = torch.randint(-levels, levels + 1, (1, width)).float()
     x[:, ::16] = levels
     y, bias = torch.full((1, rows), float("nan"), device="cuda"), torch.randint(-9, 9, (rows,)).float()
-    config = kernels.narrow_config(scale.shape[1], rows, gluon)
+    config = rules.narrow_config(scale.shape[1], rows, gluon)
     kernels.narrow(x.cuda(), planes, bias.cuda(), y, activation, config)
     assert torch.equal(y.cpu().double(), x.double() @ codes.double().t() + bias.double())
 

@@ -200,6 +200,7 @@ def gluon(tmp_path_factory: pytest.TempPathFactory) -> bool:
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("case", LAYERS)
 def test_one_token_takes_the_layer_whole(case: tuple[Any, ...], around: tuple[bool, bool, bool], gluon: bool) -> None:
+    from lincompile.kernels.int6_linear import tiles as rules
     from lincompile.kernels.int6_linear import triton as kernels
 
     rows, width, dtype = case
@@ -207,9 +208,9 @@ def test_one_token_takes_the_layer_whole(case: tuple[Any, ...], around: tuple[bo
     x, weight, eps, gated, residual, *planes, bias, _, activation = args
     want = layer.plain(*wide(args[:5]), *planes, bias, 128, activation)  # type: ignore[arg-type]
     forms = [(False, rows), *([(True, rows), (True, 9000)] if gluon else [])]  # the last is an output head's
-    tiles = [kernels.narrow_config(-(-width // 128), count, form) for form, count in forms]
+    tiles = [rules.narrow_config(-(-width // 128), count, form) for form, count in forms]
     ways: list[Any] = [functools.partial(kernels.narrow, config=tile) for tile in tiles]
-    ways = [*ways, kernels.vector] if width <= kernels.NARROW else [kernels.vector]
+    ways = [*ways, kernels.vector] if width <= rules.NARROW else [kernels.vector]
     for launch in ways:
         y = torch.full((1, rows), float("nan"), device=DEVICE, dtype=dtype)
         more = kernels.Around(weight, eps, gated, None if residual is None else residual.view(1, -1))

@@ -34,7 +34,7 @@ SCRIPT = Path(__file__).with_name("compile_for_hopper.py")
             "int6",
             "sm_90",
             "quantize_kernel vector_kernel group_kernel token_kernel head_kernel few_kernel small_kernel"
-            " reduce_kernel unpack_kernel large_kernel vector_bytes_kernel",
+            " reduce_kernel unpack_kernel large_kernel vector_bytes_kernel prefill_kernel scale_kernel",
         ),
         ("lookup", "sm_90", "embedding_kernel"),
         ("inputs", "sm_90", "one_token"),
