@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from versions import versions
 
 from lincompile.kernels import ops  # noqa: F401  registers torch.ops.lincompile
 from lincompile.kernels.int6_linear import codes as q
@@ -54,7 +54,8 @@ def check_exact() -> list[dict[str, Any]]:
     """Bit for bit where float32 holds every sum: integer activations of scale 1, power-of-two weight scales."""
     results = []
     cases = [((rows, width), m) for rows, width in ((70, 576), (200, 1024)) for m in (1, 2, 16, 31, 64, 65, 257, 300)]
-    for (rows, width), tokens in [*cases, ((64, 2064), 1), ((64, 2064), 31)]:
+    full = [((3100, 576), 1100), ((6140, 1024), 1000)]  # as many tiles as fill the chip
+    for (rows, width), tokens in [*cases, *full, ((64, 2064), 1), ((64, 2064), 31)]:
         weight = torch.randint(-32, 32, (rows, width), dtype=torch.int8)
         hi, lo = (plane.cuda() for plane in pack.pack(weight))
         groups = pack.group_count(width, 128)
@@ -63,7 +64,7 @@ def check_exact() -> list[dict[str, Any]]:
             x = torch.randint(-levels, levels + 1, (tokens, width)).float()
             x[:, ::16] = levels  # the largest code occurs in every group, so the scale is exactly 1
             bias = torch.randint(-9, 9, (rows,)).float()
-            expected = (x.double() @ weight.double().t() + bias.double()).cuda()
+            expected = x.cuda().double() @ weight.cuda().double().t() + bias.cuda().double()
             got = torch.ops.lincompile.int6_linear(x.cuda(), hi, lo, scale, bias.cuda(), 128, activation)
             assert torch.equal(got.double(), expected), (rows, width, tokens, activation)
         results.append({"rows": rows, "width": width, "tokens": tokens, "exact": True})
@@ -179,7 +180,8 @@ def check_random() -> list[dict[str, Any]]:
 def check_int8() -> dict[str, Any]:
     """int8_linear's kernel against the float64 definition."""
     errors: dict[str, float] = {}
-    for (rows, width), tokens in itertools.product(((300, 1024), (256, 4096), (192, 576)), (1, 5, 60, 300)):
+    cases = [*itertools.product(((300, 1024), (256, 4096), (192, 576)), (1, 5, 60, 300)), ((3100, 576), 1100)]
+    for (rows, width), tokens in cases:
         codes = torch.randint(-127, 128, (rows, width), dtype=torch.int8, device="cuda")
         scale = (torch.rand(rows, pack.group_count(width, 128), device="cuda") * 0.01 + 0.001).half()
         x = (torch.randn(tokens, width, device="cuda") * 4).to(torch.bfloat16)
@@ -232,6 +234,24 @@ def int6_us(rows: int, width: int, tokens: int, path: str | None = None, config:
         getattr(kernels, path)(x, p, None, y, "a8", config)
 
     return median_us([lambda p=p: call(p) for p in planes])  # type: ignore[misc]
+
+
+def int8_us(rows: int, width: int, tokens: int, config: dict[str, int] | None = None) -> float:
+    """The public op of eight-bit weights, or (for sweeps) its kernel of one token with a configuration."""
+    stored = []
+    for _ in range(copies_for(rows * width)):
+        scale = (torch.rand(rows, pack.group_count(width, 128), device="cuda") * 0.01 + 0.001).half()
+        stored.append((torch.randint(-127, 128, (rows, width), device="cuda", dtype=torch.int8), scale))
+    x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+    y = torch.empty(tokens, rows, device="cuda", dtype=torch.bfloat16)
+
+    def call(weights: tuple[Tensor, Tensor]) -> None:
+        if config is None:
+            torch.ops.lincompile.int8_linear(x, *weights, None, 128, "a8")
+            return
+        kernels.vector_bytes(x, weights, None, y, "a8", config)
+
+    return median_us([lambda w=w: call(w) for w in stored])  # type: ignore[misc]
 
 
 def cublas_us(rows: int, width: int, tokens: int) -> float:
@@ -327,12 +347,13 @@ def warm_peer(name: str) -> subprocess.Popen[bytes]:
 
 
 def table() -> list[dict[str, Any]]:
-    """The op as it dispatches today beside cuBLAS and the bare integer product."""
+    """The ops as they dispatch today beside cuBLAS and the bare integer product."""
     rows_out = []
     for rows, width, tokens in SHAPES:
         record: dict[str, Any] = {"N": rows, "K": width, "M": tokens, "must": MUST.get((rows, width, tokens))}
         attempt(record, "cublas_bf16", lambda: cublas_us(rows, width, tokens))  # noqa: B023
         attempt(record, "int6", lambda: int6_us(rows, width, tokens))  # noqa: B023
+        attempt(record, "w8a8", lambda: int8_us(rows, width, tokens))  # noqa: B023
         attempt(record, "int_mm", lambda: int_mm_us(rows, width, tokens))  # noqa: B023
         rows_out.append(record)
     return rows_out
@@ -371,9 +392,7 @@ def main() -> int:
         measure_peer(arguments.peer) if arguments.peer else measure_variants()
         return 0
     started = time.time()
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-    }  # fmt: skip
+    result: dict[str, Any] = {"command": " ".join(["int6_linear.py", *sys.argv[1:]]), "versions": versions()}
 
     def part(name: str, measured: Any) -> None:
         result[name] = measured

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from int6_linear import DECODE, attempt, copies_for, cublas_us, int6_us, median_us, poisoned, random_planes
+from int6_linear import DECODE, attempt, copies_for, cublas_us, int6_us, int8_us, median_us, poisoned, random_planes
 from torch import Tensor
 from versions import versions
 
@@ -28,7 +28,7 @@ from lincompile.kernels.int6_linear import layer, pack
 from lincompile.kernels.int6_linear import tiles as rules
 from lincompile.kernels.int6_linear import triton as kernels
 
-PATHS = ("vector", "narrow", "head", "small", "large")
+PATHS = ("vector", "bytes", "narrow", "head", "small", "large")
 # SmolLM2-135M's packed layers: rows, channels, norm before, gated product before, sum after.
 NARROW = [(960, 576, True, False, False), (576, 576, False, False, True), (3072, 576, True, False, False),
           (576, 1536, False, True, True)]  # fmt: skip
@@ -182,6 +182,10 @@ def sweep(paths: list[str]) -> dict[str, Any]:
         config = {"BN": block, "HALVES": halves, "num_warps": warps}
         attempt(found, f"vector {rows}x{width} {block}/{halves}/{warps}",
                 lambda c=config, r=rows, w=width: int6_us(r, w, 1, "vector", c))  # type: ignore[misc]  # fmt: skip
+    for (rows, width), (block, halves, warps) in itertools.product(DECODE if "bytes" in paths else (), VECTOR):
+        config = {"BN": block, "HALVES": halves, "num_warps": warps}
+        attempt(found, f"bytes {rows}x{width} {block}/{halves}/{warps}",
+                lambda c=config, r=rows, w=width: int8_us(r, w, 1, c))  # type: ignore[misc]  # fmt: skip
     if "narrow" in paths:
         found |= sweep_narrow()
     if "head" in paths:
