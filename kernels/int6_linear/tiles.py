@@ -26,6 +26,14 @@ def vector_config(in_features: int) -> Tile:
 
 
 @functools.cache
+def bytes_config(in_features: int) -> Tile:
+    """Tile of the one-token kernel for eight-bit weights (``int6_bytes_h200.json``)."""
+    if in_features < 4096:
+        return vector_config(in_features)
+    return {"BN": 4, "HALVES": 128 if in_features >= 8192 else 64, "num_warps": 4}
+
+
+@functools.cache
 def narrow_config(groups: int, rows: int, gluon: bool) -> Tile:
     """Tile of the one-token kernel for few channels, of Gluon's or plain Triton's (see :func:`.triton.hopper`).
 

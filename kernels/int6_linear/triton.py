@@ -37,6 +37,7 @@ from .pack import group_count
 from .tiles import (
     NARROW,
     Tile,
+    bytes_config,
     few_config,
     int8_config,
     large_config,
@@ -114,7 +115,7 @@ def _first_right(
     for launch in ways:
         called = f"{op} ({_called(launch)}, {activation})"
         if _right(called, launch, plain, flat, weights, bias, activation):
-            launch(flat, weights, bias, y, activation)
+            launch(flat, weights, bias, y.view(-1, y.shape[-1]), activation)
             return y
     return plain(x, *weights, bias, group_size, activation)
 
@@ -212,7 +213,11 @@ def ways(x: Tensor, planes: Planes, early: bool) -> list[Launch]:
 
 def fills(tokens: int, rows: int, device: torch.device) -> bool:
     """Whether the Gluon kernel for many tokens runs here, and has a tile for two in three multiprocessors."""
-    return hopper(device) and triton.cdiv(tokens, 128) * triton.cdiv(rows, 256) * 3 >= processors(device) * 2
+    return (
+        hopper(device)
+        and tokens > _SMALL_M
+        and triton.cdiv(tokens, 128) * triton.cdiv(rows, 256) * 3 >= processors(device) * 2
+    )
 
 
 @functools.cache
@@ -316,7 +321,7 @@ def vector_bytes(
     weight, weight_scale = weights
     codes, scale = quantize_activation(x, activation, around=Around(early=around.early))
     rows, in_features = weight.shape
-    options: Tile = config or vector_config(in_features)
+    options: Tile = config or bytes_config(in_features)
     one.vector_bytes_kernel[(triton.cdiv(rows, options["BN"]),)](
         codes.view(torch.int32), scale, weight.view(torch.int32), weight_scale, bias, y, rows, in_features // 4,
         weight_scale.shape[1], in_features // 64, BIAS=bias is not None, ASM=not INTERPRET,

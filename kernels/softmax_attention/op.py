@@ -46,6 +46,8 @@ def _few(*args: Any, function: str) -> Callable[..., Any] | None:
     kernels, past = backend("softmax_attention", q, "triton_few"), args[3].shape[2] if function == "step" else None
     if kernels is None or not kernels.supports(q, k, v, past):
         return None
+    if past is None and kernels.slower(q, v) and reference.unmasked(q, k, v, args[3], kind, args[-1]):
+        return None
     per = kernels.compared(q, k, v, past, kind, window)  # which decides what code runs: a part of the name
     compared = partial(getattr(kernels, function), per=per), getattr(reference, function)
     layouts, forms = [*["b.t."] * (len(args) - 5), "bt"], None if past is None else _with_padding

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
 from typing import Any
@@ -231,6 +232,10 @@ def int6() -> None:
         int6_linear.prefill(torch.zeros(300, 1024, dtype=dtype), planes, bias, y, "a8")
         int8 = torch.zeros(300, 1024, dtype=torch.int8), planes[2]
         int6_linear.prefill_bytes(torch.zeros(300, 1024, dtype=dtype), int8, bias, y, "a8")
+    os.environ["LINCOMPILE_KERNEL_CHECK"], int6_linear.hopper = "0", lambda device: True
+    x, whole = torch.zeros(2, 300, 1024, dtype=BF16), torch.zeros(300, 1024, dtype=torch.int8)
+    assert int6_linear.int6_linear(x, *planes, None).shape == (2, 300, 300)
+    assert int6_linear.int8_linear(x, whole, planes[2], None, 128, "a8").shape == (2, 300, 300)
     for tokens in (1, 60):
         int8 = torch.zeros(300, 1024, dtype=torch.int8), planes[2]
         launch = int6_linear.vector_bytes if tokens == 1 else int6_linear.large_bytes

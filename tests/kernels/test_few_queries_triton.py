@@ -249,6 +249,28 @@ def test_each_recorded_launch_has_counters_of_its_own(monkeypatch: pytest.Monkey
     assert take(2000, False).shape[0] == 2000 and len(kernels._STORES[torch.device("cuda")]) == 2
 
 
+@needs_triton
+def test_flash_attention_keeps_what_it_serves_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide heads that need no mask and have no cache to be copied; float32 isn't its."""
+    from lincompile.kernels.softmax_attention import triton_few as kernels
+
+    monkeypatch.setattr(op, "backend", lambda folder, x, file="triton": kernels)
+    monkeypatch.setattr(op, "trusted", lambda *args, **options: True)
+    monkeypatch.setattr(kernels, "supports", lambda *args: True)
+    monkeypatch.setattr(kernels, "compared", lambda *args: 1)
+
+    def served(dim: int, dtype: torch.dtype, kind: str = "full", softcap: float = 0.0, padded: bool = False) -> bool:
+        q, k = (torch.zeros(1, heads, 1, dim, dtype=dtype) for heads in (4, 2))
+        padding = torch.ones(1, 1, dtype=torch.bool) if padded else None
+        return op._few(q, k, k, padding, kind, 1, 1.0, softcap, function="forward") is not None
+
+    bf16, wide = torch.bfloat16, torch.zeros(1, 2, 1, 128, dtype=torch.bfloat16)
+    assert served(64, bf16) and served(128, torch.float32)
+    assert not served(128, bf16) and not served(80, torch.float16) and not served(128, bf16, "causal")
+    assert served(128, bf16, "sliding") and served(128, bf16, softcap=30.0) and served(128, bf16, padded=True)
+    assert op._few(wide, wide, wide, wide, wide, None, "full", 1, 1.0, 0.0, function="step") is kernels.step
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("past", [0, 1, 63, 1023, 8191, 262143])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

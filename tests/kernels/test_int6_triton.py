@@ -303,6 +303,9 @@ def test_prefill_serves_what_fills_the_chip_and_is_recorded() -> None:
     assert [launch.__name__ for launch in kernels.ways(x, planes, True)] == ["prefill", "large"]
     y = torch.ops.lincompile.int6_linear(x, *planes, bias, 128, "a8")
     assert torch.equal(y, expected.float())
+    batched = x.view(2, 550, 640), expected.float().view(2, 550, -1)
+    assert torch.equal(torch.ops.lincompile.int6_linear(batched[0], *planes, bias, 128, "a8"), batched[1])
+    assert torch.equal(torch.ops.lincompile.int8_linear(batched[0], codes.cuda(), scale, bias, 128, "a8"), batched[1])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = torch.ops.lincompile.int6_linear(x, *planes, bias, 128, "a8")
@@ -313,6 +316,24 @@ def test_prefill_serves_what_fills_the_chip_and_is_recorded() -> None:
         assert torch.equal(y, expected.float().flip(0))
 
 
+def test_launchers_get_tokens_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs and outputs ``[M, ·]``, whatever axes a call's tokens lie on."""
+    from lincompile.kernels.int6_linear import triton as kernels
+
+    codes, scale = q.quantize_weight(torch.randn(40, 64))
+    planes, x = (*pack.pack(codes), scale), torch.randn(2, 150, 64)
+
+    def launch(x: Tensor, planes: Any, bias: Tensor | None, y: Tensor, activation: str) -> None:
+        (tokens, width), (same, rows) = x.shape, y.shape
+        assert (tokens, width, same, rows) == (300, 64, 300, 40)
+        y.copy_(reference.int6_linear(x, *planes, bias, 128, activation))
+
+    monkeypatch.setenv("LINCOMPILE_KERNEL_CHECK", "0")
+    monkeypatch.setattr(kernels, "large", launch)
+    y = kernels.int6_linear(x, *planes, None)
+    assert torch.equal(y, reference.int6_linear(x, *planes, None, 128, "a8")) and y.shape == (2, 150, 40)
+
+
 def test_which_calls_fill_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but Hopper runs the kernel, and two in three of its multiprocessors must have a tile."""
     from lincompile.kernels.int6_linear import triton as kernels
@@ -321,16 +342,9 @@ def test_which_calls_fill_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not kernels.fills(4096, 28672, device)
     monkeypatch.setattr(kernels, "hopper", lambda device: True)
     monkeypatch.setattr(kernels, "processors", lambda device: 132)
-    asked = [(4096, 28672), (1024, 4096), (705, 4096), (704, 3840), (512, 4096), (257, 28672), (300, 128)]
-    assert [kernels.fills(tokens, rows, device) for tokens, rows in asked] == [
-        True,
-        True,
-        True,
-        True,
-        False,
-        True,
-        False,
-    ]
+    served = [(4096, 28672), (1024, 4096), (705, 4096), (704, 3840), (257, 28672)]
+    left = [(512, 4096), (300, 128), (256, 28672), (1, 128256)]
+    assert [kernels.fills(tokens, rows, device) for tokens, rows in served + left] == [True] * 5 + [False] * 4
     planes = torch.empty(28672, 4), torch.empty(28672, 2), torch.empty(28672, 1)
     found = {n: [launch.__name__ for launch in kernels.ways(torch.empty(n, 8), planes, True)] for n in (257, 300)}
     assert found == {257: ["prefill", "large"], 300: ["prefill", "large"]}
