@@ -347,4 +347,4 @@ def test_chained_kernels_wait_for_each_other(case: Case) -> None:
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the cases run in this process")
 def test_under_the_interpreter() -> None:
-    run_under_the_interpreter(__file__, 4 * len(CASES) + 9)
+    run_under_the_interpreter(__file__, 4 * len(CASES) + 10)
