@@ -4,7 +4,7 @@
 
 ``--variants`` times the tiles of the Gluon kernel for a few tokens (``int6_tiles.py`` those of the others), ``--peers``
 other libraries (humming's kernels are compiled beside the checks). The file is written after each part; the table comes
-last and counts, for each shape, the fastest of what was timed.
+last and counts, for each shape, the fastest of what was timed. ``--shapes NxKxM,…`` times others than the table's.
 
 Times are medians over replays of a CUDA graph that walks through copies of the weights, together larger than any cache,
 so every weight comes from device memory. Activation quantization is part of the int6 and int8 times, except for
@@ -339,10 +339,21 @@ def measure_peer(name: str) -> None:
         print("CHILD", json.dumps({"shape": f"{rows}x{width} M={tokens}"} | record), flush=True)
 
 
-def warm_peer(name: str) -> subprocess.Popen[bytes]:
+def shapes(text: str) -> list[tuple[int, int, int]]:
+    """``NxKxM,…`` as numbers."""
+    found = []
+    for part in text.split(","):
+        rows, width, tokens = map(int, part.split("x"))
+        if min(rows, width, tokens) < 1:
+            raise ValueError(part)
+        found.append((rows, width, tokens))
+    return found
+
+
+def warm_peer(name: str, told: list[str]) -> subprocess.Popen[bytes]:
     """A process that calls a peer once per shape, so that its kernels are compiled when it is timed. Humming's alone:
     it chooses tiles by rule, so nothing is tuned beside others' work."""
-    command = [sys.executable, __file__, "--peer", name, "--warm"]
+    command = [sys.executable, __file__, "--peer", name, "--warm", *told]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -384,10 +395,15 @@ def main() -> int:
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--variant", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--shapes", type=shapes, help="NxKxM,… instead of the table's; M tokens", metavar="NxKxM,…")
     parser.add_argument("--no-checks", dest="checks", action="store_false", help="times only")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     WARM["on"] = arguments.warm
+    told: list[str] = []
+    if arguments.shapes:
+        SHAPES[:] = PEER_SHAPES[:] = arguments.shapes
+        told = ["--shapes", ",".join("x".join(map(str, shape)) for shape in SHAPES)]
     if arguments.peer or arguments.variant:
         measure_peer(arguments.peer) if arguments.peer else measure_variants()
         return 0
@@ -401,7 +417,7 @@ def main() -> int:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"{name}: {result['seconds']} s", flush=True)
 
-    warming = [warm_peer(name) for name in PEERS if name.startswith("humming")] if arguments.peers else []
+    warming = [warm_peer(name, told) for name in PEERS if name.startswith("humming")] if arguments.peers else []
     for name, check in (("exact", check_exact), ("random", check_random), ("int8_linear", check_int8)):
         if arguments.checks:
             try:
@@ -417,7 +433,7 @@ def main() -> int:
             result.setdefault("ended_early", {})["warming a peer"] = "stopped after 90 s"
     part("table", table())
     todo = [("variants", ["--variant"], 80.0)] if arguments.variants else []
-    todo += [("peers", ["--peer", name], 70.0) for name in PEERS if arguments.peers]
+    todo += [("peers", ["--peer", name, *told], 70.0) for name in PEERS if arguments.peers]
     for index, (name, options, most) in enumerate(todo):
         left = started + arguments.seconds - time.time()
         if left < 5:
