@@ -128,7 +128,7 @@ def _compile(kernel: Function, calls: Sequence[Sequence[Any]], ahead: Callable[[
 
 
 def _form(x: Any, layout: str) -> Any:
-    """What decides which code runs: type, device, sizes other than the batch's; one token, some or many."""
+    """What decides which code runs: type, device, alignment, sizes other than the batch's; one token, some or many."""
     if not isinstance(x, Tensor):
         return x
     axes = layout.ljust(x.dim())
@@ -137,7 +137,7 @@ def _form(x: Any, layout: str) -> Any:
         for axis, size in zip(axes, x.shape, strict=True)
         if axis != "b"
     ]
-    return (x.dtype, x.device, *sizes)
+    return (x.dtype, x.device, x.data_ptr() % 16 == 0, *sizes)
 
 
 def _cut(x: Any, layout: str) -> Any:

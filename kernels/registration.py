@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import ParamSpec, TypeVar
@@ -31,8 +32,25 @@ def triton_module(folder: str, file: str = "triton") -> ModuleType | None:
 
 
 def backend(folder: str, x: Tensor, file: str = "triton") -> ModuleType | None:
-    """The Triton kernels for CUDA tensors; None means: run the reference."""
-    return triton_module(folder, file) if x.is_cuda else None
+    """The Triton kernels for CUDA tensors; None means: run the reference.
+
+    Triton launches on the current device, in no order with another one's kernels, so tensors elsewhere are left to it.
+    """
+    if not x.is_cuda:
+        return None
+    if x.device.index != (current := torch.cuda.current_device()):
+        _elsewhere(x.device, current)
+        return None
+    return triton_module(folder, file)
+
+
+@functools.cache
+def _elsewhere(device: torch.device, current: int) -> None:
+    warnings.warn(
+        f"lincompile: tensors lie on {device} while cuda:{current} is the current device, where Triton launches, so "
+        f"slower torch ops are used; call torch.cuda.set_device({device.index}) first",
+        stacklevel=4,
+    )
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:

@@ -231,7 +231,8 @@ def launch(
     # TMA writes rows that begin at multiples of 16 bytes.
     whole = rows * y.element_size() % 16 == 0 and y.data_ptr() % 16 == 0
     out = y if whole else y.new_empty(tokens, padded)
-    weight = weight if weight.data_ptr() % 16 == 0 else weight.clone()
+    if weight.data_ptr() % 16 or weight.stride(0) % 16:  # a single row may have any stride
+        weight = weight.clone(memory_format=torch.contiguous_format)
     tiles, chip = triton.cdiv(tokens, TOKENS.value) * triton.cdiv(rows, ROWS.value), processors(y.device)
     # So few tiles come from a first use's comparison alone; there a program goes from tile to tile, too.
     programs = min(tiles, chip) if 2 * tiles > chip else triton.cdiv(tiles, 3)

@@ -61,7 +61,6 @@ def token_kernel(
     weights = one.weight_words(hi, lo, group[:, :, None], lane[None, :, :], inside, quarter, ASM)
     weight_scale = gl.load(sw_ptr + line * G + group, mask=(line >= 0) & (group < G), other=0.0).to(gl.float32)
     rows = first + gl.arange(0, BN, ROWS)
-    bias = one.load_row(bias_ptr, rows, N, BIAS)
     channel_group = gl.arange(0, GB, gl.SliceLayout(1, gl.SliceLayout(2, CHANNELS)))[:, None, None]
     channel_lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, CHANNELS)))[None, :, None]
     byte = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, CHANNELS)))[None, None, :]
@@ -71,7 +70,7 @@ def token_kernel(
         norm = gl.load(norm_ptr + place, mask=inside, other=0.0)
     if PDL:
         gdc_wait()
-    residual = one.load_row(residual_ptr, rows, N, RESIDUAL)
+    bias, residual = one.load_row(bias_ptr, rows, N, BIAS), one.load_row(residual_ptr, rows, N, RESIDUAL)
     x = one.load_token(x_ptr, place, K, inside, GATED)
     if NORM:
         squares = _exchanged(gl.sum(gl.sum(x * x, 2), 1), square_sums, ALL).reshape([SUMMED, GB // SUMMED])

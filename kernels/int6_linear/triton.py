@@ -127,10 +127,11 @@ def _contiguous(*stored: Tensor | None) -> tuple[list[Any], bool]:
 
 
 def _called(launch: Launch) -> str:
-    """What a way is called: its function and its tile, which decide what code runs."""
+    """What a way is called: its function, its tile and whether it is chained, which decide what code runs."""
     if isinstance(launch, functools.partial):
-        tile = launch.keywords.get("config", {})
-        return " ".join([launch.func.__name__, *(f"{name}={value}" for name, value in tile.items())])
+        tile, around = launch.keywords.get("config", {}), launch.keywords.get("around", ALONE)
+        late = [] if around.early else ["of copies"]
+        return " ".join([launch.func.__name__, *(f"{name}={value}" for name, value in tile.items()), *late])
     return launch.__name__
 
 
@@ -179,7 +180,8 @@ def int6_layer(
             launch(x, planes, bias, out, activation, around=Around(norm_weight, eps, gated, residual, early))
             return out
 
-        name = f"int6_layer ({_called(launch)}, {activation}{', gated' if gated else ''})"
+        called = _called(functools.partial(launch, around=Around(early=early)))
+        name = f"int6_layer ({called}, {activation}{', gated' if gated else ''})"
         if trusted(name, run, expected, ("t.", ".", "t."), args, together=False):
             run(*args, into=y)
             return y

@@ -242,7 +242,7 @@ def scale_kernel(sw_ptr, out_ptr, N, N_PAD, G, FACTOR: tl.constexpr, BN: tl.cons
     tl.store(out, scale.to(tl.float32) * FACTOR, mask=(place < N_PAD)[None, :] & (group < G)[:, None])
 
 
-@triton.jit(do_not_specialize=["M", "N"])
+@triton.jit(do_not_specialize=["M", "N", "M_PAD", "N_PAD"])
 def large_kernel(
     a_ptr, sa_ptr, w_ptr, sw_ptr, bias_ptr, y_ptr, M, N, M_PAD, N_PAD, K_PAD, K, G,
     BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr,

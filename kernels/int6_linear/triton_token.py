@@ -21,7 +21,7 @@ _ASM_BYTES: tl.constexpr = tl.constexpr(dot_bytes())
 
 @triton.jit
 def load_row(pointer, rows, N, GIVEN: tl.constexpr):
-    """What is added to one token's outputs: read as early as it can be, since the sums don't wait for it."""
+    """What is added to one token's outputs: read before the sums, which don't wait for it."""
     if GIVEN:
         return tl.load(pointer + rows, mask=rows < N, other=0.0).to(tl.float32)
     else:
@@ -75,10 +75,9 @@ def vector_kernel(
     half = tl.arange(0, HALVES)[None, :]
     if PDL:
         gdc_launch_dependents()
-    bias = load_row(bias_ptr, rows, N, BIAS)
     if PDL:
         gdc_wait()
-    residual = load_row(residual_ptr, rows, N, RESIDUAL)
+    bias, residual = load_row(bias_ptr, rows, N, BIAS), load_row(residual_ptr, rows, N, RESIDUAL)
     hi_row, lo_row, sw_row = hi_ptr + row * HI_WORDS, lo_ptr + row * LO_WORDS, sw_ptr + row * G
     acc = tl.zeros([BN, HALVES], tl.float32)
     for start in range(0, FULL * 2, HALVES):
@@ -89,7 +88,7 @@ def vector_kernel(
         if ASM:
             part = tl.inline_asm_elementwise(
                 _ASM_HALF_GROUP, "=r,l,l,l", [hi.to(tl.int64), lo.to(tl.int64), a.to(tl.int64)],
-                dtype=tl.int32, is_pure=True, pack=1,
+                dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
         else:
             part = _dot_words(hi, lo, a, inside & (row >= 0), 4, 8)
@@ -105,7 +104,7 @@ def vector_kernel(
         if ASM:  # TAIL is 64: one half group
             part = tl.inline_asm_elementwise(
                 _ASM_HALF_TAIL, "=r,l,l,l", [hi.to(tl.int64), lo.to(tl.int64), a.to(tl.int64)],
-                dtype=tl.int32, is_pure=True, pack=1,
+                dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
         else:
             part = _dot_words(hi, lo, a, rows >= 0, TAIL // 16, TAIL // 16)
@@ -247,7 +246,6 @@ def group_kernel(
     weights = weight_words(hi_ptr + row * HI_WORDS, lo_ptr + row * LO_WORDS, group, lane, inside, quarter, ASM)
     weight_scale = sw_ptr + line[:, None] * G + flat[None, :]
     weight_scale = tl.load(weight_scale, mask=(flat < G)[None, :] & (line >= 0)[:, None], other=0.0).to(tl.float32)
-    bias = load_row(bias_ptr, rows, N, BIAS)
     byte = tl.arange(0, 4)[None, None, :]
     place, inside, _ = word_places(flat[:, None, None], tl.arange(0, 32)[None, :, None], G, K, TAIL)
     place, inside = place + byte, inside & (byte >= 0)
@@ -255,7 +253,7 @@ def group_kernel(
         norm = tl.load(norm_ptr + place, mask=inside, other=0.0)
     if PDL:
         gdc_wait()
-    residual = load_row(residual_ptr, rows, N, RESIDUAL)
+    bias, residual = load_row(bias_ptr, rows, N, BIAS), load_row(residual_ptr, rows, N, RESIDUAL)
     x = load_token(x_ptr, place, K, inside, GATED)
     if NORM:
         square = tl.sum(tl.sum(x * x, 2), 1)
@@ -282,9 +280,9 @@ def vector_bytes_kernel(
     half = tl.arange(0, HALVES)[None, :]
     if PDL:
         gdc_launch_dependents()
-    bias = load_row(bias_ptr, rows, N, BIAS)
     if PDL:
         gdc_wait()
+    bias = load_row(bias_ptr, rows, N, BIAS)
     acc = tl.zeros([BN, HALVES], tl.float32)
     for start in range(0, COUNT, HALVES):
         inside = start + half < COUNT
@@ -295,7 +293,7 @@ def vector_bytes_kernel(
         if ASM:
             part = tl.inline_asm_elementwise(
                 _ASM_BYTES, "=r,l,l,l", [w.to(tl.int64), a.to(tl.int64), step.to(tl.int64) * 4 + row * 0],
-                dtype=tl.int32, is_pure=True, pack=1,
+                dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
         else:
             part = tl.zeros([BN, HALVES], tl.int32)

@@ -80,7 +80,11 @@ def dot_bytes() -> str:
 
 
 def _load(name: str, address: str, offset: int, *, stream: bool) -> str:
-    """A 16-byte load; ``stream`` keeps weights, which are read once, from displacing activations in the L1 cache."""
-    hint = ".L1::no_allocate" if stream else ""
+    """A 16-byte load; ``stream`` keeps weights, which are read once, from displacing activations in the L1 cache.
+
+    Only weights are loaded as what never changes (``nc``): the assembler moves such loads to before the wait for the
+    kernel in front, which may still be writing activation codes.
+    """
+    hint = ".nc.L1::no_allocate" if stream else ""
     registers = ", ".join(f"{name}{word}" for word in range(4))
-    return f"ld.global.nc{hint}.v4.b32 {{{registers}}}, [{address} + {offset}];"
+    return f"ld.global{hint}.v4.b32 {{{registers}}}, [{address} + {offset}];"

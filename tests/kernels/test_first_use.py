@@ -253,6 +253,26 @@ def test_other_types_sizes_and_single_tokens_are_compared_anew() -> None:
     assert seen == [(2, 580, 8), (2, 1, 8), (2, 580, 16), (2, 300, 8), (2, 580, 8)]
 
 
+def test_what_begins_elsewhere_in_memory_is_other_code() -> None:
+    memory = torch.zeros(9, 4)
+    aligned, shifted = memory[:8], memory.view(-1)[1:33].view(8, 4)
+    assert first_use._form(aligned, "t.") != first_use._form(shifted, "t.")
+    assert first_use._form(aligned, "t.") == first_use._form(memory[4:8].new_zeros(8, 4), "t.")
+
+
+def test_tensors_of_another_device_than_the_current_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lincompile.kernels import registration
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(registration, "triton_module", lambda *names: names)
+    x: list[Any] = [SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)) for index in (0, 1)]
+    assert registration.backend("int6_linear", x[0]) == ("int6_linear", "triton")
+    registration._elsewhere.cache_clear()
+    with pytest.warns(UserWarning, match=r"set_device\(1\)"):
+        assert registration.backend("int6_linear", x[1]) is None
+    assert registration.backend("int6_linear", torch.zeros(1)) is None
+
+
 def test_the_comparison_can_be_left_out_and_says_nothing_where_the_reference_says_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

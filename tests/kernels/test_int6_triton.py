@@ -334,6 +334,18 @@ def test_launchers_get_tokens_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(y, reference.int6_linear(x, *planes, None, 128, "a8")) and y.shape == (2, 150, 40)
 
 
+def test_ways_of_copied_weights_are_compared_by_themselves() -> None:
+    """Kernels that may not read them early are other code."""
+    from lincompile.kernels.int6_linear import triton as kernels
+
+    planes = torch.empty(9, 2048), torch.empty(9, 1024), torch.empty(9, 32)
+    names = [
+        [kernels._called(launch) for launch in kernels.ways(torch.empty(1, 4096), planes, early)]
+        for early in (True, False)
+    ]
+    assert names[1] == [f"{name} of copies" for name in names[0]]
+
+
 def test_which_calls_fill_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but Hopper runs the kernel, and two in three of its multiprocessors must have a tile."""
     from lincompile.kernels.int6_linear import triton as kernels
