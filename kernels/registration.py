@@ -34,7 +34,8 @@ def triton_module(folder: str, file: str = "triton") -> ModuleType | None:
 def backend(folder: str, x: Tensor, file: str = "triton") -> ModuleType | None:
     """The Triton kernels for CUDA tensors; None means: run the reference.
 
-    Triton launches on the current device, in no order with another one's kernels, so tensors elsewhere are left to it.
+    Triton launches on the current device, in no order with another one's kernels: tensors elsewhere are the
+    reference's.
     """
     if not x.is_cuda:
         return None

@@ -64,14 +64,13 @@ def int6_embedding(
     _check(ids, weight_hi, weight_lo, weight_scale, in_features, group_size)
     args = (ids.flatten(), weight_hi, weight_lo, weight_scale, in_features, group_size, dtype)
     kernels = backend("int6_linear", weight_hi, "triton_embedding")
-    if kernels is None or not kernels.supports(*args):
-        rows = plain(*args)
+    lookup = plain
     # Some ids are compared; the table, which they are rows of, stays whole.
-    elif trusted("int6_embedding", kernels.lookup, _exact, ("t", "..", "..", ".."), args, together=False):
-        rows = kernels.lookup(*args)
-    else:
-        rows = plain(*args)
-    return rows.view(*ids.shape, in_features)
+    if kernels is not None and kernels.supports(*args) and trusted(
+        "int6_embedding", kernels.lookup, _exact, ("t", "..", "..", ".."), args, together=False
+    ):  # fmt: skip
+        lookup = kernels.lookup
+    return lookup(*args).view(*ids.shape, in_features)
 
 
 def plain(

@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -100,10 +101,23 @@ def layouts(rows_per_warp: int, warps: int) -> tuple[Any, ...]:
     return tile, unpack, high, low, tokens, scales
 
 
-def descriptor(words: Tensor, rows: int, columns: int) -> Any:
-    """TMA descriptor of int32 ``words [R, W]`` in boxes of ``rows`` by ``columns``."""
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.int32)
-    return TensorDescriptor.from_tensor(words, [rows, columns], layout)
+_TYPES = {
+    torch.int8: gl.int8, torch.int32: gl.int32, torch.float32: gl.float32, torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+}  # fmt: skip
+
+
+@functools.cache
+def _box(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    """How a box lies in shared memory; one of scales in plain order."""
+    if dtype == torch.float32 and rows == 1:
+        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], _TYPES[dtype])
+
+
+def descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
+    """TMA descriptor of a matrix in boxes of ``rows`` by ``columns``; its rows begin at multiples of 16 bytes."""
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], _box(rows, columns, matrix.dtype))
 
 
 @gluon.jit

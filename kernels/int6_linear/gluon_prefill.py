@@ -15,9 +15,6 @@ while the next tile is computed.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -30,11 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..triton_device import processors
 from . import triton_kernels as kernels
-from .gluon import _barrier, _load, _reinterpret
+from .gluon import _barrier, _load, _reinterpret, descriptor
 
 _put = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global  # Triton 3.9, then 3.6
 
@@ -44,23 +40,6 @@ STAGES = 3
 BAND = 16  # token tiles
 # float = integer · row's scale · token's scale + sum; not pure, so that the compiler leaves it between the products.
 _SCALED = gl.constexpr("{ .reg .f32 v; cvt.rn.f32.s32 v, $1; mul.f32 v, v, $3; fma.rn.f32 $0, v, $2, $4; }")
-
-
-@functools.cache
-def _layout(shape: tuple[int, int], dtype: Any) -> Any:
-    if dtype is gl.float32 and shape[0] == 1:
-        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return gl.NVMMASharedLayout.get_default_for(list(shape), dtype)
-
-
-_TYPES = {
-    torch.int8: gl.int8, torch.float32: gl.float32, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16
-}  # fmt: skip
-
-
-def descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
-    """TMA descriptor of a matrix in boxes of ``rows`` by ``columns``; its rows begin at multiples of 16 bytes."""
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], _layout((rows, columns), _TYPES[matrix.dtype]))
 
 
 @gluon.jit

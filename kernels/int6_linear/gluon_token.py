@@ -28,6 +28,16 @@ def _exchanged(values, shared, LAYOUT: gl.constexpr):
     return shared.load(LAYOUT)
 
 
+@gluon.jit
+def _channels(G, K, TAIL: gl.constexpr, GB: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where the token's channels lie ``[GB, 32, 4]``, which are there, and which byte of a word each is in."""
+    group = gl.arange(0, GB, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    byte = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    place, inside, _ = one.word_places(group, lane, G, K, TAIL)
+    return place + byte, inside & (byte >= 0), byte
+
+
 @gluon.jit(do_not_specialize=["N"])
 def token_kernel(
     x_ptr, norm_ptr, hi_ptr, lo_ptr, sw_ptr, bias_ptr, residual_ptr, y_ptr, N, K, HI_WORDS, LO_WORDS, G, epsilon,
@@ -61,11 +71,7 @@ def token_kernel(
     weights = one.weight_words(hi, lo, group[:, :, None], lane[None, :, :], inside, quarter, ASM)
     weight_scale = gl.load(sw_ptr + line * G + group, mask=(line >= 0) & (group < G), other=0.0).to(gl.float32)
     rows = first + gl.arange(0, BN, ROWS)
-    channel_group = gl.arange(0, GB, gl.SliceLayout(1, gl.SliceLayout(2, CHANNELS)))[:, None, None]
-    channel_lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, CHANNELS)))[None, :, None]
-    byte = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, CHANNELS)))[None, None, :]
-    place, inside, _ = one.word_places(channel_group, channel_lane, G, K, TAIL)
-    place, inside = place + byte, inside & (byte >= 0)
+    place, inside, byte = _channels(G, K, TAIL, GB, CHANNELS)
     if NORM:
         norm = gl.load(norm_ptr + place, mask=inside, other=0.0)
     if PDL:
@@ -136,11 +142,7 @@ def head_kernel(
     high, higher, low, weight_scale = _head_weights(
         hi_ptr, lo_ptr, sw_ptr, start + line, group, word, N, K, HI_WORDS, LO_WORDS, G, TAIL
     )
-    channel_group = gl.arange(0, GB, gl.SliceLayout(1, gl.SliceLayout(2, CHANNELS)))[:, None, None]
-    channel_lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, CHANNELS)))[None, :, None]
-    byte = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, CHANNELS)))[None, None, :]
-    place, inside, _ = one.word_places(channel_group, channel_lane, G, K, TAIL)
-    place, inside = place + byte, inside & (byte >= 0)
+    place, inside, byte = _channels(G, K, TAIL, GB, CHANNELS)
     if NORM:
         norm = gl.load(norm_ptr + place, mask=inside, other=0.0)
     if PDL:

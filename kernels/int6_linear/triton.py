@@ -88,8 +88,8 @@ def int8_linear(
     (weight, scale, bias), early = _contiguous(weight, weight_scale, bias)
     aligned = x.shape[-1] % 64 == 0 and weight.data_ptr() % 16 == 0
     tokens = x.numel() // max(1, x.shape[-1])
-    one = functools.partial(vector_bytes, around=Around(early=early))
-    launches: list[Launch] = [one if tokens == 1 and aligned else large_bytes]
+    vector_way = functools.partial(vector_bytes, around=Around(early=early))
+    launches: list[Launch] = [vector_way if tokens == 1 and aligned else large_bytes]
     if fills(tokens, scale.shape[0], x.device):
         launches.insert(0, prefill_bytes)
     return _first_right(

@@ -75,7 +75,6 @@ def vector_kernel(
     half = tl.arange(0, HALVES)[None, :]
     if PDL:
         gdc_launch_dependents()
-    if PDL:
         gdc_wait()
     bias, residual = load_row(bias_ptr, rows, N, BIAS), load_row(residual_ptr, rows, N, RESIDUAL)
     hi_row, lo_row, sw_row = hi_ptr + row * HI_WORDS, lo_ptr + row * LO_WORDS, sw_ptr + row * G
@@ -280,7 +279,6 @@ def vector_bytes_kernel(
     half = tl.arange(0, HALVES)[None, :]
     if PDL:
         gdc_launch_dependents()
-    if PDL:
         gdc_wait()
     bias = load_row(bias_ptr, rows, N, BIAS)
     acc = tl.zeros([BN, HALVES], tl.float32)
