@@ -12,8 +12,7 @@ Llama-shaped models with random weights (speed doesn't depend on them), bfloat16
 * softmax: the same decoder written for speed around FlashAttention, its layers under ``torch.compile``;
 * session (by ``--arms``): lincompile's session as it is, without ``torch.compile``;
 * int6 (by ``--arms``): the same with six-bit weights (``quant="w6a8"``);
-* hybrid (by ``--arms``): the session where every fifth layer or so stays softmax (with ``LINCOMPILE_UNMEASURED=1`` its
-  steps are recorded).
+* hybrid (by ``--arms``): the session where every fifth layer or so stays softmax.
 
 Prefill: one sequence, logits of the last token, CUDA events, median. Decode: steps in one CUDA graph, per step, what
 carries states from one replay to the next included. Generate: 64 tokens after 128 by each side's own ``generate``, as

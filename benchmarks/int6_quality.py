@@ -18,7 +18,8 @@ tokens (0: all). Calibration text must not be the evaluation text. Plans share o
 that tests hold equal to the packed layers, in float32. ``flexq rule`` is that paper's code: eight-bit activations for
 down_proj, six bits elsewhere. The result is written after each part, with what it took; ``--seconds`` begins no part
 after so long and lists those left out. ``--tune`` trains the stored numbers of each plan of ``--tune-plans`` on other
-windows of the calibration text (``lincompile/passes/tune.py``); one window in eight is held out and judges it.
+windows of the calibration text (``lincompile/passes/quantization/tune.py``); one window in eight is held out and judges
+it. What a converted model learns from is the converted model in float, or the one it was converted from.
 """
 
 from __future__ import annotations
@@ -126,17 +127,17 @@ def read_moments(path: Path | None, arguments: argparse.Namespace, result: dict[
     return found
 
 
-def load_program(path: Path, device: str, adapter: Path | None) -> tuple[Program, Any]:
-    """The float program, and what writes its tokenizer."""
+def load_program(path: Path, device: str, adapter: Path | None) -> tuple[Program, Program, Any]:
+    """The float program, the one that it was converted from (itself without an adapter), and the tokenizer."""
     loaded = load_model(path, device=device)
     program = capture(loaded.module, loaded.example, prefix=loaded.prefix)
     options = Options(attn="softmax") if adapter is None else Options(adapter=str(adapter), device=device)
     teacher = prove(program, options)
     if adapter is None:
-        return teacher, loaded.tokenizer
+        return teacher, teacher, loaded.tokenizer
     student = rewrite(teacher, options)
     apply_adapter(adapter, teacher, student, source_hash=loaded.source_hash)
-    return student, loaded.tokenizer
+    return student, teacher, loaded.tokenizer
 
 
 def windows(program: Program, ids: Tensor, size: int, count: int) -> list[dict[str, Tensor]]:
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--tune-batch", type=int, default=8, help="windows per step")
     parser.add_argument("--tune-tokens", type=int, help="by default as many as the steps read once")
     parser.add_argument("--tune-rate", type=float, default=1.0, help="times the rates that tuning chooses")
+    parser.add_argument("--tune-teacher", choices=("converted", "original"), default="converted")
     parser.add_argument("--tune-compile", action="store_true", help="compile what lies between products (a minute)")
     parser.add_argument("--seconds", type=float, help="begin no part after so long")
     arguments = parser.parse_args()
@@ -242,12 +244,13 @@ def measure(arguments: argparse.Namespace) -> None:
     run = Run(arguments)
     path, result, todo = Path(arguments.model), run.result, arguments.plans.split(",")
     with run.part("load"):
-        program, tokenizer = load_program(path, arguments.device, arguments.adapter)
+        program, original, tokenizer = load_program(path, arguments.device, arguments.adapter)
         ids, text = (read_tokens(str(file), tokenizer) for file in (arguments.text, arguments.calibration))
         ids = ids[: arguments.tokens or None].to(arguments.device)
         text = text.to(arguments.device)
         size = arguments.calibration_context
         data = windows(program, text, size, arguments.calibration_batches)
+    from_original = arguments.tune_teacher == "original"
     result |= {
         "model": path.name, "converted": arguments.adapter is not None, "text": arguments.text.name,
         "context": arguments.context, "tokens": len(ids), "method": arguments.method,
@@ -259,14 +262,18 @@ def measure(arguments: argparse.Namespace) -> None:
     def evaluate(other: Program) -> dict[str, float]:
         some = ids[: arguments.kl_windows * arguments.context]
         found = perplexity(other, ids, arguments.context, arguments.eval_batch)
-        return {
-            "perplexity": found,
-            "change_percent": 100 * (found / result["float"] - 1),
-            "kl_on_text": kl(program, other, some, arguments.context, arguments.eval_batch),
+        measured = {"perplexity": found, "change_percent": 100 * (found / result["float"] - 1)}
+        teachers = {"kl_on_text": program} | ({"kl_to_original": original} if from_original else {})
+        return measured | {
+            name: kl(teacher, other, some, arguments.context, arguments.eval_batch)
+            for name, teacher in teachers.items()
         }
 
     with run.part("float"):
         result["float"] = perplexity(program, ids, arguments.context, arguments.eval_batch)
+        if from_original:
+            some = ids[: arguments.kl_windows * arguments.context]
+            result["float_kl_to_original"] = kl(original, program, some, arguments.context, arguments.eval_batch)
     print(f"float {result['float']:.4f}", flush=True)
     moments = read_moments(arguments.moments, arguments, result)
     for strength, names in STRENGTHS.items():
@@ -303,7 +310,8 @@ def measure(arguments: argparse.Namespace) -> None:
             if arguments.tune is None or name not in chosen or run.late(name + ", tuned"):
                 continue
             with run.part(name + ", tuned"):
-                tuned = record["tuned"] = tuning(arguments, balanced, student, text)
+                teacher = original if from_original else balanced
+                tuned = record["tuned"] = tuning(arguments, teacher, student, text)
             with run.part(name + ", perplexity after tuning"):
                 tuned |= evaluate(emulated(student))
             print(name, "tuned", json.dumps(tuned), flush=True)
@@ -346,7 +354,7 @@ def tuning(arguments: argparse.Namespace, teacher: Program, student: Program, te
             print(f"  step {step} of {expected}: KL {loss:.5f}, {rate:,.0f} tokens/s", flush=True)
 
     done = tune(teacher, student, weights, windows(teacher, shifted, size, count), options, progress=say)
-    return done | {"rate": options.rate, "batch": options.batch}
+    return done | {"rate": options.rate, "batch": options.batch, "teacher": arguments.tune_teacher}
 
 
 def average_bits(layers: list[LinearLayer], plan: Plan) -> float:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.registration import UNMEASURED
 from ..passes.stateful import StepProgram
 from . import room
 from .room import STATES_AT, Room
@@ -36,11 +35,8 @@ _TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 
 
 def recordable(program: StepProgram, device: torch.device) -> bool:
-    """Whether a program's steps may be recorded: on a GPU, with states.
-
-    Those with caches that grow haven't been on a GPU yet and are recorded with ``LINCOMPILE_UNMEASURED=1`` alone.
-    """
-    return device.type == "cuda" and bool(program.states) and (UNMEASURED or not Room.of(program))
+    """Whether a program's steps may be recorded: on a GPU, with states."""
+    return device.type == "cuda" and bool(program.states)
 
 
 _CAPTURING = threading.Lock()  # torch records one graph at a time in a process

@@ -64,8 +64,26 @@ def _with_padding(args: Sequence[Any]) -> list[list[Any]]:
 
 
 def _forward(*args: Any) -> Tensor:
-    out: Tensor = (_few(*args, function="forward") or _kernels(*args, function="forward").forward)(*args)
+    forward = _few(*args, function="forward")
+    if forward is None:
+        args = _without_padding(*args)
+        forward = _kernels(*args, function="forward").forward
+    out: Tensor = forward(*args)
     return out
+
+
+def _without_padding(
+    q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, kind: str, window: int, scale: float, softcap: float
+) -> tuple[Any, ...]:
+    """The call without its padding, where every key is real and fused kernels serve it then.
+
+    A prompt's mask says so more often than not, and only its values tell. A GPU is waited for once a call, which takes
+    less than the masks of a few hundred queries do; a recording can't wait.
+    """
+    recorded = q.is_cuda and torch.cuda.is_current_stream_capturing()
+    if key_padding is not None and not recorded and reference.unmasked(q, k, v, None, kind, softcap):
+        key_padding = None if bool(key_padding.all()) else key_padding
+    return q, k, v, key_padding, kind, window, scale, softcap
 
 
 @custom_op(

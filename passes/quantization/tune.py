@@ -115,8 +115,8 @@ def tune(
     """Tune a quantized program in place; the last batches, one in eight, are held out.
 
     Args:
-        teacher: the program before quantization.
-        student: the same program, quantized.
+        teacher: what is learnt from: the program before quantization, or the one that it was converted from.
+        student: the quantized program, with the same inputs.
         weights: dotted names of the quantized weights that may change.
         batches: inputs by name, at least two of them.
         checkpoint: file that the run saves itself to and continues from.
@@ -126,8 +126,8 @@ def tune(
         program is as it was then, and ``note`` says so. ``notes`` tell of smaller pieces where memory ran out.
 
     Raises:
-        LincompileError: too few batches, a loss that isn't finite (the program is as it was), or a checkpoint of
-            another run.
+        LincompileError: a teacher of other inputs or outputs, too few batches, a loss that isn't finite (the program is
+            as it was), or a checkpoint of another run.
     """
     if len(batches) < 2:
         raise LincompileError(

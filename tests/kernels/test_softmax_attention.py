@@ -101,6 +101,24 @@ def test_steps_compose_to_the_whole(kind, window):
     torch.testing.assert_close(v_cache, v)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("kind", "window"), KINDS)
+@pytest.mark.parametrize("past", [0, 2])
+def test_a_mask_that_hides_nothing_isnt_used(kind, window, padded, past, softcap, monkeypatch):
+    q, k, v = make(7, 7)
+    asked = []
+    monkeypatch.setattr(reference, "forward", lambda *args, way=reference.forward: asked.append(args[3]) or way(*args))
+    mask = torch.ones(2, 9, dtype=torch.bool)  # as long as the longest case; the last columns count
+    mask[0, 4] = not padded
+    options = (kind, window, 0.4, softcap)
+    given = (q, k, v, k[:, :, :past], v[:, :, :past], mask[:, : past + 7], *options)
+    have, keys, values = ops.softmax_attention_step(*given)
+    torch.testing.assert_close(have, reference.definition(q, keys, values, mask[:, : past + 7], *options))
+    dropped = not padded and not softcap and (kind == "full" or (kind == "causal" and not past))
+    assert [padding is None for padding in asked] == [dropped]
+
+
 def test_a_trimmed_sliding_cache_uses_the_last_mask_columns():
     q, k, v = make(9, 9)
     mask = padding(9, left=True)

@@ -216,15 +216,13 @@ def test_copies_of_a_session_leave_recordings_behind(windowed: StepProgram, imit
     assert generate(pickle.loads(pickle.dumps(session)), PROMPTS, 12).tokens == wanted.tokens
 
 
-def test_what_may_be_recorded(windowed: StepProgram, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_may_be_recorded(windowed: StepProgram) -> None:
     assert recorded.recordable(windowed, GPU) and not recorded.recordable(windowed, CPU)
     assert not room.Room.of(windowed), "a window is full at some time"
     hybrid = stepped(keep_softmax="1.0")
     roles = [hybrid.states[place - room.STATES_AT].role for place in room.Room.of(hybrid).axes]
     assert sorted(roles) == ["key", "mask", "value"]
-    assert not recorded.recordable(hybrid, GPU), "nobody has compared it on a GPU yet"
-    monkeypatch.setattr(recorded, "UNMEASURED", True)
-    assert recorded.recordable(hybrid, GPU)
+    assert recorded.recordable(hybrid, GPU) and not recorded.recordable(hybrid, CPU)
 
 
 def test_room_grows_by_a_quarter_at_most() -> None:
@@ -368,10 +366,9 @@ def test_a_session_of_another_kind_isnt_recorded(windowed: StepProgram, imitatio
     assert Own(windowed)._recorded is None and Session(windowed)._recorded is not None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", [{"window": 4}, {"keep_softmax": "1"}, {"keep_softmax": "1.0", "window": 4}])
-def test_on_a_gpu(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded, "UNMEASURED", True)
+def test_on_a_gpu(options: dict[str, Any]) -> None:
     step = stepped(device="cuda", **options)
     session, plain = Session(step), Session(step)
     plain.__dict__["_recorded"] = None
