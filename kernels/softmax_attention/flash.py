@@ -1,7 +1,8 @@
-"""FlashAttention's backward pass (arXiv 2307.08691), as torch ships it, for sites that see all keys or all before them.
+"""FlashAttention (arXiv 2307.08691), as torch ships it, where ``scaled_dot_product_attention`` doesn't reach it.
 
-The reference forms all weights of a block of rows in float32, which takes most of a training step's time where many
-sites stay softmax.
+Gradients of sites that see all keys or all before them: the reference forms all weights of a block of rows in float32,
+which takes most of a training step's time where many sites stay softmax. And a prompt's later chunks, whose queries are
+the last of the keys' tokens: the reference makes masks of them.
 """
 
 from __future__ import annotations
@@ -20,14 +21,40 @@ def supports(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, kind: 
     """Whether FlashAttention takes a call: 16-bit inputs on a GPU that has it, no padding, window or soft cap, heads of
     8, 16 … 192 or 232 … 256 channels, as many in v as in q.
     """
+    return unmasked(q, k, v, key_padding, kind, softcap) and _takes(q, k, v)
+
+
+def continues(q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, kind: str, softcap: float) -> bool:
+    """Whether :func:`forward` takes a call: as in :func:`supports`, of fewer queries than keys."""
+    plain = kind == "causal" and key_padding is None and softcap == 0 and q.dtype == k.dtype == v.dtype
+    return plain and q.shape[2] < k.shape[2] and _takes(q, k, v)
+
+
+def _takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or not min(*q.shape, *k.shape):
         return False
     width = q.shape[3]
-    fits = width == v.shape[3] and width % 8 == 0 and width <= WIDEST and width not in REFUSED
-    if not fits or not unmasked(q, k, v, key_padding, kind, softcap):
+    if width != v.shape[3] or width % 8 or width > WIDEST or width in REFUSED:
         return False
     known = torch.backends.cuda.is_flash_attention_available()
     return known and torch.cuda.get_device_capability(q.device)[0] >= 8
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    kind: str,
+    window: int,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """See ``reference.forward``. This op aligns queries with the last keys; ``is_causal`` of torch's SDPA doesn't."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    out: Tensor = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)[0]
+    return out.contiguous()
 
 
 def backward(

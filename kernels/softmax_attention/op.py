@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..first_use import serving, trusted
-from ..registration import Grads, backend, gradient_fake, present, selected, without_autocast
+from ..registration import UNMEASURED, Grads, backend, gradient_fake, present, selected, without_autocast
 from ..shapes import require, require_qkv, require_rank, require_same_device, require_shape
 from . import flash, reference
 
@@ -67,7 +67,7 @@ def _forward(*args: Any) -> Tensor:
     forward = _few(*args, function="forward")
     if forward is None:
         args = _without_padding(*args)
-        forward = _kernels(*args, function="forward").forward
+        forward = _flash(*args) or _kernels(*args, function="forward").forward
     out: Tensor = forward(*args)
     return out
 
@@ -81,9 +81,29 @@ def _without_padding(
     less than the masks of a few hundred queries do; a recording can't wait.
     """
     recorded = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    if key_padding is not None and not recorded and reference.unmasked(q, k, v, None, kind, softcap):
+    plain = (q, k, v, None, kind, softcap)
+    if key_padding is not None and not recorded and (reference.unmasked(*plain) or _continues(*plain)):
         key_padding = None if bool(key_padding.all()) else key_padding
     return q, k, v, key_padding, kind, window, scale, softcap
+
+
+def _continues(*plain: Any) -> bool:
+    return UNMEASURED and flash.continues(*plain)
+
+
+def _flash(*args: Any) -> Callable[..., Tensor] | None:
+    """FlashAttention where it serves the call of ``forward`` and torch's SDPA can't be told so."""
+    if not _continues(*args[:5], args[-1]):
+        return None
+    pair = flash.forward, reference.forward
+    name, layouts = "softmax_attention forward (FlashAttention)", ["b.t."] * 3
+    return flash.forward if trusted(name, *pair, layouts, args, forms=_last_half, together=False) else None
+
+
+def _last_half(args: Sequence[Any]) -> list[list[Any]]:
+    """The call with the last half of its queries, fewer than there are keys also where the beginnings are as long."""
+    q, *rest = args
+    return [[q[:, :, q.shape[2] // 2 :], *rest]]
 
 
 @custom_op(

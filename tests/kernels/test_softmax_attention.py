@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from lincompile.kernels import ops
-from lincompile.kernels.softmax_attention import flash, reference
+from lincompile.kernels import first_use, ops
+from lincompile.kernels.softmax_attention import flash, op, reference
 
 KINDS = [("full", 0), ("causal", 0), ("sliding", 3)]
 
@@ -250,6 +251,34 @@ def test_flash_attentions_gradients_are_put_together_right(monkeypatch, causal):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+def test_flash_attention_reads_on_where_it_aligns_with_the_last_keys(monkeypatch, aligned):
+    called = []
+
+    def forward(q, k, v, dropout, causal, debug, scale):
+        called.append(q.shape)
+        assert causal and not dropout and q.shape[1] == k.shape[1] == v.shape[1]
+        keys = k.shape[2] if aligned else q.shape[2]  # as SDPA's is_causal: with the first ones
+        return (reference.definition(q, k[:, :, :keys], v[:, :, :keys], None, "causal", 0, scale, 0.0),)
+
+    monkeypatch.setattr(op, "UNMEASURED", True)
+    monkeypatch.setattr(first_use, "_KNOWN", {})
+    monkeypatch.setattr(flash, "_takes", lambda *_: True)
+    monkeypatch.setattr(flash, "aten", MagicMock(_scaled_dot_product_flash_attention=forward))
+    q, k, v = (x.float() for x in make(600, 650, head_dim=8, value_dim=8))
+    options = ("causal", 0, 0.3, 0.0)
+    want = reference.definition(q, k, v, None, *options)
+    mask = torch.ones(2, k.shape[2], dtype=torch.bool)
+    with nullcontext() if aligned else pytest.warns(UserWarning, match="FlashAttention.* differ from the reference"):
+        have = ops.softmax_attention(q, k, v, mask, *options)
+    torch.testing.assert_close(have, want)
+    assert called == [(2, 9, 290, 8), (2, 9, 600, 8)][: 1 + aligned]
+    mask[1, 0] = False  # padding is the reference's
+    want = reference.definition(q, k, v, mask, *options)
+    torch.testing.assert_close(ops.softmax_attention(q, k, v, mask, *options), want)
+    assert len(called) == 1 + aligned
+
+
 def test_gradients_of_flash_attention_that_differ_are_not_used(monkeypatch):
     inputs = [torch.randn(1, 4, 9, 8) for _ in range(4)] + [None, "causal", 0, 0.3, 0.0]
     want = reference.backward(*inputs)
@@ -259,6 +288,19 @@ def test_gradients_of_flash_attention_that_differ_are_not_used(monkeypatch):
         have = torch.ops.lincompile.softmax_attention_backward(*inputs)
     for one, other in zip(have, want, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("length", "keys"), [(1, 40), (257, 258), (700, 1500), (2048, 6000)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flash_attention_reads_on_on_a_gpu(dtype, head_dim, length, keys, monkeypatch):
+    monkeypatch.setattr(op, "UNMEASURED", True)
+    q, k, v = (x.to("cuda", dtype) for x in make(length, keys, head_dim=head_dim, value_dim=head_dim))
+    assert flash.continues(q, k, v, None, "causal", 0.0)
+    have = flash.forward(q, k, v, None, "causal", 0, head_dim**-0.5, 0.0)
+    want = reference.forward(q.double(), k.double(), v.double(), None, "causal", 0, head_dim**-0.5, 0.0)
+    assert float((have.double() - want).norm() / want.norm()) < 1e-2
 
 
 @pytest.mark.gpu
