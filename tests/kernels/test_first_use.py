@@ -253,6 +253,29 @@ def test_other_types_sizes_and_single_tokens_are_compared_anew() -> None:
     assert seen == [(2, 580, 8), (2, 1, 8), (2, 580, 16), (2, 300, 8), (2, 580, 8)]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_wrong_value_among_thousands_is_found(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 500, 64, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 0] = 300.0  # which may be rounded by more than others have
+    x = x.to(dtype)
+
+    def rounds(x: Tensor) -> Tensor:
+        return (x.double() * (1 + torch.finfo(dtype).eps)).to(dtype)
+
+    def errs(x: Tensor) -> Tensor:
+        wrong = x.clone()
+        wrong[1, 300, 7] += 4
+        return wrong
+
+    def right(x: Tensor) -> Tensor:
+        return x
+
+    with warnings.catch_warnings(action="error"):
+        assert first_use.trusted("rounds", rounds, right, ["bt."], [x])
+    with pytest.warns(UserWarning, match=r"errs differ from the reference on cpu \([1-9]"):
+        assert not first_use.trusted("errs", errs, right, ["bt."], [x])
+
+
 def test_what_begins_elsewhere_in_memory_is_other_code() -> None:
     memory = torch.zeros(9, 4)
     aligned, shifted = memory[:8], memory.view(-1)[1:33].view(8, 4)
