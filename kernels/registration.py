@@ -18,7 +18,7 @@ Grads = tuple[Tensor | None, ...]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What nobody has checked on a GPU yet (kernels that only compile, recorded steps) is off there unless this is set.
+# What nobody has checked on a GPU yet (kernels that only compile, say) is off there unless this is set.
 UNMEASURED = os.environ.get("LINCOMPILE_UNMEASURED", "0") == "1"
 
 
