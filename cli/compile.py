@@ -122,6 +122,7 @@ def read_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) 
 @click.option("--quant-tune-steps", type=common.count, help="Steps of 8 windows. [default: 200 without a time]")
 @click.option("--quant-tune-time", type=common.duration, help="Tune for so long, such as 5m.")
 @click.option("--calibrate", metavar="FILE|hf:NAME", help="Text to calibrate quantization on. [default: --distil's]")
+@click.option("--calibrate-tokens", type=common.count, help="So many of its tokens, from all over it. [default: 8192]")
 @click.option(
     "--distil", metavar="FILE|hf:NAME", help="Text to distil on (.txt, .json, .jsonl, .parquet, .npy of ids)."
 )

@@ -449,7 +449,9 @@ def quantize(student: Program, asked: Options, ids: Tensor | None, say: Reporter
             known = "" if rows is None else f", and the model knows {rows}"
             problem = f"token {wrong}{known}" if ids.numel() else "no tokens"
             raise LincompileError(f"the text to calibrate quantization on holds {problem}: give other text")
-        calibration = windows_of(student, ids, CALIBRATION_TOKENS, asked.device)
+        if ids.numel() < (asked.calibrate_tokens or 0):
+            tell.note(f"calibrated on {ids.numel():,} tokens: the text has no more (--calibrate-tokens)")
+        calibration = windows_of(student, ids, asked.calibrate_tokens or CALIBRATION_TOKENS, asked.device)
         if asked.quant_tune is not None:
             wanted = options_for(asked.quant_tune, asked.quant_tune_steps, asked.quant_tune_time).tokens(
                 CALIBRATION_LENGTH

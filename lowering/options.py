@@ -59,6 +59,7 @@ class Options:
     quant_tune_steps: int | None = None
     quant_tune_time: float | None = None
     calibrate: Any = None
+    calibrate_tokens: int | None = None
     keep_softmax: str | None = None
     rewrite_sliding: bool = False
     alibi: bool = False
@@ -219,6 +220,7 @@ class Options:
         spec = parse_plan(self.quant)
         text = self.distil if self.calibrate is None else self.calibrate
         given = {"--quant-plan": self.quant_plan, "--quant-scores": self.quant_scores, "--calibrate": self.calibrate}
+        given["--calibrate-tokens"] = self.calibrate_tokens
         if self.quant_embeddings:
             given["--quant-embeddings"] = ""
         if self.quant_method != "auto":
@@ -228,6 +230,12 @@ class Options:
         unused = [name for name, value in given.items() if value is not None]
         if spec.kind == "none" and unused:
             raise LincompileError(f"{unused[0]} is about quantization: add --quant, for example --quant int6")
+        if self.calibrate_tokens is not None and self.calibrate_tokens < 1:
+            raise LincompileError(f"--calibrate-tokens {self.calibrate_tokens}: give at least one")
+        if text is None and self.calibrate_tokens is not None:
+            raise LincompileError(
+                "--calibrate-tokens needs text to take them from: add --calibrate FILE (or --distil FILE)"
+            )
         if text is None and (spec.kind == "auto" or self.quant_method in ("clip", "gptq")):
             asked = f"--quant {self.quant}" if spec.kind == "auto" else f"--quant-method {self.quant_method}"
             raise LincompileError(f"{asked} needs text to calibrate on: add --calibrate FILE (or --distil FILE)")

@@ -69,7 +69,7 @@ def test_compile_takes_the_options_of_the_command_line() -> None:
 
     names = {field.name for field in dataclasses.fields(Options)}
     assert names >= {"attn", "quant", "keep_softmax", "distil", "tokens", "time", "target", "device", "dtype", "seed"}
-    assert names >= {"quant_method", "quant_plan", "quant_scores", "quant_embeddings", "calibrate"}
+    assert names >= {"quant_method", "quant_plan", "quant_scores", "quant_embeddings", "calibrate", "calibrate_tokens"}
     assert names >= {"quant_tune", "quant_tune_steps", "quant_tune_time"}
 
 

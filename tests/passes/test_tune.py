@@ -398,6 +398,41 @@ def test_compile_tunes_and_says_so() -> None:
             lincompile.compile(module, example=example, **({"attn": "gla", "quant": "w6a8"} | options))
 
 
+def test_as_many_tokens_calibrate_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, example = zoo.build("nanogpt")
+    length = 64  # of its positions, and of a window
+    ids = torch.randint(0, 97, (40 * length,), generator=torch.Generator().manual_seed(0))
+    read: list[int] = []
+    run = Quantize.run
+    monkeypatch.setattr(
+        Quantize, "run",
+        lambda self, program: read.append(sum(next(iter(x.values())).numel() for x in self.calibration or ()))
+        or run(self, program),
+    )  # fmt: skip
+    notes: list[str] = []
+
+    class Told(Reporter):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    def compiled(**options: Any) -> None:
+        lincompile.compile(module, example=example, attn="softmax", quant="w6a8", reporter=Told(), **options)
+
+    compiled(calibrate=ids, calibrate_tokens=5 * length)
+    assert not any("calibrated on" in note for note in notes)
+    compiled(calibrate=ids, calibrate_tokens=100 * length)
+    assert any(f"calibrated on {len(ids):,} tokens: the text has no more" in note for note in notes)
+    compiled(calibrate=ids)
+    assert read[0] == 5 * length < read[1] <= len(ids) and read[2] == min(8192, len(ids)) // length * length
+    for options, message in (
+        ({"calibrate_tokens": 64}, "--calibrate-tokens needs text to take them from: add --calibrate FILE"),
+        ({"calibrate_tokens": 0, "calibrate": ids}, "--calibrate-tokens 0: give at least one"),
+        ({"calibrate_tokens": 64, "quant": "none"}, "--calibrate-tokens is about quantization: add --quant"),
+    ):
+        with pytest.raises(LincompileError, match=message):
+            lincompile.compile(module, example=example, **({"attn": "softmax", "quant": "w6a8"} | options))
+
+
 def test_stored_planes_are_those_of_the_report() -> None:
     """The signal-to-noise ratio in the report is that of the tuned codes."""
     program = language_model()
