@@ -237,7 +237,7 @@ def int6_us(rows: int, width: int, tokens: int, path: str | None = None, config:
 
 
 def int8_us(rows: int, width: int, tokens: int, config: dict[str, int] | None = None) -> float:
-    """The public op of eight-bit weights, or (for sweeps) its kernel of one token with a configuration."""
+    """The public op of eight-bit weights, or (for sweeps) its kernel of one or few tokens with a configuration."""
     stored = []
     for _ in range(copies_for(rows * width)):
         scale = (torch.rand(rows, pack.group_count(width, 128), device="cuda") * 0.01 + 0.001).half()
@@ -249,7 +249,7 @@ def int8_us(rows: int, width: int, tokens: int, config: dict[str, int] | None = 
         if config is None:
             torch.ops.lincompile.int8_linear(x, *weights, None, 128, "a8")
             return
-        kernels.vector_bytes(x, weights, None, y, "a8", config)
+        (kernels.vector_bytes if tokens == 1 else kernels.few_bytes)(x, weights, None, y, "a8", config)
 
     return median_us([lambda w=w: call(w) for w in stored])  # type: ignore[misc]
 

@@ -28,7 +28,7 @@ from lincompile.kernels.int6_linear import layer, pack
 from lincompile.kernels.int6_linear import tiles as rules
 from lincompile.kernels.int6_linear import triton as kernels
 
-PATHS = ("vector", "bytes", "narrow", "head", "small", "large")
+PATHS = ("vector", "bytes", "narrow", "head", "small", "few_bytes", "large")
 # SmolLM2-135M's packed layers: rows, channels, norm before, gated product before, sum after.
 NARROW = [(960, 576, True, False, False), (576, 576, False, False, True), (3072, 576, True, False, False),
           (576, 1536, False, True, True)]  # fmt: skip
@@ -53,6 +53,9 @@ SMALL = [
     (64, 4, 3, 4),
     (128, 4, 3, 2),
 ]
+# Eight-bit weights: rows, warps, stages, shares of the groups.
+FEW_BYTES = [(64, 4, 4, 1), (64, 4, 6, 1), (64, 4, 4, 2), (64, 4, 6, 2), (64, 4, 4, 4), (128, 4, 4, 1), (128, 4, 4, 2),
+             (128, 8, 4, 2), (128, 4, 4, 4), (32, 4, 6, 1), (32, 2, 4, 2)]  # fmt: skip
 LARGE = [(128, 64, 4, 3), (128, 64, 4, 4), (64, 128, 4, 3), (64, 64, 4, 4), (128, 128, 8, 3), (128, 32, 4, 4)]
 
 
@@ -102,6 +105,18 @@ def check_narrow(site: Site, config: dict[str, Any]) -> None:
     x[0, 3] = float("nan")
     narrow_call(site, planes, x, y, stream, config)
     assert bool(y.isnan().all()), "NaN is lost"
+
+
+def few_bytes_us(rows: int, width: int, tokens: int, config: dict[str, Any]) -> float:
+    """A tile of few tokens and eight-bit weights, whose integer part is checked bit for bit over poisoned memory."""
+    codes = torch.randint(-127, 128, (300, 1168), dtype=torch.int8)
+    scale = torch.ones(300, pack.group_count(1168, 128), dtype=torch.float16, device="cuda")
+    x = torch.randint(-127, 128, (tokens, 1168)).float()
+    x[:, ::16] = 127
+    y = poisoned(tokens, 300)
+    kernels.few_bytes(x.cuda(), (codes.cuda(), scale), None, y, "a8", config)
+    assert torch.equal(y.cpu().double(), x.double() @ codes.double().t()), "the integer part differs"
+    return int8_us(rows, width, tokens, config)
 
 
 def narrow_us(site: Site, config: dict[str, Any]) -> float:
@@ -195,6 +210,14 @@ def sweep(paths: list[str]) -> dict[str, Any]:
         config = {"BM": tokens, "BN": block, "STAGES": stages, "SPLIT": split, "num_warps": warps}
         attempt(found, f"small {rows}x{width} M={tokens} {block}/{warps}/{stages}/{split}",
                 lambda c=config, r=rows, w=width, t=tokens: int6_us(r, w, t, "small", c))  # type: ignore[misc]  # fmt: skip
+    few = DECODE[:2] if "few_bytes" in paths else ()
+    for (rows, width), tokens in itertools.product(few, (16, 32, 64)):
+        attempt(found, f"cublas {rows}x{width} M={tokens}",
+                lambda r=rows, w=width, t=tokens: cublas_us(r, w, t))  # type: ignore[misc]  # fmt: skip
+        for block, warps, stages, split in FEW_BYTES:
+            config = {"BM": tokens, "BN": block, "STAGES": stages, "SPLIT": split, "num_warps": warps}
+            attempt(found, f"few_bytes {rows}x{width} M={tokens} {block}/{warps}/{stages}/{split}",
+                    lambda c=config, r=rows, w=width, t=tokens: few_bytes_us(r, w, t, c))  # type: ignore[misc]  # fmt: skip
     for block_m, block_n, warps, stages in LARGE if "large" in paths else ():
         config = {"BM": block_m, "BN": block_n, "STAGES": stages, "BAND": 8, "num_warps": warps}
         attempt(found, f"large {block_m}x{block_n}/{warps}/{stages}",

@@ -68,13 +68,12 @@ def small_config(tokens: int, rows: int, in_features: int) -> Tile:
 
 
 @functools.cache
+def few_bytes_config(tokens: int, rows: int, in_features: int) -> Tile:
+    """Tile of the few-token kernel for eight-bit weights; groups are split as in :func:`small_config`."""
+    return {**small_config(tokens, rows, in_features), "STAGES": 4}
+
+
+@functools.cache
 def large_config() -> Tile:
     """Tile of the many-token kernel."""
     return {"BM": 64, "BN": 128, "STAGES": 3, "BAND": 8, "num_warps": 4}
-
-
-def int8_config(tokens: int) -> Tile:
-    """Tile of eight-bit weights: few rows per program for few tokens, which are bound by memory."""
-    if tokens > 64:
-        return large_config()
-    return {"BM": 16 if tokens <= 16 else 64, "BN": 32, "STAGES": 5, "BAND": 8, "num_warps": 4}

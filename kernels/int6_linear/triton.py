@@ -8,6 +8,7 @@ integers:
   packed weights crosses the memory bus (0.77 bytes per weight).
 * M up to ``FEW_TOKENS`` on Hopper: :func:`.gluon.few_kernel`.
 * M up to ``_SMALL_M``: the same planes feed int8 tensor-core products of four 32-wide slices per group, weights first.
+  (eight-bit weights up to ``FEW_TOKENS``: one product a group)
 * larger M: the planes are unpacked once into an int8 scratch matrix, then one int8 product per group of 128, on Hopper
   by :mod:`.gluon_prefill` where there are tiles enough for the chip.
 
@@ -38,8 +39,8 @@ from .tiles import (
     NARROW,
     Tile,
     bytes_config,
+    few_bytes_config,
     few_config,
-    int8_config,
     large_config,
     narrow_config,
     small_config,
@@ -90,6 +91,9 @@ def int8_linear(
     tokens = x.numel() // max(1, x.shape[-1])
     vector_way = functools.partial(vector_bytes, around=Around(early=early))
     launches: list[Launch] = [vector_way if tokens == 1 and aligned else large_bytes]
+    if 1 < tokens <= FEW_TOKENS:
+        config = few_bytes_config(tokens, scale.shape[0], x.shape[-1])
+        launches.insert(0, functools.partial(few_bytes, config=config))
     if fills(tokens, scale.shape[0], x.device):
         launches.insert(0, prefill_bytes)
     return _first_right(
@@ -377,10 +381,28 @@ def small(x: Tensor, planes: Planes, bias: Tensor | None, y: Tensor, activation:
         _reduce(out, bias, y)
 
 
-def _reduce(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
+def few_bytes(
+    x: Tensor, weights: Weights, bias: Tensor | None, y: Tensor, activation: str, config: Config = None
+) -> None:
+    """A few tokens, eight-bit weights."""
+    weight, weight_scale = weights
+    codes, scale = quantize_activation(x, activation, columns=True)
+    (tokens, in_features), (rows, groups) = x.shape, weight_scale.shape
+    options: Tile = config or few_bytes_config(tokens, rows, in_features)
+    split = options["SPLIT"]
+    out = y if split == 1 else torch.empty(split, tokens, rows, dtype=torch.float32, device=y.device)
+    kernels.few_bytes_kernel[(triton.cdiv(rows, options["BN"]), triton.cdiv(tokens, options["BM"]), split)](
+        codes, scale, weight, weight_scale, bias, out, tokens, rows, codes.shape[1], in_features, groups,
+        BIAS=bias is not None, PARTIAL=in_features % _GROUP != 0, **options,
+    )  # fmt: skip
+    if split > 1:
+        _reduce(out, bias, y, 1.0)
+
+
+def _reduce(parts: Tensor, bias: Tensor | None, y: Tensor, factor: float = 0.25) -> None:
     split, tokens, rows = parts.shape
     kernels.reduce_kernel[(triton.cdiv(rows, 1024), tokens)](
-        parts, bias, y, tokens, rows, SPLIT=split, BN=1024, BIAS=bias is not None, num_warps=4
+        parts, bias, y, tokens, rows, SPLIT=split, BN=1024, BIAS=bias is not None, FACTOR=factor, num_warps=4
     )
 
 
@@ -427,7 +449,7 @@ def large_bytes(x: Tensor, weights: Weights, bias: Tensor | None, y: Tensor, act
     """Any number of tokens, eight-bit weights."""
     codes, scale = quantize_activation(x, activation, columns=True)
     weight_scale = weights[1].t().float().contiguous()
-    _bytes(codes, scale, weights[0], weight_scale, bias, y, 1.0, int8_config(x.shape[0]))
+    _bytes(codes, scale, weights[0], weight_scale, bias, y, 1.0, large_config())
 
 
 def _bytes(

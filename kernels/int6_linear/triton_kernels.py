@@ -185,14 +185,56 @@ def small_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "N"])
-def reduce_kernel(parts_ptr, bias_ptr, y_ptr, M, N, SPLIT: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr):
-    """Adds the SPLIT partial results of one token, always in the same order."""
+def few_bytes_kernel(
+    a_ptr, sa_ptr, w_ptr, sw_ptr, bias_ptr, y_ptr, M, N, K_PAD, K, G,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """BN rows of int8 weights ``[N, K]`` by BM tokens, one product of depth 128 per group, weights as the first
+    operand: tiles of few tokens then are no larger than the tokens. SPLIT as in :func:`small_kernel`, PARTIAL as in
+    :func:`large_kernel`. Activation scales are ``[G, M]``.
+    """
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
+    row, token = tl.minimum(rows, N - 1).to(tl.int64), tl.minimum(tokens, M - 1).to(tl.int64)
+    k = tl.arange(0, 128)
+    w = w_ptr + row[:, None] * K + k[None, :]
+    a = a_ptr + token[None, :] * K_PAD + k[:, None]
+    sw, sa = sw_ptr + row * G, sa_ptr + token
+    acc = tl.zeros([BN, BM], tl.float32)
+    share = tl.cdiv(G, SPLIT)
+    part_index = tl.program_id(2)
+    first = part_index * share
+    # Scales are read one group ahead, as in large_kernel.
+    start = tl.minimum(first, G - 1)
+    next_sw, next_sa = tl.load(sw + start), tl.load(sa + start * M)
+    for group in tl.range(first, tl.minimum(first + share, G), num_stages=STAGES):
+        this_sw, this_sa = next_sw, next_sa
+        ahead = tl.minimum(group + 1, G - 1)
+        next_sw, next_sa = tl.load(sw + ahead), tl.load(sa + ahead * M)
+        if PARTIAL:
+            weights = tl.load(w + group * 128, mask=(group * 128 + k < K)[None, :], other=0)
+        else:
+            weights = tl.load(w + group * 128)
+        part = tl.dot(weights, tl.load(a + group * 128), out_dtype=tl.int32)
+        acc += part.to(tl.float32) * (this_sw.to(tl.float32)[:, None] * this_sa[None, :])
+    if SPLIT == 1 and BIAS:
+        acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
+    out = y_ptr + (part_index.to(tl.int64) * M + tokens)[None, :] * N + rows[:, None]
+    tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (tokens < M)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def reduce_kernel(
+    parts_ptr, bias_ptr, y_ptr, M, N, SPLIT: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr
+):
+    """FACTOR times the sum of the SPLIT partial results of one token, always added in the same order."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     token = tl.program_id(1).to(tl.int64)
     acc = tl.zeros([BN], tl.float32)
     for part in tl.static_range(SPLIT):
         acc += tl.load(parts_ptr + (part * M + token) * N + rows, mask=rows < N, other=0.0)
-    acc *= 0.25
+    acc *= FACTOR
     if BIAS:
         acc += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
     tl.store(y_ptr + token * N + rows, acc.to(y_ptr.dtype.element_ty), mask=rows < N)

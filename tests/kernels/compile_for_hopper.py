@@ -262,9 +262,9 @@ def int6() -> None:
     x, whole = torch.zeros(2, 300, 1024, dtype=BF16), torch.zeros(300, 1024, dtype=torch.int8)
     assert int6_linear.int6_linear(x, *planes, None).shape == (2, 300, 300)
     assert int6_linear.int8_linear(x, whole, planes[2], None, 128, "a8").shape == (2, 300, 300)
-    for tokens in (1, 60):
+    for tokens in (1, 16, 60):
         int8 = torch.zeros(300, 1024, dtype=torch.int8), planes[2]
-        launch = int6_linear.vector_bytes if tokens == 1 else int6_linear.large_bytes
+        launch = {1: int6_linear.vector_bytes, 16: int6_linear.few_bytes}.get(tokens, int6_linear.large_bytes)
         launch(torch.zeros(tokens, 1024, dtype=BF16), int8, None, torch.zeros(tokens, 300, dtype=BF16), "a8")
 
 

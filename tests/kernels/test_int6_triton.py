@@ -85,7 +85,7 @@ bias = torch.randn(70)
 kernels.small(wide, planes, bias, y, "a6", split)
 expected = reference.int6_linear_definition(wide, *planes, bias, 128, "a6")
 assert float((y - expected).norm() / expected.norm()) < 1e-6
-for width, tokens in ((256, 5), (208, 5), (576, 1), (1024, 1)):
+for width, tokens in ((256, 5), (208, 5), (576, 33), (1024, 17), (2048, 3), (336, 70), (576, 1), (1024, 1)):
     codes, scale = q.quantize_weight(torch.randn(40, width), bits=8)
     x = torch.randn(tokens, width)
     got = kernels.int8_linear(x, codes, scale, bias[:40], 128, "a8").double()
@@ -241,6 +241,29 @@ def test_the_gluon_kernel_is_exact_over_poisoned_memory(tokens: int) -> None:
         y = torch.full((tokens, rows), float("nan"), device=device)
         kernels.few(x.cuda(), planes, bias.cuda(), y, "a8", rules.few_config(tokens, rows, width))
         assert torch.equal(y.cpu().double(), expected.float().double()), (rows, width)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [2, 16, 17, 50, 64, 130])
+def test_few_tokens_of_eight_bit_weights_are_exact_over_poisoned_memory(tokens: int) -> None:
+    from lincompile.kernels.int6_linear import tiles as rules
+    from lincompile.kernels.int6_linear import triton as kernels
+
+    device = torch.device("cuda")
+    for rows, width in ((70, 512), (512, 1152), (257, 208), (130, 9088), (64, 16)):
+        codes, scale, x, bias, expected = (t.to(device) for t in exact_case(tokens, rows, width, 8))
+        config = rules.few_bytes_config(tokens, rows, width)
+        for dtype in (torch.float32, torch.bfloat16):
+            if not torch.equal(x.to(dtype).float(), x):
+                continue
+            poison = torch.full((1 << 24,), float("nan"), device=device)  # whatever is allocated next starts as NaN
+            del poison
+            y = torch.full((tokens, rows), float("nan"), dtype=dtype, device=device)
+            kernels.few_bytes(x.to(dtype), (codes, scale), bias.to(dtype), y, "a8", config)
+            assert torch.equal(y, expected.float().to(dtype)), (rows, width, dtype)
+        x[-1, -1] = float("nan")
+        kernels.few_bytes(x, (codes, scale), None, y := torch.empty(tokens, rows, device=device), "a8", config)
+        assert bool(y[-1].isnan().all()) and torch.equal(y[:-1], (expected - bias).float()[:-1])
 
 
 def exact_case(tokens: int, rows: int, width: int, bits: int = 6) -> tuple[Tensor, ...]:
