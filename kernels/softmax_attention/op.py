@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..first_use import serving, trusted
-from ..registration import UNMEASURED, Grads, backend, gradient_fake, present, selected, without_autocast
+from ..registration import Grads, backend, gradient_fake, present, selected, without_autocast
 from ..shapes import require, require_qkv, require_rank, require_same_device, require_shape
 from . import flash, reference
 
@@ -82,18 +82,15 @@ def _without_padding(
     """
     recorded = q.is_cuda and torch.cuda.is_current_stream_capturing()
     plain = (q, k, v, None, kind, softcap)
-    if key_padding is not None and not recorded and (reference.unmasked(*plain) or _continues(*plain)):
+    if key_padding is not None and not recorded and (reference.unmasked(*plain) or flash.continues(*plain)):
         key_padding = None if bool(key_padding.all()) else key_padding
     return q, k, v, key_padding, kind, window, scale, softcap
 
 
-def _continues(*plain: Any) -> bool:
-    return UNMEASURED and flash.continues(*plain)
-
-
 def _flash(*args: Any) -> Callable[..., Tensor] | None:
     """FlashAttention where it serves the call of ``forward`` and torch's SDPA can't be told so."""
-    if not _continues(*args[:5], args[-1]):
+    q, k, v, key_padding, kind, _, _, softcap = args
+    if not flash.continues(q, k, v, key_padding, kind, softcap):
         return None
     pair = flash.forward, reference.forward
     name, layouts = "softmax_attention forward (FlashAttention)", ["b.t."] * 3

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lincompile.kernels import first_use, ops
-from lincompile.kernels.softmax_attention import flash, op, reference
+from lincompile.kernels.softmax_attention import flash, reference
 
 KINDS = [("full", 0), ("causal", 0), ("sliding", 3)]
 
@@ -261,7 +261,6 @@ def test_flash_attention_reads_on_where_it_aligns_with_the_last_keys(monkeypatch
         keys = k.shape[2] if aligned else q.shape[2]  # as SDPA's is_causal: with the first ones
         return (reference.definition(q, k[:, :, :keys], v[:, :, :keys], None, "causal", 0, scale, 0.0),)
 
-    monkeypatch.setattr(op, "UNMEASURED", True)
     monkeypatch.setattr(first_use, "_KNOWN", {})
     monkeypatch.setattr(flash, "_takes", lambda *_: True)
     monkeypatch.setattr(flash, "aten", MagicMock(_scaled_dot_product_flash_attention=forward))
@@ -294,8 +293,7 @@ def test_gradients_of_flash_attention_that_differ_are_not_used(monkeypatch):
 @pytest.mark.parametrize(("length", "keys"), [(1, 40), (257, 258), (700, 1500), (2048, 6000)])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_flash_attention_reads_on_on_a_gpu(dtype, head_dim, length, keys, monkeypatch):
-    monkeypatch.setattr(op, "UNMEASURED", True)
+def test_flash_attention_reads_on_on_a_gpu(dtype, head_dim, length, keys):
     q, k, v = (x.to("cuda", dtype) for x in make(length, keys, head_dim=head_dim, value_dim=head_dim))
     assert flash.continues(q, k, v, None, "causal", 0.0)
     have = flash.forward(q, k, v, None, "causal", 0, head_dim**-0.5, 0.0)
