@@ -7,8 +7,8 @@ integers:
 * M = 1 otherwise: every thread unpacks whole 32-bit words of the planes and multiplies with ``dp4a``; nothing but
   packed weights crosses the memory bus (0.77 bytes per weight).
 * M up to ``FEW_TOKENS`` on Hopper: :func:`.gluon.few_kernel`.
-* M up to ``_SMALL_M``: the same planes feed int8 tensor-core products of four 32-wide slices per group, weights first.
-  (eight-bit weights up to ``FEW_TOKENS``: one product a group)
+* M up to ``_SMALL_M``: the same planes feed int8 tensor-core products of four 32-wide slices per group, weights first;
+  eight-bit weights up to ``FEW_TOKENS``, one product a group.
 * larger M: the planes are unpacked once into an int8 scratch matrix, then one int8 product per group of 128, on Hopper
   by :mod:`.gluon_prefill` where there are tiles enough for the chip.
 
